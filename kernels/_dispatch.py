@@ -1,0 +1,51 @@
+"""Which implementation of a kernel runs: Triton on a GPU, the torch reference elsewhere.
+
+``RDMD_KERNELS`` decides: ``auto`` (default), ``triton`` or ``reference``. What is asked for and not there is
+an error, never a silent fallback.
+"""
+
+import os
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the references need no Triton
+    triton = None
+    tl = SimpleNamespace(constexpr=None)  # what the signatures of kernels mention
+
+# Triton chooses the interpreter when a kernel is defined, so the setting is read once, at import.
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
+
+def jit(function=None, **options):
+    """``triton.jit`` where Triton is installed; elsewhere the function is left as it is and never called."""
+    if function is None:
+        return lambda decorated: jit(decorated, **options)
+    return function if triton is None else triton.jit(function, **options)
+
+
+def backend(device: torch.device | str) -> str:
+    """Name the implementation for tensors on ``device``: ``"triton"`` or ``"reference"``.
+
+    The interpreter (``TRITON_INTERPRET=1``) runs on CPU tensors, but only if ``RDMD_KERNELS=triton`` asks for
+    it.
+
+    Raises:
+        RuntimeError: ``RDMD_KERNELS`` has an unknown value, or Triton is wanted where it cannot run.
+    """
+    choice = os.environ.get("RDMD_KERNELS", "auto").strip().lower()
+    if choice not in ("auto", "triton", "reference"):
+        raise RuntimeError(f"RDMD_KERNELS={choice!r} is unknown; set it to auto, triton or reference")
+    kind = torch.device(device).type
+    if choice == "reference" or (choice == "auto" and kind != "cuda"):
+        return "reference"
+    if triton is None:
+        raise RuntimeError(f"no Triton for tensors on {kind}; install triton or set RDMD_KERNELS=reference")
+    if kind != "cuda" and not (kind == "cpu" and INTERPRETED):
+        raise RuntimeError(
+            f"Triton cannot run on {kind} tensors; unset RDMD_KERNELS, or set TRITON_INTERPRET=1 for the CPU"
+        )
+    return "triton"

@@ -1,0 +1,47 @@
+"""The ``rdmd`` command. Each subcommand's module is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from .errors import InputError
+from .runtime import EXIT_BAD_INPUT
+
+# name -> (module with add_arguments(parser) and run(arguments) -> exit status, one line of help)
+COMMANDS = {
+    "pack": ("rdmd_fast.data.pack", "write digits, an image folder or a toy as WebDataset shards"),
+    "sample": ("rdmd_fast.sample", "draw samples from a teacher, to look at it before distilling"),
+    "translate": ("rdmd_fast.translate", "translate images with a trained generator"),
+    "evaluate": (
+        "rdmd_fast.evaluate",
+        "measure a generator, or a toy run against its closed form and exact transport",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="rdmd", description="One-step unpaired image-to-image translation by RDMD.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        if argv and argv[0] == name:
+            command = importlib.import_module(module)
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""The whole configuration: composes the options that live beside their components, reads YAML and overrides."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from .checkpoint import CheckpointOptions
+from .data import DataOptions
+from .data.toys import ToyDistribution
+from .diffusion import DiffusionOptions
+from .distributed import TrainOptions
+from .errors import InputError
+from .networks import GeneratorOptions, NetworkOptions, TeacherCopyOptions
+from .options import Options
+from .rdmd import RDMDOptions
+from .teacher import TeacherStageOptions
+from .telemetry import TelemetryOptions
+from .validation import ValidationOptions
+
+
+class Config(Options):
+    """One runnable experiment. Each section is documented where it is defined."""
+
+    stage: Literal["teacher", "rdmd"] = Field(description="teacher: score of the target domain; rdmd: distillation")
+    run_dir: str = Field(description="folder of the run: config, metrics, pictures, checkpoints, export")
+    seed: int = Field(0, ge=0, lt=2**64, description="key of all counter-based randomness, 64 bits (ours)")
+    data: DataOptions = Field(default_factory=DataOptions)
+    teacher: str | None = Field(
+        None,
+        description="rdmd: an export folder of a teacher, or `analytic` for the toys; teacher: where to start from",
+    )
+    network: NetworkOptions | None = Field(
+        None, description="network of teacher and fake score; with an export as teacher it comes from there"
+    )
+    generator: GeneratorOptions = Field(
+        default_factory=TeacherCopyOptions,
+        description="the generator; `teacher` copies the teacher's network (paper)",
+    )
+    diffusion: DiffusionOptions | None = Field(
+        None,
+        description="parameterisation of `network`; with an export as teacher it comes from there (EDM's if unset)",
+    )
+    rdmd: RDMDOptions = Field(default_factory=RDMDOptions)
+    teacher_stage: TeacherStageOptions = Field(default_factory=TeacherStageOptions)
+    train: TrainOptions = Field(default_factory=TrainOptions)
+    checkpoint: CheckpointOptions = Field(default_factory=CheckpointOptions)
+    telemetry: TelemetryOptions = Field(default_factory=TelemetryOptions)
+    validation: ValidationOptions = Field(default_factory=ValidationOptions)
+    deepspeed: dict = Field(
+        default_factory=dict,
+        description="a DeepSpeed section merged over ours for both trained engines, e.g. {zero_optimization: {stage: 2}}",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        problems = list(_stage_problems(self)) + list(_deepspeed_problems(self.deepspeed))
+        if problems:
+            raise ValueError(problems[0])
+        return self
+
+
+def _stage_problems(config: Config):
+    if config.stage == "teacher":
+        if config.data.target is None:
+            yield "data.target: missing, the teacher stage trains on it"
+        if config.network is None and config.teacher is None:
+            yield "network: missing, name a kind (`network: {kind: song_unet, …}`) or a teacher to start from"
+        if config.teacher == "analytic":
+            yield "teacher: 'analytic' needs no training, use stage rdmd"
+        return
+    if config.data.source is None:
+        yield "data.source: missing, the rdmd stage translates from it"
+    if config.teacher is None:
+        yield "teacher: missing, name an export folder of the teacher stage, or `analytic` for a toy target"
+    if config.teacher == "analytic":
+        if not isinstance(config.data.target, ToyDistribution):
+            yield "data.target: must be a toy such as {toy: 8gaussians} when teacher is 'analytic'"
+        if config.generator.kind == "teacher":
+            yield "generator.kind: an analytic teacher has no network to copy, use mlp or affine"
+        if config.network is None and config.rdmd.fake_score == "learned":
+            yield "network: missing, an analytic teacher lends the fake score no network (`network: {kind: mlp}`)"
+    elif config.network is not None:
+        yield "network: comes from the teacher's export, remove the section"
+    elif config.diffusion is not None:
+        yield "diffusion: comes from the teacher's export, remove the section"
+    if config.rdmd.fake_score == "closed_form":
+        if config.generator.kind != "affine" or config.teacher != "analytic":
+            yield "rdmd.fake_score: 'closed_form' needs generator.kind affine and teacher analytic"
+        if not (isinstance(config.data.source, ToyDistribution) and config.data.source.toy == "gaussian"):
+            yield "rdmd.fake_score: 'closed_form' needs data.source {toy: gaussian}"
+
+
+def _deepspeed_problems(section: dict):
+    ours = {
+        "train_batch_size": "train.global_batch_size",
+        "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+        "gradient_accumulation_steps": "train.micro_batch_size",
+        "gradient_clipping": "rdmd.*_optimizer.grad_clip or teacher_stage.optimizer.grad_clip",
+        "optimizer": "rdmd.*_optimizer or teacher_stage.optimizer",
+        "scheduler": "rdmd.*_optimizer or teacher_stage.optimizer",
+        "bf16": "train.dtype",
+        "fp16": "train.dtype",
+    }
+    for key, replacement in ours.items():
+        if key in section:
+            yield f"deepspeed.{key}: set {replacement} instead"
+    zero = section.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        yield "deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; people who write configs mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\d[\d_]*(\.\d*)?|\.\d+)([eE][-+]?\d+)$|^[-+]?\d[\d_]*\.\d*$|^[-+]?\.\d+$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str, overrides: list[str] = ()) -> Config:
+    """Read a YAML file, apply ``key=value`` overrides (dotted keys, YAML values), validate.
+
+    Raises:
+        InputError: one line that names the file or key, what is wrong and the nearest right key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: cannot be read ({_reason(error)})") from None
+    values = _parse_yaml(text, f"config {path}")
+    if not isinstance(values, dict):
+        raise InputError(f"config {path}: must be a mapping of keys to values, found {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return validate_config(values, path)
+
+
+def validate_config(values: dict, origin: str) -> Config:
+    """Check plain values (from YAML) against the typed options; ``origin`` names them in the error."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"config {origin}: {_explain(error.errors()[0])}") from None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or " ".join(str(error).split())
+
+
+def _parse_yaml(text: str, where: str):
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise InputError(f"{where}: not valid YAML{line} ({problem})") from None
+
+
+def _apply_override(values: dict, override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not all(part for part in key.split(".")):
+        raise InputError(f"override {override!r}: write it as key=value, for example train.steps=1000")
+    *parents, leaf = key.split(".")
+    section = values
+    for depth, part in enumerate(parents):
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict):
+            raise InputError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    section[leaf] = _parse_yaml(value, f"override {override!r}")
+
+
+def _explain(error: dict) -> str:
+    keys = [name for name, _, _ in option_table()]
+    # Members of a union put their own name into the location; keys that exist nowhere in the table are those.
+    parts = [str(part) for part in error["loc"]]
+    tags = {
+        "mlp",
+        "affine",
+        "song_unet",
+        "teacher",
+        "lognormal",
+        "karras_uniform",
+        "log_uniform",
+        "ToyDistribution",
+        "str",
+    }
+    located = ".".join(part for position, part in enumerate(parts) if not (position and part in tags))
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(located, keys, n=1, cutoff=0.5)
+        leaf = located.rsplit(".", 1)[-1]
+        near = near or [key for key in keys if key.rsplit(".", 1)[-1] == leaf][:1]
+        return f"unknown key {located}" + (f", did you mean {near[0]}?" if near else "")
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{located}: missing" if located else message
+    if error["type"] == "value_error" and not located:
+        return message
+    found = f", found {error['input']!r}" if not isinstance(error["input"], dict | BaseModel) else ""
+    return f"{located}: {message[0].lower() + message[1:]}{found}"
+
+
+def option_table() -> list[tuple[str, str, str]]:
+    """Every option as (dotted key, default, description with unit and origin)."""
+    return list(_options_of(Config, ""))
+
+
+def _options_of(model: type[BaseModel], prefix: str):
+    seen = set()
+    for name, field in model.model_fields.items():
+        sections = [kind for kind in _members(field.annotation) if _is_section(kind)]
+        default = "" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        if not sections or field.description:
+            yield f"{prefix}{name}", "" if sections else default, field.description or ""
+        for section in sections:
+            for key, value, description in _options_of(section, f"{prefix}{name}."):
+                if key not in seen:
+                    seen.add(key)
+                    yield key, value, description
+
+
+def _is_section(annotation) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _members(annotation):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        for member in typing.get_args(annotation):
+            yield from _members(member)
+    else:
+        yield annotation
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,315 @@
+"""Processes, DeepSpeed engines for the three networks, and the sharded EMA."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from .errors import InputError
+from .options import Options
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class OptimizerOptions(Options):
+    """Adam for one engine."""
+
+    lr: float = Field(
+        1e-4,
+        gt=0,
+        description="learning rate (ours; EDM trains at 2e-4 to 1e-3, DMD2 distils at 2e-6 to 5e-5)",
+    )
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="Adam's moments (EDM)")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon (EDM)")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; 0 is plain Adam (EDM)")
+    grad_clip: float = Field(
+        0.0,
+        ge=0,
+        description="global gradient norm is cut to this, 0 for never; it grows with the sample's size (ours)",
+    )
+    warmup: int = Field(0, ge=0, description="updates over which the learning rate rises from 0 (ours)")
+    decay: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="course of the learning rate to 0 at train.steps (EDM: constant)"
+    )
+
+
+class TrainOptions(Options):
+    """Length, batch and precision."""
+
+    steps: int = Field(10_000, ge=0, description="iterations: generator updates (rdmd) or teacher updates (ours)")
+    global_batch_size: int = Field(64, ge=1, description="samples an update averages over, all ranks together (ours)")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="samples a rank holds at once; unset: global_batch_size / ranks (ours)"
+    )
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="dtype of weights and activations; masters are fp32 (ours)"
+    )
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so: every decision that changes what a rank does next goes through here."""
+        if self.size == 1:
+            return flag
+        vote = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        return bool(vote.item())
+
+    def broadcast(self, value):
+        """Rank 0's plain value (strings, numbers, None) on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def join_world() -> World:
+    """Join the processes that `deepspeed`, `torchrun` or `srun` started; alone under plain `python`."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    else:
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Ranks on one machine share its cores; without this each would start a thread for every core.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        # DeepSpeed would compile a shared-memory collective at the first start, a minute long; gloo serves as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if not dist.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            # Alone there is nobody to meet: no port is opened.
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    with contextlib.redirect_stdout(None):
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How a global batch falls on ranks and micro-batches. Positions of a batch are first .. first + global_batch - 1."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    rank: int
+    world_size: int
+
+    @classmethod
+    def of(cls, options: TrainOptions, world: World) -> BatchLayout:
+        total, ranks = options.global_batch_size, world.size
+        if total % ranks:
+            raise InputError(
+                f"train.global_batch_size {total} does not divide by {ranks} ranks: choose a multiple of {ranks}"
+            )
+        micro = options.micro_batch_size or total // ranks
+        if (total // ranks) % micro:
+            raise InputError(
+                f"train.micro_batch_size {micro} does not divide the {total // ranks} samples a rank has "
+                f"(train.global_batch_size {total} over {ranks} ranks)"
+            )
+        return cls(total, micro, total // ranks // micro, world.rank, ranks)
+
+    def positions(self, first: int, micro: int) -> torch.Tensor:
+        """Positions of this rank's micro-batch number ``micro`` in the global batch that starts at ``first``: int64."""
+        start = first + (micro * self.world_size + self.rank) * self.micro_batch
+        return torch.arange(start, start + self.micro_batch, dtype=torch.int64)
+
+
+def zero_stage(deepspeed_section: dict) -> int:
+    return deepspeed_section.get("zero_optimization", {}).get("stage", 0)
+
+
+def _deepspeed_config(section: dict, layout: BatchLayout, dtype: str, grad_clip: float) -> dict:
+    return {
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **section,
+        "train_batch_size": layout.global_batch,
+        "train_micro_batch_size_per_gpu": layout.micro_batch,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": grad_clip,
+        "bf16": {"enabled": dtype == "bf16"},
+    }
+
+
+def initialize_engine(
+    network: torch.nn.Module,
+    optimizer: OptimizerOptions,
+    layout: BatchLayout,
+    train: TrainOptions,
+    section: dict,
+):
+    """A DeepSpeed engine that trains ``network`` (consumed: its parameters may be sharded in place)."""
+    import deepspeed
+
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    family = torch.optim.AdamW if optimizer.weight_decay else torch.optim.Adam
+    adam = family(
+        parameters,
+        lr=optimizer.lr,
+        betas=tuple(optimizer.betas),
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        fused=True,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine, *_ = deepspeed.initialize(
+            model=network,
+            optimizer=adam,
+            model_parameters=parameters,
+            config=_deepspeed_config(section, layout, train.dtype, optimizer.grad_clip),
+            dist_init_required=False,
+        )
+    return engine
+
+
+def freeze(network: torch.nn.Module, layout: BatchLayout, train: TrainOptions, section: dict, device: torch.device):
+    """The frozen teacher: sharded by an engine without optimizer at ZeRO-3, replicated as a plain module below."""
+    network.requires_grad_(False).eval()
+    if zero_stage(section) < 3:
+        return network.to(device=device, dtype=DTYPES[train.dtype])
+    import deepspeed
+
+    zero = {key: value for key, value in section["zero_optimization"].items() if key != "offload_optimizer"}
+    config = _deepspeed_config({**section, "zero_optimization": zero}, layout, train.dtype, 0.0)
+    engine, *_ = deepspeed.initialize(model=network, config=config, dist_init_required=False)
+    return engine
+
+
+def set_learning_rate(engine, options: OptimizerOptions, update: int, total: int) -> float:
+    """Learning rate of update number ``update``: a function of it alone, so that resuming needs no state."""
+    rate = options.lr * min(1.0, (update + 1) / options.warmup) if options.warmup else options.lr
+    remaining = max(0.0, 1 - update / total) if total else 1.0
+    if options.decay == "linear":
+        rate *= remaining
+    elif options.decay == "cosine":
+        rate *= 0.5 - 0.5 * math.cos(math.pi * remaining)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+def master_shards(engine) -> list[torch.Tensor]:
+    """This rank's share of the engine's fp32 parameters: flat shards under ZeRO, the parameters themselves at stage 0."""
+    for name in (
+        "fp32_partitioned_groups_flat",  # ZeRO 3
+        "single_partition_of_fp32_groups",  # ZeRO 1 and 2
+        "fp32_groups_flat_partition",  # bf16 with fp32 gradient accumulation
+        "fp32_groups_flat",  # bf16 at ZeRO 0
+    ):
+        shards = getattr(engine.optimizer, name, None)
+        if shards:
+            return [shard.detach() for shard in shards]
+    return [parameter.detach() for parameter in engine.module.parameters()]
+
+
+@torch.no_grad()
+def gather_parameters(engine, shards: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The whole fp32 state dict on the CPU of every rank; a collective call.
+
+    Args:
+        shards: values to gather in place of the engine's own masters (an EMA), shaped as ``master_shards``.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    masters = master_shards(engine)
+    kept = None
+    if shards is not None:
+        # DeepSpeed knows how its shards map to parameters: lend them the other values while it reads.
+        kept = [master.clone() for master in masters]
+        torch._foreach_copy_(masters, [shard.to(master.device) for shard, master in zip(shards, masters, strict=True)])
+    whole = {}
+    flat_groups = getattr(engine.optimizer, "fp32_groups_flat", None)
+    if flat_groups:
+        for flat, group in zip(flat_groups, engine.optimizer.fp16_groups, strict=True):
+            names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+            sizes = [parameter.numel() for parameter in group]
+            for parameter, values in zip(group, flat.detach()[: sum(sizes)].split(sizes), strict=True):
+                whole[names[id(parameter)]] = values.view(parameter.shape).cpu().clone()
+    else:
+        for name, parameter in engine.module.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            whole[name] = (parameter if full is None else full).detach().float().cpu().clone().contiguous()
+    if kept is not None:
+        torch._foreach_copy_(masters, kept)
+    persistent = engine.module.state_dict().keys() if zero_stage(engine.config) < 3 else None
+    for name, buffer in engine.module.named_buffers():
+        if persistent is None or name in persistent:
+            whole[name] = buffer.detach().float().cpu().clone()
+    return whole
+
+
+class EMAOptions(Options):
+    """Exponential moving average of the weights that are exported."""
+
+    half_life: float = Field(
+        5_000, gt=0, description="samples after which a weight's share halves (ours; EDM: 500,000)"
+    )
+    ramp: float = Field(0.05, gt=0, description="the half-life is at most this share of the samples seen (EDM)")
+
+
+class ShardedEMA:
+    """EMA of an engine's fp32 masters on each rank's own shard: no gather, 1/world of the memory under ZeRO."""
+
+    def __init__(self, engine, options: EMAOptions, global_batch: int):
+        self.engine, self.options, self.global_batch = engine, options, global_batch
+        self.shards = [shard.clone() for shard in master_shards(engine)]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Fold in the weights after iteration ``step``: decay = 0.5^(batch / half-life), half-life in samples."""
+        seen = (step + 1) * self.global_batch
+        half_life = min(self.options.half_life, seen * self.options.ramp)
+        decay = 0.5 ** (self.global_batch / half_life)
+        torch._foreach_lerp_(self.shards, master_shards(self.engine), 1 - decay)
+
+    def gather(self) -> dict[str, torch.Tensor]:
+        """The averaged state dict on the CPU of every rank; a collective call."""
+        return gather_parameters(self.engine, self.shards)

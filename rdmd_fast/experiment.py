@@ -1,0 +1,368 @@
+"""Builds a stage from its configuration: data, networks, engines, EMA, pictures and validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .checkpoint import TrainingState
+from .config import Config
+from .data.shards import ShardSet
+from .data.stream import SampleStream, ToyStream
+from .data.toys import ToyDistribution
+from .diffusion import DiffusionOptions, Reading, denoise, heun_sample, karras_levels
+from .distributed import DTYPES, BatchLayout, OptimizerOptions, ShardedEMA, World, freeze, initialize_engine
+from .errors import InputError
+from .kernels.image_normalize import image_normalize
+from .networks import build_network
+from .networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
+from .networks.analytic_score import AnalyticScore
+from .networks.exported import ExportConfig, Generator, load_weights, read_export, rebuild
+from .randomness import Philox, Stream
+from .rdmd import RDMD
+from .teacher import TeacherStage
+from .telemetry import Telemetry
+from .validation import ImageValidator, ToyValidator, held_out_images
+
+Picture = Callable[[dict[str, torch.Tensor], Path], None]
+
+
+@dataclass
+class Experiment:
+    """A stage ready to run.
+
+    Attributes:
+        stage: has ``iteration(step)``.
+        state: engines and EMA, what a checkpoint holds.
+        optimizers: options of each engine in ``state``, by name.
+        export: config.json of the export; the EMA's weights go with it.
+        picture: draws a picture from EMA weights; a collective call, the main rank writes.
+        measure: validation metrics from EMA weights, on the main rank; None without held-out data.
+        best_by: the metric whose lowest value is kept.
+    """
+
+    stage: TeacherStage | RDMD
+    state: TrainingState
+    optimizers: dict[str, OptimizerOptions]
+    export: ExportConfig
+    picture: Picture
+    measure: Callable[[dict[str, torch.Tensor]], dict[str, float]] | None = None
+    best_by: str | None = None
+    parameters: dict[str, int] = field(default_factory=dict)
+
+
+class DeviceStream:
+    """A stream whose batches arrive on the device as float32 in data units."""
+
+    def __init__(self, stream: SampleStream | ToyStream, device: torch.device):
+        self.stream, self.device, self.shape = stream, device, tuple(stream.shape)
+
+    def batch(self, positions: torch.Tensor) -> torch.Tensor:
+        samples = self.stream.batch(positions)
+        if self.device.type == "cuda":
+            samples = samples.pin_memory().to(self.device, non_blocking=True)
+        return image_normalize(samples, torch.float32) if samples.dtype == torch.uint8 else samples
+
+
+def open_domain(config: Config, role: str, philox: Philox, device: torch.device) -> DeviceStream:
+    """The source's or the target's stream."""
+    spec = getattr(config.data, role)
+    order, points = {
+        "source": (Stream.SOURCE_ORDER, Stream.SOURCE_POINTS),
+        "target": (Stream.TARGET_ORDER, Stream.TARGET_POINTS),
+    }[role]
+    if isinstance(spec, ToyDistribution):
+        return DeviceStream(ToyStream(spec, philox, points), device)
+    cache_bytes = int(config.data.cache_gib * 2**30)
+    return DeviceStream(SampleStream(ShardSet(spec), philox, order, cache_bytes), device)
+
+
+def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Experiment:
+    """Everything that a run needs, freshly initialised."""
+    torch.manual_seed(config.seed)
+    build = _build_teacher_stage if config.stage == "teacher" else _build_rdmd_stage
+    experiment = build(config, world, telemetry, Philox(config.seed), BatchLayout.of(config.train, world))
+    # Dropout is the one use of torch's own generator; ranks must not drop the same units.
+    torch.manual_seed(config.seed + 1 + world.rank)
+    return experiment
+
+
+# -- teacher stage -----------------------------------------------------------------------------------------------------
+
+
+def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment:
+    target = open_domain(config, "target", philox, world.device)
+    if config.teacher is not None:
+        start, weights = read_export(config.teacher, "teacher")
+        _check_shape(config.teacher, start, target.shape, "data.target")
+        network_options, diffusion = start.network, start.diffusion
+    else:
+        network_options, diffusion, weights = config.network, config.diffusion or DiffusionOptions(), None
+    network = build_network(network_options, target.shape)
+    if weights is not None:
+        load_weights(network, weights, config.teacher)
+    parameters = {"teacher": count_parameters(network)}
+    label = _class_label(config, network_options, world.device)
+    options = config.teacher_stage
+    engine = initialize_engine(network.to(world.device), options.optimizer, layout, config.train, config.deepspeed)
+    stage = TeacherStage(
+        options,
+        diffusion,
+        engine,
+        target,
+        philox,
+        layout,
+        world.device,
+        DTYPES[config.train.dtype],
+        telemetry,
+        label,
+    )
+    export = ExportConfig(
+        role="teacher", network=network_options, sample_shape=list(target.shape), diffusion=diffusion,
+        target_class=config.data.target_class,
+    )  # fmt: skip
+    ema = ShardedEMA(engine, options.ema, layout.global_batch)
+    return Experiment(
+        stage,
+        TrainingState({"teacher": engine}, ema),
+        {"teacher": options.optimizer},
+        export,
+        _teacher_picture(config, world, export, philox, target, label),
+        parameters=parameters,
+    )
+
+
+def _teacher_picture(config, world, export, philox, target, label) -> Picture:
+    count = config.telemetry.sample_count
+    real = target.batch(torch.arange(count))
+    noise = philox.normal(Stream.VALIDATION_NOISE, torch.arange(count), target.shape).to(world.device)
+
+    def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
+        if not world.is_main:
+            return
+        network = rebuild(export, weights, "EMA").to(world.device)
+        labels = None if label is None else label.expand(count, -1)
+        samples = heun_sample(
+            lambda state, sigma: denoise(network, state, sigma, export.diffusion, labels),
+            noise,
+            karras_levels(18),
+        )
+        _write_picture([("target", real), ("samples", samples)], path)
+
+    return picture
+
+
+# -- rdmd stage --------------------------------------------------------------------------------------------------------
+
+
+def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
+    options = config.rdmd
+    source = open_domain(config, "source", philox, world.device)
+    if config.teacher == "analytic":
+        networks = _analytic_networks(config, source, world)
+    else:
+        networks = _distilled_networks(config, source, layout, world)
+    teacher, fake_network, generator_network, export = networks
+    parameters = {"generator": count_parameters(generator_network)}
+    generator = initialize_engine(
+        generator_network.to(world.device),
+        options.generator_optimizer,
+        layout,
+        config.train,
+        config.deepspeed,
+    )
+    engines, optimizers = {"generator": generator}, {"generator": options.generator_optimizer}
+    if options.fake_score == "learned":
+        parameters["fake_score"] = count_parameters(fake_network)
+        fake_score = initialize_engine(
+            fake_network.to(world.device), options.fake_optimizer, layout, config.train, config.deepspeed
+        )
+        engines["fake_score"], optimizers["fake_score"] = fake_score, options.fake_optimizer
+    else:
+        fake_score = _closed_form_fake_score(generator.module, config.data.source, export.diffusion)
+    label = _class_label(config, export.network, world.device)
+    reading = Reading.of(export.reading, export.diffusion, options.generator_sigma)
+    stage = RDMD(
+        options, export.diffusion, reading, generator, fake_score, teacher, source, philox, layout,
+        world.device, DTYPES[config.train.dtype], telemetry, label,
+    )  # fmt: skip
+    ema = ShardedEMA(generator, options.ema, layout.global_batch)
+    measure, best_by, held_out = _validation(config, world, export, source)
+    return Experiment(
+        stage,
+        TrainingState(engines, ema),
+        optimizers,
+        export,
+        _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label),
+        measure,
+        best_by,
+        parameters,
+    )
+
+
+def _analytic_networks(config: Config, source, world: World):
+    """Exact teacher of a toy target; G and fake score start from their own initialisation (G near the identity)."""
+    diffusion = config.diffusion or DiffusionOptions()
+    if diffusion.parameterization != "edm":
+        raise InputError("diffusion.parameterization: an analytic teacher is read in edm's, remove the key")
+    means, covariances, weights = config.data.target.mixture()
+    variances = covariances[:, 0, 0]
+    if torch.equal(covariances, variances[:, None, None] * torch.eye(means.shape[1], dtype=covariances.dtype)):
+        covariances = variances
+    teacher = AnalyticScore(GaussianMixtureDenoiser(means, covariances, weights), diffusion).to(world.device)
+    generator = build_network(config.generator, source.shape)
+    fake = build_network(config.network, source.shape) if config.rdmd.fake_score == "learned" else None
+    export = ExportConfig(
+        role="generator", network=config.generator, sample_shape=list(source.shape), diffusion=diffusion,
+        reading=config.generator.kind, generator_sigma=config.rdmd.generator_sigma,
+    )  # fmt: skip
+    return teacher, fake, generator, export
+
+
+def _distilled_networks(config: Config, source, layout, world: World):
+    """Teacher from its export; G and fake score start from its weights."""
+    start, weights = read_export(config.teacher, "teacher")
+    _check_shape(config.teacher, start, source.shape, "data.source")
+    teacher, fake = (build_network(start.network, source.shape, dropout=False) for _ in range(2))
+    load_weights(teacher, weights, config.teacher)
+    load_weights(fake, weights, config.teacher)
+    network_options = start.network if config.generator.kind == "teacher" else config.generator
+    generator = build_network(network_options, source.shape, dropout=False)
+    if config.generator.kind == "teacher":
+        load_weights(generator, weights, config.teacher)
+    export = ExportConfig(
+        role="generator", network=network_options, sample_shape=list(source.shape), diffusion=start.diffusion,
+        reading=config.generator.kind, generator_sigma=config.rdmd.generator_sigma,
+        target_class=config.data.target_class,
+    )  # fmt: skip
+    return freeze(teacher, layout, config.train, config.deepspeed, world.device), fake, generator, export
+
+
+def _closed_form_fake_score(generator: torch.nn.Module, source: ToyDistribution, diffusion) -> AnalyticScore:
+    """Exact score of y = A x + b for a Gaussian x ~ N(m, C): y ~ N(A m + b, A C Aᵀ)."""
+    means, covariances, _ = source.mixture()
+
+    def denoiser(state: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        matrix, shift = generator.weight.detach().double(), generator.bias.detach().double()
+        mean, covariance = means[0].to(matrix.device), covariances[0].to(matrix.device)
+        return gaussian_denoiser(state, sigma, matrix @ mean + shift, matrix @ covariance @ matrix.t())
+
+    return AnalyticScore(denoiser, diffusion)
+
+
+def _validation(config: Config, world: World, export: ExportConfig, source):
+    """(measure, best_by, held-out sources [n, …]) by the kind of data; training sources stand in for missing ones."""
+    toys = isinstance(config.data.source, ToyDistribution) and isinstance(config.data.target, ToyDistribution)
+    options = config.validation
+    if toys:
+        validator = ToyValidator(options, config.data.source, config.data.target, config.seed, config.rdmd)
+        held_out = validator
+    elif config.data.source_holdout:
+        sources = held_out_images(config.data.source_holdout, options.count)
+        if tuple(sources.shape[1:]) != tuple(source.shape):
+            raise InputError(
+                f"data.source_holdout: samples of shape {tuple(sources.shape[1:])}, data.source has {source.shape}: "
+                "pack both alike"
+            )
+        targets = held_out_images(config.data.target_holdout, options.count) if config.data.target_holdout else None
+        if options.judge and options.judge_label is None:
+            raise InputError("validation.judge_label: missing, name the label of the target domain")
+        validator = ImageValidator(options, sources, targets) if sources.ndim == 4 else None
+        held_out = sources
+    else:
+        return None, None, source.batch(torch.arange(config.telemetry.sample_count)).cpu()
+    if validator is None:
+        return None, None, held_out
+
+    def measure(weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        return validator.measure(_translator(weights, export, world.device))
+
+    return measure, validator.best_by, held_out
+
+
+def _translator(weights: dict[str, torch.Tensor], export: ExportConfig, device) -> Callable:
+    generator = Generator(rebuild(export, weights, "EMA"), export).to(device)
+
+    @torch.no_grad()
+    def translate(x: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+        return torch.cat([generator(part.to(device)).cpu() for part in x.split(chunk)])
+
+    return translate
+
+
+def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label) -> Picture:
+    if isinstance(held_out, ToyValidator):
+        return _toy_picture(config, world, export, held_out)
+    count = min(config.telemetry.sample_count, len(held_out))
+    # Spread over the held-out set: neighbours in a shard are often the same motif.
+    x = held_out[torch.linspace(0, len(held_out) - 1, count).long()].to(world.device)
+    sigma = config.telemetry.sample_sigma or config.rdmd.generator_sigma
+    noise = philox.normal(Stream.VALIDATION_NOISE, torch.arange(count), tuple(x.shape[1:])).to(world.device)
+    dtype = DTYPES[config.train.dtype]
+    labels = None if label is None else label.expand(count, -1)
+
+    @torch.no_grad()
+    def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
+        y = _translator(weights, export, world.device)(x).to(world.device)
+        # Sharded networks take every rank to run, though one draws.
+        real, fake = (
+            denoise(network, y + sigma * noise, sigma, export.diffusion, labels, dtype)
+            for network in (teacher, fake_score)
+        )
+        if world.is_main:
+            rows = [("source x", x), ("G(x)", y), ("teacher of noised G(x)", real), ("fake score's", fake)]
+            _write_picture(rows, path)
+
+    return picture
+
+
+def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
+    def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
+        if not world.is_main:
+            return
+        from .figures import toy_picture
+
+        outputs = _translator(weights, export, world.device)(validator.source)
+        names = config.data.source.toy, config.data.target.toy
+        title = f"{names[0]} → {names[1]}, λ = {config.rdmd.transport_weight:g}"
+        toy_picture(validator.source.numpy(), outputs.numpy(), validator.target.numpy(), path, title)
+
+    return picture
+
+
+# -- shared ------------------------------------------------------------------------------------------------------------
+
+
+def _write_picture(rows: list[tuple[str, torch.Tensor]], path: Path) -> None:
+    """Images of one or three channels as a grid; points and latents have no picture of their own."""
+    from .figures import image_grid
+
+    if rows[0][1].ndim == 4 and rows[0][1].shape[1] in (1, 3):
+        image_grid([(label, images.cpu()) for label, images in rows], path)
+
+
+def _check_shape(folder: str, export: ExportConfig, shape: tuple[int, ...], key: str) -> None:
+    if tuple(export.sample_shape) != tuple(shape):
+        raise InputError(
+            f"teacher {folder}: is for samples of shape {tuple(export.sample_shape)}, {key} has {tuple(shape)}: "
+            "pack the data at the teacher's resolution or train another teacher"
+        )
+
+
+def _class_label(config: Config, network_options, device) -> torch.Tensor | None:
+    """One-hot row [1, classes] of data.target_class, or None for a network without classes."""
+    classes, target = getattr(network_options, "label_dim", 0), config.data.target_class
+    if not classes:
+        if target is not None:
+            raise InputError("data.target_class: the network has no classes, remove the key")
+        return None
+    if target is None or target >= classes:
+        raise InputError(f"data.target_class: the network has {classes} classes, name one from 0 to {classes - 1}")
+    return torch.nn.functional.one_hot(torch.tensor([target], device=device), classes).float()
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())

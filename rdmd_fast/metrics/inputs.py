@@ -1,0 +1,49 @@
+"""What every metric checks of its inputs, and the optional packages that metrics need."""
+
+import importlib
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from rdmd_fast.errors import InputError
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import ``module``; raises InputError that names the extra to install when it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = "POT" if module == "ot" else module.partition(".")[0]
+        raise InputError(f"{package} is not installed: run `pip install rdmd_fast[{extra}]`") from error
+
+
+def fp64_rows(values, name: str) -> np.ndarray:
+    """``values`` (array or tensor, any device and dtype) as fp64 [n, d].
+
+    Raises InputError when it is not a non-empty matrix or holds NaN or infinity.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().double().numpy()
+    rows = np.asarray(values, dtype=np.float64)
+    if rows.ndim != 2 or rows.size == 0:
+        raise InputError(f"{name} has shape {list(rows.shape)}: give a non-empty [samples, dimensions] array")
+    if not np.isfinite(rows).all():
+        raise InputError(f"{name} holds NaN or infinity: check whether the network that made it diverged")
+    return rows
+
+
+def image_batch(images, name: str) -> torch.Tensor:
+    """``images`` (array or tensor, any device) as a floating-point CPU tensor [N, C, H, W], dtype kept.
+
+    Raises InputError for another rank, for integer images (they would not be in [-1, 1]), for an empty
+    batch and for NaN or infinity.
+    """
+    batch = torch.as_tensor(images).detach().cpu()
+    if batch.ndim != 4 or batch.numel() == 0:
+        raise InputError(f"{name} has shape {list(batch.shape)}: give a non-empty [N, C, H, W] batch")
+    if not batch.is_floating_point():
+        raise InputError(f"{name} has dtype {batch.dtype}: give floating-point images in [-1, 1]")
+    if not torch.isfinite(batch).all():
+        raise InputError(f"{name} holds NaN or infinity: check whether the network that made it diverged")
+    return batch

@@ -1,0 +1,143 @@
+"""Does a translated digit read as the target digit? Judges trained on real images alone.
+
+Images are compared by their grey value, the largest of the colour channels (the V of HSV), so that the judges
+see the shape and not the colour, which a good translation keeps.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.errors import InputError
+from rdmd_fast.metrics.frechet import frechet_distance
+from rdmd_fast.metrics.images import l2, mean_colour_cosine, mse_per_pixel, psnr, unit_range
+from rdmd_fast.metrics.inputs import require
+
+NEIGHBOURS = 3
+HIDDEN_UNITS = (64, 16)
+
+
+def _grey(images) -> np.ndarray:
+    """Grey values in [0, 1], fp64 [N, H * W], of images [N, C, H, W] in [-1, 1]."""
+    return unit_range(images).amax(1).flatten(1).double().numpy()
+
+
+def _distinct_grey(folder: Path) -> tuple[np.ndarray, tuple[int, int]]:
+    """Distinct grey images of a shard set, fp64 [N, H * W] in [0, 1], and (H, W).
+
+    The hue copies of an image have one grey image; each counts once, or its copies would be its neighbours.
+    """
+    shards = ShardSet(folder)
+    grey = np.stack([shards.read(i).max(axis=-1) for i in range(len(shards))])
+    return np.unique(grey.reshape(len(grey), -1), axis=0) / 255.0, grey.shape[1:]
+
+
+class DigitJudge:
+    """3-NN and a small feature network, fitted to ROOT/<digit>/train and checked on ROOT/<digit>/test.
+
+    Deterministic, and ready within seconds. Attributes: ``classes`` (int [K]), ``image_size`` (H, W), and
+    ``knn_accuracy`` and ``network_accuracy`` in [0, 1] on the held-out images. Raises InputError when
+    ``root`` holds no such folders, their sizes differ, or scikit-learn is missing.
+    """
+
+    def __init__(self, root: str | Path):
+        folders = sorted(
+            (f for f in Path(root).glob("*") if f.name.isdigit() and (f / "train").is_dir()),
+            key=lambda f: int(f.name),
+        )
+        if len(folders) < 2:
+            raise InputError(f"{root}: no digit folders such as 2/train and 3/train, run `rdmd pack digits` first")
+        self.classes = np.array([int(f.name) for f in folders])
+        self.image_size = None
+        train_images, train_labels = self._load(folders, "train")
+        self._test_images, self._test_labels = self._load(folders, "test")
+        self._fit(train_images, train_labels)
+        self.knn_accuracy = float(self._knn.score(self._test_images, self._test_labels))
+        self.network_accuracy = float(self._network.score(self._test_images, self._test_labels))
+
+    def _load(self, folders: list[Path], split: str) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = [], []
+        for folder in folders:
+            grey, size = _distinct_grey(folder / split)
+            self.image_size = self.image_size or size
+            if size != self.image_size:
+                raise InputError(f"{folder / split}: {size} images among {self.image_size}, pack at one size")
+            images.append(grey)
+            labels.append(np.full(len(grey), int(folder.name)))
+        return np.concatenate(images), np.concatenate(labels)
+
+    def _fit(self, images: np.ndarray, labels: np.ndarray) -> None:
+        neighbors = require("sklearn.neighbors", "eval")
+        neural_network = require("sklearn.neural_network", "eval")
+        self._knn = neighbors.KNeighborsClassifier(min(NEIGHBOURS, len(images))).fit(images, labels)
+        self._network = neural_network.MLPClassifier(HIDDEN_UNITS, alpha=1e-3, max_iter=500, tol=1e-3, random_state=0)
+        self._network.fit(images, labels)
+
+    def _checked_grey(self, images) -> np.ndarray:
+        height, width = images.shape[-2:]
+        if (height, width) != tuple(self.image_size):
+            raise InputError(f"images are {height}x{width} and the judge's {self.image_size}: translate at its size")
+        return _grey(images)
+
+    def knn_labels(self, images) -> np.ndarray:
+        """Digit of each image by its three nearest real training images; images [N, C, H, W], int64 [N]."""
+        return self._knn.predict(self._checked_grey(images))
+
+    def features(self, images) -> np.ndarray:
+        """Last hidden activations of the network, fp64 [N, 16], for images [N, C, H, W] in [-1, 1]."""
+        activations = self._checked_grey(images)
+        for weight, bias in zip(self._network.coefs_[:-1], self._network.intercepts_[:-1], strict=True):
+            activations = np.maximum(activations @ weight + bias, 0)
+        return activations
+
+    def recall(self, label: int) -> float:
+        """Share of a digit's real held-out images that 3-NN labels right: what a perfect generator scores."""
+        if label not in self.classes:
+            raise InputError(f"digit {label} is not among {self.classes.tolist()}: pack it or name another")
+        return float(np.mean(self._knn.predict(self._test_images[self._test_labels == label]) == label))
+
+
+def digit_report(
+    judge: DigitJudge, source_images, outputs, target_label: int, real_target_images, name: str
+) -> dict[str, str | float | int]:
+    """One row of the digit table; all images [N, C, H, W] in [-1, 1], outputs paired with source_images.
+
+    Keys: ``name``, ``images``, ``real_images`` (counts), ``share_3nn`` (outputs that 3-NN calls
+    target_label), ``colour_cosine``, ``l2``, ``mse_per_pixel`` and ``psnr`` to the sources (see
+    metrics.images), ``frechet`` (of the judge's features, to the real target images).
+    """
+    return {
+        "name": name,
+        "images": len(outputs),
+        "real_images": len(real_target_images),
+        "share_3nn": float(np.mean(judge.knn_labels(outputs) == target_label)),
+        "colour_cosine": mean_colour_cosine(source_images, outputs),
+        "frechet": frechet_distance(judge.features(outputs), judge.features(real_target_images)),
+        "l2": l2(source_images, outputs),
+        "mse_per_pixel": mse_per_pixel(source_images, outputs),
+        "psnr": psnr(source_images, outputs),
+    }
+
+
+def _cell(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def format_table(rows: list[dict]) -> str:
+    """Aligned plain text, a line of column names and one a row: text left, numbers right, gaps as ``-``.
+
+    Columns come in the order in which the rows first name them; floats have four significant digits.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, *([_cell(row.get(column, "-")) for column in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    is_text = [any(isinstance(row.get(column), str) for row in rows) for column in columns]
+    aligned = (
+        [
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(line, widths, is_text, strict=True)
+        ]
+        for line in lines
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)

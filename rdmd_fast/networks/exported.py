@@ -1,0 +1,174 @@
+"""Exports: safetensors + config.json, enough to rebuild a network with no other file.
+
+DIR/config.json                                network, data shape, parameterisation, how to read it
+DIR/generator.safetensors or teacher.safetensors   EMA weights, fp32, keys as the raw network names them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..diffusion import DiffusionOptions, Reading, denoise
+from ..errors import InputError
+from ..options import Options
+from ..runtime import fsync_path, write_atomically
+from . import AffineOptions, MLPOptions, SongUNetOptions, build_network
+
+FORMAT = 1
+
+
+class ExportConfig(Options):
+    """config.json of an export."""
+
+    format: int = FORMAT
+    role: str
+    network: MLPOptions | AffineOptions | SongUNetOptions
+    sample_shape: list[int]
+    diffusion: DiffusionOptions
+    reading: str | None = None
+    generator_sigma: float | None = None
+    target_class: int | None = None
+    step: int | None = None
+
+
+def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Write an export so that ``folder`` always holds a whole one: the old until the new is complete."""
+    folder = Path(folder)
+    partial, retired = (
+        folder.with_name(f".{folder.name}.partial"),
+        folder.with_name(f".{folder.name}.retired"),
+    )
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        partial / f"{config.role}.safetensors",
+    )
+    fsync_path(partial / f"{config.role}.safetensors")
+    write_atomically(partial / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    shutil.rmtree(retired, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, retired)
+    os.replace(partial, folder)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def read_export(folder: str | Path, role: str) -> tuple[ExportConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights of an export.
+
+    Raises:
+        InputError: no export there, one of another role, or a damaged file.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no export there (no config.json), name a RUN/export folder")
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = TypeAdapter(ExportConfig).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{folder}/config.json: {where}: {first['msg'].lower()}, export the run again") from None
+    except (OSError, ValueError, RecursionError):
+        raise InputError(f"{folder}/config.json: not readable as JSON, export the run again") from None
+    if config.format != FORMAT:
+        raise InputError(f"{folder}/config.json: format {config.format} is not the {FORMAT} of this version")
+    if config.role != role:
+        raise InputError(f"{folder}: holds a {config.role}, a {role} is needed")
+    path = folder / f"{role}.safetensors"
+    try:
+        return config, load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing, export the run again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: not a whole safetensors file ({reason}), export the run again") from None
+
+
+def load_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:
+    """Load a state dict one to one.
+
+    Raises:
+        InputError: names the first key or shape that differs.
+    """
+    own = network.state_dict()
+    for name, tensor in own.items():
+        if name not in weights:
+            raise InputError(f"{origin}: has no weight {name}, it is of another network")
+        if weights[name].shape != tensor.shape:
+            raise InputError(
+                f"{origin}: weight {name} has shape {list(weights[name].shape)}, the network needs {list(tensor.shape)}"
+            )
+    surplus = next((name for name in weights if name not in own), None)
+    if surplus:
+        raise InputError(f"{origin}: weight {surplus} has no place in the network, it is of another one")
+    network.load_state_dict(weights)
+
+
+def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str) -> torch.nn.Module:
+    """The raw network of an export, in evaluation mode, on the CPU."""
+    network = build_network(config.network, tuple(config.sample_shape), dropout=False)
+    load_weights(network, weights, origin)
+    return network.eval().requires_grad_(False)
+
+
+def one_hot(config: ExportConfig, class_labels: torch.Tensor | None, count: int, device) -> torch.Tensor | None:
+    """Class indices [N] (or one-hot rows, passed through) as float32 [N, classes]; None for a network without classes."""
+    classes = getattr(config.network, "label_dim", 0)
+    if not classes:
+        return None
+    if class_labels is None:
+        if config.target_class is None:
+            raise ValueError(f"the network has {classes} classes: pass class_labels")
+        class_labels = torch.full((count,), config.target_class)
+    class_labels = class_labels.to(device)
+    if class_labels.ndim == 2:
+        return class_labels.float()
+    return torch.nn.functional.one_hot(class_labels.long(), classes).float()
+
+
+class Generator(torch.nn.Module):
+    """One-step translator: ``generator(x)`` maps [N, C, H, W] (or points [N, D]) in data units to the target domain."""
+
+    def __init__(self, network: torch.nn.Module, config: ExportConfig):
+        super().__init__()
+        self.network, self.config = network, config
+        self.reading = Reading.of(config.reading, config.diffusion, config.generator_sigma)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = next(self.network.parameters()).dtype
+        return self.reading(self.network, x.float(), one_hot(self.config, None, len(x), x.device), dtype)
+
+
+class Denoiser(torch.nn.Module):
+    """``denoiser(x_noisy, sigma, class_labels=None)``: E[y | y + σ ε] of [N, …] at σ a number or [N], data units."""
+
+    def __init__(self, network: torch.nn.Module, config: ExportConfig):
+        super().__init__()
+        self.network, self.config = network, config
+
+    def forward(self, x_noisy: torch.Tensor, sigma, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
+        labels = one_hot(self.config, class_labels, len(x_noisy), x_noisy.device)
+        dtype = next(self.network.parameters()).dtype
+        return denoise(self.network, x_noisy, sigma, self.config.diffusion, labels, dtype)
+
+
+def load_generator(folder: str | Path) -> Generator:
+    """The generator of a RUN/export folder, on the CPU, in evaluation mode; InputError if there is none."""
+    config, weights = read_export(folder, "generator")
+    return Generator(rebuild(config, weights, str(folder)), config).eval()
+
+
+def load_denoiser(folder: str | Path) -> Denoiser:
+    """The teacher of a RUN/export folder as a denoiser, on the CPU, in evaluation mode; InputError if there is none."""
+    config, weights = read_export(folder, "teacher")
+    return Denoiser(rebuild(config, weights, str(folder)), config).eval()

@@ -1,0 +1,73 @@
+"""The teacher stage: denoising score matching on the target domain (EDM, arXiv 2206.00364, Section 5)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, SigmaOptions
+from .distributed import BatchLayout, EMAOptions, OptimizerOptions
+from .kernels.denoising_loss import denoising_loss
+from .kernels.noise_forward import noise_forward
+from .options import Options
+from .randomness import Philox, Stream
+
+
+class TeacherStageOptions(Options):
+    """Training of the teacher."""
+
+    sigma: SigmaOptions = Field(default_factory=LogNormalSigma, description="distribution of σ̃ (EDM)")
+    optimizer: OptimizerOptions = Field(default_factory=OptimizerOptions)
+    ema: EMAOptions = Field(default_factory=lambda: EMAOptions(half_life=500_000.0))
+
+
+class TeacherStage:
+    """One network and one update of it at a time; ``network`` is a DeepSpeed engine of a raw network."""
+
+    def __init__(
+        self,
+        options: TeacherStageOptions,
+        diffusion: DiffusionOptions,
+        network,
+        target,
+        philox: Philox,
+        layout: BatchLayout,
+        device,
+        dtype,
+        telemetry,
+        class_label=None,
+    ):
+        self.network, self.target, self.layout = network, target, layout
+        self.dtype, self.telemetry = dtype, telemetry
+        self.class_labels = None if class_label is None else class_label.expand(layout.micro_batch, -1)
+        self.process = ForwardProcess(
+            philox, options.sigma, diffusion, "uniform",
+            (Stream.TEACHER_SIGMA, Stream.TEACHER_NOISE), target.shape, layout.global_batch, device,
+        )  # fmt: skip
+
+    def iteration(self, step: int) -> None:
+        """One update on the targets at positions step · batch …; ``step`` counts from 0."""
+        for micro in range(self.layout.accumulation):
+            with self.telemetry.phase("data"):
+                positions = self.layout.positions(step * self.layout.global_batch, micro)
+                y = self.target.batch(positions)
+                table, noise = self.process.draw(positions, micro)
+            with self.telemetry.phase("forward"):
+                network_input, _ = noise_forward(y, noise, table, self.dtype)
+                loss = denoising_loss(self.network(network_input, table.c_noise, self.class_labels), y, noise, table)
+            with self.telemetry.phase("backward"):
+                self.network.backward(loss.mean())
+            self.telemetry.add("loss", loss.detach())
+            with self.telemetry.phase("optimizer"):
+                if self.network.is_gradient_accumulation_boundary():
+                    self.telemetry.before_step("teacher", self.network)
+                self.network.step()
+
+    def warm_up(self) -> bool:
+        """Nothing comes before the first iteration."""
+        return False
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def load_counters(self, counters: dict[str, int]) -> None:
+        """A teacher's position is its step."""

@@ -1,0 +1,331 @@
+"""SongUNet against a plain fp64 formulation written from the papers, and against EDM's names and shapes."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rdmd_fast.errors import InputError
+from rdmd_fast.networks.song_unet import Conv2d, SongUNet, UNetBlock, group_norm_silu
+
+DDPMPP = dict(
+    img_resolution=16,
+    in_channels=3,
+    out_channels=3,
+    augment_dim=9,
+    model_channels=32,
+    channel_mult=[1, 2],
+    num_blocks=1,
+    attn_resolutions=[8],
+    dropout=0.0,
+)
+NCSNPP = DDPMPP | dict(
+    embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=[1, 3, 3, 1]
+)
+SMALL = dict(img_resolution=8, model_channels=8, channel_mult=[1, 2, 2], attn_resolutions=[4], label_dim=3)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def randomised(config: dict, dtype=torch.float64) -> SongUNet:
+    """A network whose every parameter matters: none is near zero."""
+    generator = torch.Generator().manual_seed(0)
+    network = SongUNet(**config).to(dtype)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            fan_in = max(1, parameter[0].numel())
+            parameter.copy_(0.3 * noise + 1 if parameter.ndim == 1 else noise / math.sqrt(fan_in))
+    return network.eval()
+
+
+def inputs(config: dict, batch: int = 3) -> dict:
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    size = config["img_resolution"]
+    call = dict(x=normal(batch, 3, size, size), c_noise=normal(batch))
+    if config.get("label_dim"):
+        call["class_labels"] = torch.eye(config["label_dim"], dtype=torch.float64)[:batch]
+    if config.get("augment_dim"):
+        call["augment_labels"] = normal(batch, config["augment_dim"])
+    return call
+
+
+class Plain:
+    """SongUNet as the papers describe it, read off a state dict: explicit filters, moments and softmax."""
+
+    def __init__(self, network: SongUNet, config: dict):
+        self.state = network.state_dict()
+        self.taps = torch.tensor(config.get("resample_filter", [1, 1]), dtype=torch.float64)
+        self.fourier = config.get("embedding_type") == "fourier"
+
+    def linear(self, name, x):
+        return x @ self.state[f"{name}.weight"].T + self.state.get(f"{name}.bias", 0)
+
+    def conv(self, name, x, padding=None):
+        weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
+        padding = weight.shape[-1] // 2 if padding is None else padding
+        return F.conv2d(x, weight, padding=padding) + bias[:, None, None]
+
+    def smooth(self, x, padding):
+        kernel = self.taps.outer(self.taps) / self.taps.sum() ** 2
+        return F.conv2d(x, kernel.repeat(x.shape[1], 1, 1, 1), padding=padding, groups=x.shape[1])
+
+    def down(self, x):
+        return self.smooth(x, (len(self.taps) - 1) // 2)[:, :, ::2, ::2]
+
+    def up(self, x):
+        """Insert zeros between the pixels, then smooth, keeping the mean."""
+        zeros = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+        zeros[:, :, ::2, ::2] = x
+        return 4 * self.smooth(F.pad(zeros, (1, 0, 1, 0)), (len(self.taps) - 2) // 2)
+
+    def norm(self, name, x):
+        weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
+        grouped = x.reshape(len(x), min(32, x.shape[1] // 4), -1)
+        mean, var = grouped.mean(2, keepdim=True), grouped.var(2, keepdim=True, correction=0)
+        normed = ((grouped - mean) / (var + 1e-6).sqrt()).reshape(x.shape)
+        return normed * weight[:, None, None] + bias[:, None, None]
+
+    def attend(self, name, x):
+        """One head; channel 3 c + i of qkv is channel c of query, key or value."""
+        batch, channels = x.shape[:2]
+        qkv = self.conv(f"{name}.qkv", self.norm(f"{name}.norm2", x)).reshape(batch, channels, 3, -1)
+        q, k, v = qkv.unbind(2)
+        logits = torch.einsum("ncq,nck->nqk", q, k) / math.sqrt(channels)
+        weights = logits.exp() / logits.exp().sum(2, keepdim=True)
+        attended = torch.einsum("nqk,nck->ncq", weights, v).reshape(x.shape)
+        return (x + self.conv(f"{name}.proj", attended)) / math.sqrt(2)
+
+    def block(self, name, x, embedding):
+        resample = self.up if name.endswith("_up") else self.down if name.endswith("_down") else lambda y: y
+        h = self.conv(f"{name}.conv0", resample(silu(self.norm(f"{name}.norm0", x))))
+        h = h + self.linear(f"{name}.affine", embedding)[:, :, None, None]
+        h = self.conv(f"{name}.conv1", silu(self.norm(f"{name}.norm1", h)))
+        if f"{name}.skip.weight" in self.state:
+            x = self.conv(f"{name}.skip", resample(x))
+        h = (h + x) / math.sqrt(2)
+        return self.attend(name, h) if f"{name}.qkv.weight" in self.state else h
+
+    def embed(self, c_noise, class_labels, augment_labels):
+        half = self.state["map_layer0.weight"].shape[1] // 2
+        if self.fourier:
+            freqs = 2 * math.pi * self.state["map_noise.freqs"].double()
+        else:
+            freqs = torch.tensor([10000 ** (-i / (half - 1)) for i in range(half)], dtype=torch.float64)
+        phase = c_noise[:, None] * freqs
+        embedding = torch.cat([phase.sin(), phase.cos()], dim=1)
+        if class_labels is not None:
+            embedding = embedding + self.linear("map_label", class_labels * math.sqrt(class_labels.shape[1]))
+        if augment_labels is not None:
+            embedding = embedding + self.linear("map_augment", augment_labels)
+        return silu(self.linear("map_layer1", silu(self.linear("map_layer0", embedding))))
+
+    def __call__(self, x, c_noise, class_labels=None, augment_labels=None):
+        embedding = self.embed(c_noise, class_labels, augment_labels)
+        names = list(dict.fromkeys(".".join(key.split(".")[:2]) for key in self.state if key[:3] in ("enc", "dec")))
+        skips, aux = [], x
+        for name in (name for name in names if name.startswith("enc")):
+            if name.endswith("aux_residual"):  # convolve on a padded image, then smooth and keep every other pixel
+                padding = 1 + (len(self.taps) - 1) // 2
+                x = aux = skips[-1] = (x + self.smooth(self.conv(name, aux, padding), 0)[:, :, ::2, ::2]) / math.sqrt(2)
+                continue
+            x = self.conv(name, x) if name.endswith("_conv") else self.block(name, x, embedding)
+            skips.append(x)
+        for name in (name for name in names if name.startswith("dec") and "aux" not in name):
+            x = torch.cat([x, skips.pop()], dim=1) if "block" in name else x
+            x = self.block(name, x, embedding)
+        assert not skips
+        return self.conv(names[-1], silu(self.norm(names[-2], x)))
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DDPMPP, NCSNPP, DDPMPP | SMALL, NCSNPP | SMALL],
+    ids=["ddpmpp", "ncsnpp", "ddpmpp-class", "ncsnpp-class"],
+)
+def test_network_equals_plain_formulation(config):
+    network, call = randomised(config), inputs(config)
+    expected = Plain(network, config)(**call)
+    with torch.no_grad():
+        actual = network(**call)
+    # Frequencies are fp32 whatever the network's dtype, hence not 1e-12.
+    assert (actual - expected).norm() < 2e-6 * expected.norm()
+    with torch.no_grad():
+        single = network.float()(**{name: value.float() for name, value in call.items()})
+    assert single.dtype == torch.float32
+    assert (single - expected).norm() < 2e-5 * expected.norm()
+
+
+def edm_shapes() -> dict[str, tuple[int, ...]]:
+    lines = (Path(__file__).parent / "ddpmpp_16_state_dict.txt").read_text().splitlines()
+    return {name: tuple(map(int, shape.split("x"))) for name, shape in map(str.split, lines)}
+
+
+def test_ddpmpp_state_dict_has_edm_names_and_shapes():
+    assert {name: tuple(value.shape) for name, value in SongUNet(**DDPMPP).state_dict().items()} == edm_shapes()
+
+
+def test_ncsnpp_state_dict_has_edm_names_and_shapes():
+    expected = {name: (1, 1, 4, 4) if "resample" in name else shape for name, shape in edm_shapes().items()}
+    expected |= {
+        "map_noise.freqs": (32,),
+        "map_augment.weight": (64, 9),
+        "map_layer0.weight": (128, 64),
+        "enc.8x8_aux_residual.weight": (32, 3, 3, 3),
+        "enc.8x8_aux_residual.bias": (32,),
+        "enc.8x8_aux_residual.resample_filter": (1, 1, 4, 4),
+    }
+    assert {name: tuple(value.shape) for name, value in SongUNet(**NCSNPP).state_dict().items()} == expected
+
+
+def test_edm_64_pixel_configuration_has_its_published_size():
+    with torch.device("meta"):
+        network = SongUNet(64, 3, 3, augment_dim=9, channel_mult=[1, 2, 2, 2])
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 61.8
+    assert sum("resample_filter" in name for name, _ in network.named_buffers()) == 12
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_group_norm_silu_matches_fp64_moments(modulated):
+    x, w, b = torch.randn(3, 12, 5, 7) * 4 + 9, torch.randn(12), torch.randn(12)
+    scale, shift = (torch.randn(3, 12), torch.randn(3, 12)) if modulated else (None, None)
+    grouped = x.double().reshape(3, 4, -1)
+    std = (grouped.var(2, keepdim=True, correction=0) + 1e-3).sqrt()
+    expected = ((grouped - grouped.mean(2, keepdim=True)) / std).reshape(x.shape)
+    expected = expected * w[:, None, None] + b[:, None, None]
+    if modulated:
+        expected = expected * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    actual = group_norm_silu(x, w, b, 4, 1e-3, scale, shift)
+    torch.testing.assert_close(actual.double(), silu(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("taps", [[1, 1], [1, 3, 3, 1], [1, 2, 5, 0]])
+@pytest.mark.parametrize("way", ["up", "down", "fused"])
+def test_resampling_convolutions_equal_explicit_filters(kernel, taps, way):
+    layer = Conv2d(4, 6, kernel, taps=taps, up=way == "up", down=way != "up", fused=way == "fused").double()
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, 4, 6, 10, dtype=torch.float64)
+    row = torch.tensor(taps, dtype=torch.float64)
+    smoothing, pad = row.outer(row) / row.sum() ** 2, (len(taps) - 1) // 2
+
+    def smooth(y, padding, transpose=False):
+        bank = smoothing.repeat(y.shape[1], 1, 1, 1)
+        convolve = F.conv_transpose2d if transpose else F.conv2d
+        return convolve(y, 4 * bank if transpose else bank, stride=2, padding=padding, groups=y.shape[1])
+
+    if way == "fused":
+        expected = smooth(F.conv2d(x, layer.weight, layer.bias, padding=kernel // 2 + pad), 0)
+    else:
+        expected = F.conv2d(smooth(x, pad, way == "up"), layer.weight, layer.bias, padding=kernel // 2)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)  # the filter buffer is fp32
+
+
+@pytest.mark.parametrize("config", [DDPMPP | SMALL, NCSNPP | SMALL], ids=["ddpmpp", "ncsnpp"])
+def test_gradients_match_finite_differences(config):
+    network, call = randomised(config), inputs(config, batch=2)
+    weights = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    tensors = [call["x"].requires_grad_(), *network.parameters()]
+    gradients = torch.autograd.grad((network(**call) * weights).sum(), tensors)
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        direction, step = torch.randn_like(tensor), 1e-5
+        with torch.no_grad():
+            values = []
+            for sign in (1, -2):
+                tensor += sign * step * direction
+                values.append((network(**call) * weights).sum())
+            tensor += step * direction
+        numeric = (values[0] - values[1]) / (2 * step)
+        torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_do_not_influence_each_other():
+    network, call = randomised(NCSNPP | SMALL), inputs(NCSNPP | SMALL)
+    with torch.no_grad():
+        together = network(**call)
+        alone = [network(**{name: value[i : i + 1] for name, value in call.items()}) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-10, atol=1e-10)
+    changed = call["x"].clone()
+    changed[1] += 1
+    with torch.no_grad():
+        others = network(**call | dict(x=changed))
+    assert not torch.equal(others[1], together[1])
+    torch.testing.assert_close(others[[0, 2]], together[[0, 2]], rtol=0, atol=1e-12)
+
+
+def test_initial_output_is_near_zero_and_residual_branches_are_almost_closed():
+    network = SongUNet(**DDPMPP)
+    x = torch.randn(2, 3, 16, 16)
+    assert network(x, torch.zeros(2)).abs().max() < 1e-3
+    block = next(layer for layer in network.enc.values() if isinstance(layer, UNetBlock))
+    h = torch.randn(2, 32, 16, 16)
+    torch.testing.assert_close(block(h, torch.randn(2, 128)), h * math.sqrt(0.5), rtol=0, atol=1e-3)
+    qkv = network.dec["8x8_in0"].qkv.weight.detach()
+    assert qkv.abs().max().item() == pytest.approx(math.sqrt(0.2 * 6 / (64 + 192)), rel=1e-2)
+
+
+def test_no_class_means_zero_labels_and_label_dropout_only_acts_in_training():
+    network = randomised(DDPMPP | SMALL | dict(label_dropout=1.0))
+    call = inputs(DDPMPP | SMALL)
+    labelled, unlabelled = network(**call), network(**call | dict(class_labels=None))
+    torch.testing.assert_close(unlabelled, network(**call | dict(class_labels=torch.zeros(3, 3))))
+    assert (labelled - unlabelled).abs().max() > 1e-3
+    torch.testing.assert_close(network.train()(**call), unlabelled)
+
+
+@pytest.mark.parametrize("config", [DDPMPP, NCSNPP], ids=["ddpmpp", "ncsnpp"])
+def test_bf16_network_keeps_input_dtype_and_exact_frequencies(config):
+    network = randomised(config, torch.float32)
+    x, c_noise = torch.randn(2, 3, 16, 16), torch.randn(2)
+    with torch.no_grad():
+        expected, frequencies = network(x, c_noise), network.map_noise.freqs.clone()
+        actual = network.bfloat16()(x, c_noise)
+    assert actual.dtype == torch.float32
+    assert torch.equal(network.map_noise.freqs, frequencies)
+    assert (actual - expected).norm() < 0.05 * expected.norm()
+
+
+def test_memory_format_of_input_and_weights_does_not_matter():
+    network, call = randomised(NCSNPP, torch.float32), inputs(NCSNPP)
+    call = {name: value.float() for name, value in call.items()}
+    expected = network(**call)
+    assert expected.is_contiguous(memory_format=torch.channels_last)
+    call["x"] = call["x"].contiguous(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(**call), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_traces_into_one_graph():
+    network, call = randomised(NCSNPP | SMALL), inputs(NCSNPP | SMALL)
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**call), network(**call))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (dict(embedding_type="sine"), "embedding_type"),
+        (dict(encoder_type="skip"), "encoder_type"),
+        (dict(decoder_type="skip"), "decoder_type"),
+        (dict(img_resolution=15), "img_resolution"),
+        (dict(resample_filter=[1, 2, 1]), "resample_filter"),
+        (dict(model_channels=144), "model_channels"),
+    ],
+)
+def test_impossible_choices_are_one_line_errors(change, key):
+    with pytest.raises(InputError, match=key) as error:
+        SongUNet(**DDPMPP | change)
+    assert "\n" not in str(error.value)
