@@ -24,7 +24,7 @@ class CounterNoise(NamedTuple):
         seed: 64-bit key of the run.
         stream: 32-bit word that keeps the uses of randomness apart.
         positions: int64 [N], each sample's position in its stream since the run began.
-        drawn: float32 [N, ...] of the samples' shape if already drawn (toys draw many iterations in one call), else None.
+        drawn: float32 [N, ...] of the samples' shape where it was drawn ahead (toys, in large blocks), else None.
     """
 
     seed: int

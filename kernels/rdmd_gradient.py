@@ -1,11 +1,11 @@
-"""Gradient of the RDMD objective with respect to the generator's output (arXiv 2406.14762, Equation 13 and Algorithm 1).
+"""Gradient of the RDMD objective with respect to the generator's output (arXiv 2406.14762, Algorithm 1).
 
     dL/dy = (g + λ ∂c(x, y)/∂y) / B
     g     = ω (α²/σ²) (D_fake(y_t) - D_real(y_t))
 
 Teacher and fake score share one coefficient table, so that c_skip y_t cancels and
-D_fake - D_real = c_out (F_fake - F_real). With ω α²/σ² c_out folded into one number per sample, the row ``score_scale``,
-g = score_scale (F_fake - F_real) for ω = 1 and ω = σ̃².
+D_fake - D_real = c_out (F_fake - F_real). With ω α²/σ² c_out folded into one number per sample, the table's row
+``score_scale``, g = score_scale (F_fake - F_real) for ω = 1 and ω = σ̃².
 
 The ``dmd`` weighting (DMD, arXiv 2311.18828, Equation 8; DMD2, arXiv 2405.14867) divides by mean |y - D_real| over a
 sample's elements. Since y - D_real = c_out (F* - F_real) with F* of coefficients.py, it is

@@ -56,7 +56,7 @@ class Config(Options):
     validation: ValidationOptions = Field(default_factory=ValidationOptions)
     deepspeed: dict = Field(
         default_factory=dict,
-        description="a DeepSpeed section merged over ours for both trained engines, e.g. {zero_optimization: {stage: 2}}",
+        description="a DeepSpeed section merged over ours for the trained engines, as {zero_optimization: {stage: 2}}",
     )
 
     @model_validator(mode="after")

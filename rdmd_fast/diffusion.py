@@ -6,6 +6,7 @@ variance-preserving and flow-matching processes alike. Host code works in float6
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -209,7 +210,7 @@ def heun_sample(denoiser: Denoise, noise: torch.Tensor, levels: torch.Tensor) ->
         Samples float32 [N, ...], data units. Costs 2 steps - 1 evaluations.
     """
     state = noise.double() * levels[0]
-    for now, following in zip(levels[:-1], levels[1:], strict=True):
+    for now, following in itertools.pairwise(levels):
         slope = (state - denoiser(state.float(), now).double()) / now
         predicted = state + (following - now) * slope
         if following > 0:

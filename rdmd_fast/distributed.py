@@ -131,7 +131,7 @@ def leave_world() -> None:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch falls on ranks and micro-batches. Positions of a batch are first .. first + global_batch - 1."""
+    """How a global batch, the positions first .. first + global_batch - 1, falls on ranks and micro-batches."""
 
     global_batch: int
     micro_batch: int
@@ -237,7 +237,7 @@ def set_learning_rate(engine, options: OptimizerOptions, update: int, total: int
 
 
 def master_shards(engine) -> list[torch.Tensor]:
-    """This rank's share of the engine's fp32 parameters: flat shards under ZeRO, the parameters themselves at stage 0."""
+    """This rank's share of the fp32 parameters: flat shards under ZeRO, the parameters themselves at stage 0."""
     for name in (
         "fp32_partitioned_groups_flat",  # ZeRO 3
         "single_partition_of_fp32_groups",  # ZeRO 1 and 2

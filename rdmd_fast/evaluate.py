@@ -1,4 +1,4 @@
-"""``rdmd evaluate``: measure a digit generator beside its baselines, or a toy run beside closed form and exact transport."""
+"""``rdmd evaluate``: a digit generator beside its baselines, or a toy run beside closed form and exact transport."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def toy_table(report: dict[str, float]) -> list[str]:
         error = report["scale"] / np.mean([report["axis_scale_0_expected"], report["axis_scale_1_expected"]]) - 1
         lines += [
             f"scale along the axes       {report['axis_scale_0']:.4f}, {report['axis_scale_1']:.4f}   closed form "
-            f"{report['axis_scale_0_expected']:.4f}, {report['axis_scale_1_expected']:.4f}   ({100 * error:+.2f} % in the mean)",
+            f"{report['axis_scale_0_expected']:.4f}, {report['axis_scale_1_expected']:.4f}   ({100 * error:+.2f} %)",
             f"rotation                   {report['rotation_degrees']:.3f}°   closed form 0° (free at λ = 0)",
         ]
     return lines

@@ -10,8 +10,7 @@ import torch
 
 from .checkpoint import TrainingState
 from .config import Config
-from .data.shards import ShardSet
-from .data.stream import SampleStream, ToyStream
+from .data.stream import SampleStream, ToyStream, open_stream
 from .data.toys import ToyDistribution
 from .diffusion import DiffusionOptions, Reading, denoise, heun_sample, karras_levels
 from .distributed import DTYPES, BatchLayout, OptimizerOptions, ShardedEMA, World, freeze, initialize_engine
@@ -69,15 +68,8 @@ class DeviceStream:
 
 def open_domain(config: Config, role: str, philox: Philox, device: torch.device) -> DeviceStream:
     """The source's or the target's stream."""
-    spec = getattr(config.data, role)
-    order, points = {
-        "source": (Stream.SOURCE_ORDER, Stream.SOURCE_POINTS),
-        "target": (Stream.TARGET_ORDER, Stream.TARGET_POINTS),
-    }[role]
-    if isinstance(spec, ToyDistribution):
-        return DeviceStream(ToyStream(spec, philox, points), device)
     cache_bytes = int(config.data.cache_gib * 2**30)
-    return DeviceStream(SampleStream(ShardSet(spec), philox, order, cache_bytes), device)
+    return DeviceStream(open_stream(getattr(config.data, role), philox, role, cache_bytes), device)
 
 
 def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Experiment:

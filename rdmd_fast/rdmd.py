@@ -65,7 +65,7 @@ class RDMD:
     """The three networks and one iteration over them.
 
     ``generator`` and ``fake_score`` are DeepSpeed engines of raw networks (a closed-form fake score is a plain
-    callable), ``teacher`` is a raw network or a callable with its signature: ``(network_input, c_noise, class_labels)``.
+    callable), ``teacher`` is a raw network or a callable like one: ``(network_input, c_noise, class_labels)``.
     """
 
     def __init__(

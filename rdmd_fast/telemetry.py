@@ -143,9 +143,7 @@ class Telemetry:
             self._bar.set_postfix_str(f"{line['images_per_second']:.0f} img/s  {losses}")
             return
         eta = f"{line['eta_seconds'] / 60:.1f} min left" if line["eta_seconds"] is not None else ""
-        self.say(
-            f"step {line['step']}/{self.total_steps}  {losses}  {line['images_per_second']:.0f} images/s  {eta}".rstrip()
-        )
+        self.say(f"step {line['step']}/{self.total_steps}  {losses}  {line['images_per_second']:.0f} images/s  {eta}")
 
     def say(self, text: str) -> None:
         if not self.world.is_main:

@@ -178,7 +178,8 @@ def run(config, resume: str, world, run_dir: Path, stop) -> int:
         if due(options.sample_every):
             look(f"step_{step:08d}.png")
         if due(config.validation.every):
-            on_main(world, lambda weights=state.ema.gather(): validate(weights))
+            gathered = state.ema.gather()
+            on_main(world, lambda weights=gathered: validate(weights))
         if due(config.checkpoint.every):
             save()
         stopped = stopping()

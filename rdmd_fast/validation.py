@@ -24,12 +24,12 @@ class ValidationOptions(Options):
     count: int = Field(1000, ge=2, description="held-out samples of each domain that are used at most (ours)")
     judge: str | None = Field(
         None,
-        description="folder of labelled shards ROOT/<class>/train|test: adds the share of outputs a 3-NN gives the target's label (ours)",
+        description="folder of labelled shards ROOT/<digit>/train|test: adds the share that 3-NN calls judge_label",
     )
     judge_label: int | None = Field(None, description="label of the target domain for the judge")
     best_by: str | None = Field(
         None,
-        description="validation metric whose lowest value keeps RUN/best; unset: frechet with a judge, else sliced_w2 (images) or squared_w2 (toys)",
+        description="metric whose lowest value keeps RUN/best; unset: frechet with a judge, else sliced_w2 (toys: squared_w2)",
     )
 
 

@@ -42,7 +42,7 @@ def _is_complete(folder: Path, content: dict, force: bool) -> bool:
     Raises:
         InputError: it holds another set, or tars of unknown origin, and ``force`` is off.
     """
-    if False:
+    if force:
         return False
     if not (folder / MANIFEST).is_file():
         if any(folder.glob("*.tar")) and not (folder / UNFINISHED_MANIFEST).exists():

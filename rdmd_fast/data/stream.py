@@ -161,7 +161,10 @@ class ToyStream:
 
 
 def open_stream(
-    spec: str | Path | ToyDistribution, philox: Philox, role: Literal["source", "target"]
+    spec: str | Path | ToyDistribution,
+    philox: Philox,
+    role: Literal["source", "target"],
+    cache_bytes: int = 4 << 30,
 ) -> SampleStream | ToyStream:
     """Open what ``data.source`` or ``data.target`` names.
 
@@ -169,6 +172,7 @@ def open_stream(
         spec: a folder of shards, a toy distribution, or ``toy:NAME`` for a toy as it comes.
         philox: the run's counter-based generator.
         role: picks the streams of randomness, so that source and target are independent on the same data.
+        cache_bytes: memory for the decoded samples of a shard set, of this process.
 
     Raises:
         InputError: the shards cannot be opened, or no such toy.
@@ -184,7 +188,7 @@ def open_stream(
             raise InputError(f"data.{role}: no such toy {spec!r} ({error.errors()[0]['msg']})") from error
     if isinstance(spec, ToyDistribution):
         return ToyStream(spec, philox, points)
-    return SampleStream(ShardSet(spec), philox, order)
+    return SampleStream(ShardSet(spec), philox, order, cache_bytes)
 
 
 def _channels_first(shards: ShardSet) -> tuple[int, ...]:

@@ -121,7 +121,7 @@ def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str)
 
 
 def one_hot(config: ExportConfig, class_labels: torch.Tensor | None, count: int, device) -> torch.Tensor | None:
-    """Class indices [N] (or one-hot rows, passed through) as float32 [N, classes]; None for a network without classes."""
+    """Class indices [N] (or one-hot rows, kept) as float32 [N, classes]; None for a network without classes."""
     classes = getattr(config.network, "label_dim", 0)
     if not classes:
         return None
