@@ -29,7 +29,7 @@ class ValidationOptions(Options):
     judge_label: int | None = Field(None, description="label of the target domain for the judge")
     best_by: str | None = Field(
         None,
-        description="metric whose lowest value keeps RUN/best; unset: frechet with a judge, else sliced_w2 (toys: squared_w2)",
+        description="metric that keeps RUN/best, lowest wins; unset: frechet with a judge, else sliced_w2, squared_w2",
     )
 
 

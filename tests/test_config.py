@@ -72,6 +72,7 @@ def test_bad_files_are_one_line(tmp_path):
 
 def test_every_option_is_documented_with_its_origin():
     table = {key: description for key, _, description in option_table()}
-    assert {"rdmd.transport_weight", "data.source", "train.steps", "rdmd.sigma.sigma_min", "network.hidden"} <= set(table)
+    expected = {"rdmd.transport_weight", "data.source", "train.steps", "rdmd.sigma.sigma_min", "network.hidden"}
+    assert expected <= set(table)
     undocumented = [key for key, text in table.items() if not text and not key.endswith(("kind", ".toy"))]
     assert not undocumented

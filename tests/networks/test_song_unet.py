@@ -329,3 +329,8 @@ def test_impossible_choices_are_one_line_errors(change, key):
     with pytest.raises(InputError, match=key) as error:
         SongUNet(**DDPMPP | change)
     assert "\n" not in str(error.value)
+
+
+def test_new_weights_are_contiguous():
+    """DeepSpeed's first broadcast refuses channels_last parameters on gloo."""
+    assert all(parameter.is_contiguous() for parameter in SongUNet(**NCSNPP).parameters())

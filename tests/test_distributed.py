@@ -1,0 +1,153 @@
+"""Two ranks on the CPU: ZeRO stages agree, and a stopped run goes on bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rdmd_fast.telemetry import TIME_KEYS
+from safetensors.torch import load_file
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+STAGES = [0, 1, 2, 3]
+
+MLP_RDMD = {
+    "stage": "rdmd",
+    "data": {"source": {"toy": "gaussian"}, "target": {"toy": "8gaussians"}},
+    "teacher": "analytic",
+    "network": {"kind": "mlp", "hidden": 32, "depth": 2},
+    "generator": {"kind": "mlp", "hidden": 32, "depth": 2},
+    "rdmd": {
+        "weighting": "sigma2",
+        "fake_updates": 2,
+        "fake_warmup": 3,
+        "generator_optimizer": {"lr": 1e-3, "warmup": 5},
+        "fake_optimizer": {"lr": 1e-3, "grad_clip": 10.0},
+    },
+    "train": {"steps": 20, "global_batch_size": 16, "micro_batch_size": 4},
+    "telemetry": {"log_every": 1, "sample_every": 0, "tensorboard": False},
+    "validation": {"count": 16},
+    "checkpoint": {"every": 0},
+}
+UNET_TEACHER = {
+    "stage": "teacher",
+    "data": {"target": "shards/3/train"},
+    "network": {
+        "kind": "song_unet",
+        "model_channels": 32,
+        "channel_mult": [1, 1],
+        "num_blocks": 1,
+        "attn_resolutions": [4],
+        "dropout": 0.0,
+    },
+    "teacher_stage": {"optimizer": {"lr": 1e-3, "warmup": 5}, "ema": {"half_life": 100.0}},
+    "train": {"steps": 20, "global_batch_size": 8},
+    "telemetry": {"log_every": 1, "sample_every": 0, "sample_count": 2, "tensorboard": False},
+    "checkpoint": {"every": 0},
+}
+UNET_RDMD = {
+    "stage": "rdmd",
+    "data": {"source": "shards/2/train"},
+    "teacher": "teacher/export",
+    "rdmd": {"generator_optimizer": {"lr": 1e-4}, "fake_optimizer": {"lr": 1e-4}},
+    "train": {"steps": 20, "global_batch_size": 8},
+    "telemetry": {"log_every": 3, "sample_every": 0, "sample_count": 2, "tensorboard": False},
+    "checkpoint": {"every": 0},
+}
+
+
+def launch(folder, ranks, cases):
+    """Run cases in ``ranks`` processes with ``folder`` as working directory; returns their exit statuses."""
+    listing = folder / f"cases_{ranks}.json"
+    listing.write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(WORKER), str(listing)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("statuses")).split(" ", 1)[1])
+
+
+def case(base, name, stage, stop_after=None, **changes):
+    values = {**base, **changes, "run_dir": name, "deepspeed": {"zero_optimization": {"stage": stage}}}
+    return {"values": values, "stop_after": stop_after}
+
+
+def metrics(run_dir):
+    lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIME_KEYS} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All trainings of this file, in two launches: one rank, then two."""
+    folder = tmp_path_factory.mktemp("runs")
+    subprocess.run(
+        [sys.executable, "-m", "rdmd_fast.cli", "pack", "digits", "--out", str(folder / "shards"), "--hues", "1"],
+        check=True,
+        capture_output=True,
+    )
+    launch(folder, 1, [case(MLP_RDMD, "mlp_one", 0), case(UNET_TEACHER, "teacher", 0)])
+    two, statuses = [], []
+    for stage in STAGES:
+        for base, name in ((MLP_RDMD, "mlp"), (UNET_TEACHER, "unet"), (UNET_RDMD, "unet_rdmd")):
+            two.append(case(base, f"{name}_{stage}", stage))
+            two.append(case(base, f"{name}_{stage}_halves", stage, stop_after=10))
+            two.append(case(base, f"{name}_{stage}_halves", stage))
+            statuses += [0, 75, 0]
+    assert launch(folder, 2, two) == statuses
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name,one,keys", [
+    ("mlp", "mlp_one", ("fake_loss", "transport_cost", "score_gradient_rms")),
+    ("unet", "teacher", ("loss",)),
+])  # fmt: skip
+def test_two_ranks_at_every_zero_stage_equal_one_rank(runs, name, one, keys, stage):
+    single, double = metrics(runs / one), metrics(runs / f"{name}_{stage}")
+    losses = [[line[key] for line in lines if keys[0] in line for key in keys] for lines in (single, double)]
+    assert len(losses[0]) == 20 * len(keys)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["mlp", "unet", "unet_rdmd"])
+def test_ten_stop_ten_equals_twenty_bit_for_bit(runs, name, stage):
+    whole, halves = runs / f"{name}_{stage}", runs / f"{name}_{stage}_halves"
+    assert metrics(whole) == metrics(halves)
+    role = "teacher" if name == "unet" else "generator"
+    weights = [load_file(folder / "export" / f"{role}.safetensors") for folder in (whole, halves)]
+    assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
+    last = [load_file(folder / "checkpoints/step_00000020/ranks/00001.safetensors") for folder in (whole, halves)]
+    assert last[0].keys() == last[1].keys() and all(last[0][key].equal(last[1][key]) for key in last[0])
+    engines = "teacher" if name == "unet" else "fake_score"
+    assert engine_tensors(whole, engines) == engine_tensors(halves, engines)
+
+
+def engine_tensors(run_dir, name):
+    """Every tensor in an engine's own files, optimizer included, as comparable bytes."""
+    import torch
+
+    found = {}
+    for path in sorted((run_dir / "checkpoints/step_00000020" / name).rglob("*.pt")):
+        collect(torch.load(path, weights_only=False, map_location="cpu"), path.name, found)
+    assert len(found) > 5
+    return found
+
+
+def collect(value, where, found):
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        found[where] = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            collect(part, f"{where}.{key}", found)
+    elif isinstance(value, list | tuple):
+        for index, part in enumerate(value):
+            collect(part, f"{where}.{index}", found)
