@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import math
@@ -112,8 +113,10 @@ def join_world() -> World:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
+        # Until the process ends: DeepSpeed keeps groups that do not outlive a destroyed world.
+        atexit.register(leave_world)
         backend = "nccl" if on_gpu else "gloo"
-        if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+        if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
             # Alone there is nobody to meet: no port is opened.
@@ -207,7 +210,23 @@ def initialize_engine(
             config=_deepspeed_config(section, layout, train.dtype, optimizer.grad_clip),
             dist_init_required=False,
         )
+    _clear_padding(engine)
     return engine
+
+
+@torch.no_grad()
+def _clear_padding(engine) -> None:
+    """Zero what fills ZeRO-3's last partitions up: DeepSpeed leaves it unset, and checkpoints would differ by it."""
+    flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or []
+    for flat, group in zip(flats, getattr(engine.optimizer, "fp16_groups", []), strict=False):
+        if flat is None:  # swapped out to NVMe
+            continue
+        end = 0
+        for parameter in group:
+            size = parameter.ds_tensor.ds_numel
+            valid = min(max(parameter.ds_numel - dist.get_rank() * size, 0), size)
+            flat[end + valid : end + size].zero_()
+            end += size
 
 
 def freeze(network: torch.nn.Module, layout: BatchLayout, train: TrainOptions, section: dict, device: torch.device):
@@ -279,10 +298,10 @@ def gather_parameters(engine, shards: list[torch.Tensor] | None = None) -> dict[
             whole[name] = (parameter if full is None else full).detach().float().cpu().clone().contiguous()
     if kept is not None:
         torch._foreach_copy_(masters, kept)
-    persistent = engine.module.state_dict().keys() if zero_stage(engine.config) < 3 else None
-    for name, buffer in engine.module.named_buffers():
-        if persistent is None or name in persistent:
-            whole[name] = buffer.detach().float().cpu().clone()
+    for prefix, module in engine.module.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                whole[f"{prefix}.{name}" if prefix else name] = buffer.detach().float().cpu().clone()
     return whole
 
 

@@ -25,10 +25,14 @@ class StopSignal:
         self.requested: signal.Signals | None = None
         self._first = 0.0
 
-    def install(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._handle)
+    def __enter__(self) -> StopSignal:
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _handle(self, number, frame) -> None:
         now = time.monotonic()

@@ -57,7 +57,7 @@ class Telemetry:
         self._log_due = False
         self._norms: dict[str, torch.Tensor | float] = {}
         self.flops_per_sample: float | None = None
-        self._writers = _open_writers(options, run_dir) if world.is_main else []
+        self._writers = []
         self._bar = None
 
     # -- recording, no host synchronisation ------------------------------------------------------------------------
@@ -96,6 +96,12 @@ class Telemetry:
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def start(self, step: int) -> None:
+        """Training begins at ``step``; until here nothing has been written.
+
+        Raises:
+            InputError: Weights & Biases is asked for but not installed.
+        """
+        self._writers = _open_writers(self.options, self.run_dir) if self.world.is_main else []
         self.first_step, self._clock_start, self._clock_step = step, time.perf_counter(), step
         self._interval_clock = time.perf_counter()
         if self.world.is_main and sys.stderr.isatty():

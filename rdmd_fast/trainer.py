@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -66,21 +67,17 @@ def print_options() -> int:
 
 def train(config, resume: str) -> int:
     """Run one stage to its end, a signal or bad input; returns the exit status."""
-    from .distributed import join_world, leave_world
+    from .distributed import join_world
     from .runtime import StopSignal, run_lock
 
-    stop = StopSignal().install()
-    world = join_world()
     run_dir = Path(config.run_dir)
-    lock = run_lock(run_dir)
-    try:
-        on_main(world, lock.__enter__)
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(StopSignal())
+        world = join_world()
+        on_main(world, lambda: held.enter_context(run_lock(run_dir)))
         status = run(config, resume, world, run_dir, stop)
         world.barrier()
-        return status
-    finally:
-        lock.__exit__(None, None, None)
-        leave_world()
+    return status
 
 
 def on_main(world, action):

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from rdmd_fast.config import validate_config
-from rdmd_fast.distributed import join_world, leave_world
+from rdmd_fast.distributed import join_world
 from rdmd_fast.trainer import run
 
 
 class StopAfter:
-    """Stands in for a signal that arrives while iteration ``count`` runs; ``requested`` is read once before the first."""
+    """Stands in for a signal during iteration ``count``; ``requested`` is read once before the first one."""
 
     def __init__(self, count):
         self.left = count
@@ -38,7 +38,6 @@ def main():
         statuses.append(run(config, "auto", world, Path(config.run_dir), StopAfter(case["stop_after"])))
     if world.is_main:
         print("statuses", json.dumps(statuses), flush=True)
-    leave_world()
 
 
 if __name__ == "__main__":

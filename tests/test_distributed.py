@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from rdmd_fast.telemetry import TIME_KEYS
 from safetensors.torch import load_file
+
+from rdmd_fast.telemetry import TIME_KEYS
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 STAGES = [0, 1, 2, 3]

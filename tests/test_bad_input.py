@@ -1,0 +1,146 @@
+"""Bad input: exit 2, one line, no traceback, nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rdmd_fast import cli
+from rdmd_fast.trainer import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    assert cli.main(["pack", "digits", "--out", str(folder), "--hues", "1"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(shards, tmp_path_factory):
+    """A teacher of 8×8 digits, trained for one step."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    options = [
+        f"data.target={shards}/3/train",
+        "train.steps=1",
+        "train.global_batch_size=2",
+        "telemetry.tensorboard=false",
+    ]
+    assert main(["--config", str(CONFIGS / "digits/teacher_3.yaml"), f"run_dir={run}", *options]) == 0
+    return run / "export"
+
+
+def fails(capsys, config, run_dir, *overrides):
+    """The one line of a run that must end with status 2 and leave no run folder behind half-written."""
+    capsys.readouterr()
+    assert main(["--config", str(config), f"run_dir={run_dir}", *overrides]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[20")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    written = [path.name for path in Path(run_dir).rglob("*") if path.is_file() and path.name != ".lock"]
+    assert not written, written
+    return lines[0]
+
+
+def test_missing_shard_folder(capsys, tmp_path):
+    line = fails(capsys, CONFIGS / "digits/teacher_3.yaml", tmp_path / "run", f"data.target={tmp_path}/nowhere")
+    assert "nowhere" in line
+
+
+def test_unknown_key(capsys, tmp_path):
+    line = fails(capsys, CONFIGS / "digits/teacher_3.yaml", tmp_path / "run", "train.step=3")
+    assert "train.step" in line and "train.steps" in line
+
+
+def test_wrong_type(capsys, tmp_path):
+    assert "train.steps" in fails(capsys, CONFIGS / "digits/teacher_3.yaml", tmp_path / "run", "train.steps=a")
+
+
+def test_teacher_of_another_shape(capsys, tmp_path, shards, teacher):
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "images/a.png")
+    pack = ["pack", str(tmp_path / "images"), "--out", str(tmp_path / "packed"), "--resolution", "16"]
+    assert cli.main(pack) == 0
+    options = [f"teacher={teacher}", f"data.source={tmp_path}/packed", "data.source_holdout=null"]
+    line = fails(capsys, CONFIGS / "digits/rdmd_2to3.yaml", tmp_path / "run", *options)
+    assert "(3, 8, 8)" in line and "(3, 16, 16)" in line
+
+
+def test_truncated_safetensors(capsys, tmp_path, shards, teacher):
+    broken = tmp_path / "export"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((teacher / "config.json").read_bytes())
+    whole = (teacher / "teacher.safetensors").read_bytes()
+    options = [f"teacher={broken}", f"data.source={shards}/2/train"]
+    for size in (len(whole) - 1000, 200, 4, 0):
+        (broken / "teacher.safetensors").write_bytes(whole[:size])
+        line = fails(capsys, CONFIGS / "digits/rdmd_2to3.yaml", tmp_path / "run", *options)
+        assert "teacher.safetensors" in line
+
+
+def test_export_of_another_network(capsys, tmp_path, shards, teacher):
+    other = tmp_path / "export"
+    other.mkdir()
+    values = json.loads((teacher / "config.json").read_text())
+    values["network"]["model_channels"] = 64
+    (other / "config.json").write_text(json.dumps(values))
+    (other / "teacher.safetensors").write_bytes((teacher / "teacher.safetensors").read_bytes())
+    options = [f"teacher={other}", f"data.source={shards}/2/train"]
+    assert "has shape" in fails(capsys, CONFIGS / "digits/rdmd_2to3.yaml", tmp_path / "run", *options)
+    for text in ("{", "[]", '{"format": 1}', json.dumps({**values, "surprise": 1})):
+        (other / "config.json").write_text(text)
+        assert "config.json" in fails(capsys, CONFIGS / "digits/rdmd_2to3.yaml", tmp_path / "run", *options)
+
+
+def test_run_folder_that_is_a_file(capsys, tmp_path, shards):
+    (tmp_path / "file").write_text("")
+    config = CONFIGS / "digits/teacher_3.yaml"
+    line = fails(capsys, config, tmp_path / "file/run", f"data.target={shards}/3/train")
+    assert "cannot be written" in line
+
+
+def test_run_folder_in_use(capsys, tmp_path, shards):
+    from rdmd_fast.runtime import run_lock
+
+    with run_lock(tmp_path / "run"):
+        config = CONFIGS / "digits/teacher_3.yaml"
+        assert "another job" in fails(capsys, config, tmp_path / "run", f"data.target={shards}/3/train")
+
+
+def test_resume_from_what_is_no_checkpoint(capsys, tmp_path, shards):
+    (tmp_path / "step_00000001").mkdir()
+    capsys.readouterr()
+    arguments = ["--config", str(CONFIGS / "digits/teacher_3.yaml"), f"run_dir={tmp_path}/run"]
+    arguments += [f"data.target={shards}/3/train", "--resume", str(tmp_path / "step_00000001")]
+    assert main(arguments) == 2
+    assert "manifest.json" in capsys.readouterr().err
+
+
+def test_batch_that_does_not_divide(capsys, tmp_path, shards):
+    options = [f"data.target={shards}/3/train", "train.micro_batch_size=7"]
+    line = fails(capsys, CONFIGS / "digits/teacher_3.yaml", tmp_path / "run", *options)
+    assert "train.micro_batch_size 7" in line
+
+
+def test_translate_refuses_what_it_cannot_use(capsys, tmp_path, shards, teacher):
+    for model, source in ((tmp_path, shards / "2/test"), (teacher, shards / "2/test")):
+        capsys.readouterr()
+        arguments = ["translate", "--model", str(model), "--input", str(source), "--output", str(tmp_path / "out")]
+        assert cli.main(arguments) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_real_process_exits_with_2_and_one_line(tmp_path):
+    """Through the script itself, as a scheduler would see it."""
+    script = CONFIGS.parent / "rdmd_fast/train.py"
+    command = [sys.executable, str(script), "--config", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1

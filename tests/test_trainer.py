@@ -1,0 +1,217 @@
+"""A whole run on packed digits: files, metrics, pictures, export, translation, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from rdmd_fast import cli, load_denoiser, load_generator
+from rdmd_fast.trainer import main
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Digits, a teacher of three steps, and a distillation of four, validated twice."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert cli.main(["pack", "digits", "--out", str(folder / "shards"), "--hues", "1"]) == 0
+    teacher = [f"run_dir={folder}/teacher", f"data.target={folder}/shards/3/train", "train.steps=3"]
+    batch = ["train.global_batch_size=4", "telemetry.log_every=1"]
+    assert main(["--config", str(CONFIGS / "digits/teacher_3.yaml"), *teacher, *batch]) == 0
+    assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *distillation(folder, "rdmd"), *batch]) == 0
+    return folder
+
+
+def distillation(folder, name):
+    return [
+        f"run_dir={folder}/{name}",
+        f"teacher={folder}/teacher/export",
+        f"data.source={folder}/shards/2/train",
+        f"data.source_holdout={folder}/shards/2/test",
+        f"data.target_holdout={folder}/shards/3/test",
+        f"validation.judge={folder}/shards",
+        "validation.every=2",
+        "telemetry.sample_every=2",
+        "checkpoint.every=2",
+        "train.steps=4",
+    ]
+
+
+def test_run_folder_holds_what_the_contract_names(runs):
+    run = runs / "rdmd"
+    assert yaml.safe_load((run / "config.yaml").read_text())["rdmd"]["generator_sigma"] == 1.0
+    assert (run / "checkpoints/latest").read_text().strip() == "step_00000004"
+    assert {path.name for path in (run / "samples").iterdir()} == {"step_00000002.png", "final.png"}
+    assert {path.name for path in (run / "export").iterdir()} == {"config.json", "generator.safetensors"}
+    assert (run / "best/generator.safetensors").exists()
+    assert list((run / "tensorboard").glob("events*"))
+    assert (runs / "teacher/export/teacher.safetensors").exists()
+    assert not list(run.rglob("*.partial"))
+
+
+def test_metrics_lines_say_what_was_trained(runs):
+    lines = [json.loads(text) for text in (runs / "rdmd/metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "fake_loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4]
+    assert [line["samples"] for line in training] == [4, 8, 12, 16]
+    for line in training:
+        expected = {"transport_cost", "score_gradient_rms", "images_per_second", "seconds", "lr/generator"}
+        assert expected | {"grad_norm/generator", "grad_norm/fake_score"} <= line.keys()
+        assert all(np.isfinite(value) for value in line.values() if isinstance(value, float))
+    validations = [line for line in lines if "validation" in line]
+    assert [line["step"] for line in validations] == [2, 4]
+    assert {"l2", "psnr", "share_3nn", "frechet", "colour_cosine"} <= validations[0]["validation"].keys()
+
+
+def test_best_export_is_the_one_with_the_lowest_metric(runs):
+    lines = [json.loads(text) for text in (runs / "rdmd/metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["validation"]["frechet"] for line in lines if "validation" in line}
+    assert json.loads((runs / "rdmd/best/config.json").read_text())["step"] == min(scores, key=scores.get)
+
+
+def test_picture_has_four_rows(runs):
+    with Image.open(runs / "rdmd/samples/final.png") as picture:
+        assert picture.height > 4 * 48 and picture.width > 16 * 48
+
+
+def test_translation_is_the_exported_generator(runs, tmp_path):
+    output = tmp_path / "out"
+    source = runs / "shards/2/test"
+    assert cli.main(
+        ["translate", "--model", str(runs / "rdmd/export"), "--input", str(source), "--output", str(output)]
+    ) == 0  # fmt: skip
+    from rdmd_fast.data.shards import ShardSet
+
+    shards, generator = ShardSet(source), load_generator(runs / "rdmd/export")
+    written = sorted(output.glob("*.png"))
+    assert [path.stem for path in written] == sorted(shards.keys)
+    index = shards.keys.index(written[0].stem)
+    x = torch.from_numpy(shards.read(index)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    y = generator(x)[0].permute(1, 2, 0)
+    with Image.open(written[0]) as image:
+        np.testing.assert_allclose(np.asarray(image), ((y + 1) * 127.5).clamp(0, 255).numpy(), atol=0.51)
+
+
+def test_folder_of_images_keeps_names_and_structure(runs, tmp_path):
+    for name in ("a.png", "sub/b.jpg"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (13, 9), (200, 30, 30)).save(path)
+    arguments = [
+        "--model",
+        str(runs / "rdmd/export"),
+        "--input",
+        str(tmp_path / "in"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(["translate", *arguments]) == 0
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")) == [
+        "a.png",
+        "sub/b.png",
+    ]
+
+
+def test_untrained_generator_is_the_teacher_read_at_generator_sigma(runs):
+    """G starts from the teacher's weights: a run of no steps exports the teacher's denoiser at σ = 1."""
+    arguments = [*distillation(runs, "untrained"), "train.steps=0", "validation.judge=null"]
+    assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments]) == 0
+    x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    teacher = load_denoiser(runs / "teacher/export")
+    torch.testing.assert_close(load_generator(runs / "untrained/export")(x), teacher(x, 1.0), rtol=1e-5, atol=1e-5)
+
+
+def test_finished_run_is_left_alone(runs, capsys):
+    before = (runs / "rdmd/metrics.jsonl").read_bytes()
+    assert (
+        main(
+            [
+                "--config",
+                str(CONFIGS / "digits/rdmd_2to3.yaml"),
+                *distillation(runs, "rdmd"),
+                "train.global_batch_size=4",
+            ]
+        )
+        == 0
+    )
+    assert "nothing to do" in capsys.readouterr().out
+    assert (runs / "rdmd/metrics.jsonl").read_bytes() == before
+
+
+def test_config_changed_between_runs_is_refused(runs, capsys):
+    arguments = [*distillation(runs, "rdmd"), "train.global_batch_size=4", "rdmd.transport_weight=3", "train.steps=6"]
+    assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments]) == 2
+    message = capsys.readouterr().err
+    assert "rdmd.transport_weight = 0.1" in message and "3" in message
+
+
+def test_broken_checkpoint_is_passed_over(runs, capsys):
+    checkpoints = runs / "rdmd/checkpoints"
+    victim = next(path for path in sorted((checkpoints / "step_00000004").rglob("*.pt")))
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-7])
+    arguments = [*distillation(runs, "rdmd"), "train.global_batch_size=4", "telemetry.log_every=1"]
+    try:
+        assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments]) == 0
+    finally:
+        victim.write_bytes(whole) if victim.exists() and victim.stat().st_size != len(whole) else None
+    printed = capsys.readouterr().out
+    assert "passed over" in printed and "resumed" in printed and "step_00000002" in printed
+
+
+def test_dry_run_trains_nothing(runs, capsys):
+    arguments = [*distillation(runs, "dry"), "deepspeed.zero_optimization.stage=2"]
+    assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), "--dry-run", *arguments]) == 0
+    printed = capsys.readouterr().out
+    size = sum(tensor.numel() for tensor in load_denoiser(runs / "teacher/export").parameters())
+    assert f"{size / 1e6:.3f} M parameters" in printed and "ZeRO 2" in printed
+    assert not (runs / "dry").exists()
+
+
+def start(script_arguments, launcher, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [*launcher, str(ROOT / "rdmd_fast/train.py"), *script_arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def toy_arguments(run_dir, steps):
+    toy = ["--config", str(CONFIGS / "toy/gaussian_to_gaussian.yaml"), f"run_dir={run_dir}", f"train.steps={steps}"]
+    return [*toy, "telemetry.log_every=5", "validation.every=0", "validation.count=50", "rdmd.fake_warmup=0"]
+
+
+def test_sigterm_saves_exits_75_and_the_same_command_goes_on(tmp_path):
+    process = start(toy_arguments(tmp_path / "run", 100000), [sys.executable], tmp_path)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    stopped = int((tmp_path / "run/checkpoints/latest").read_text().strip().removeprefix("step_"))
+    assert main(toy_arguments(tmp_path / "run", stopped + 5)) == 0
+    steps = [json.loads(text)["step"] for text in metrics.read_text().splitlines()]
+    assert steps == sorted(steps) and stopped < steps[-1] <= stopped + 5
+
+
+def test_the_deepspeed_launcher_starts_it_without_compiling(tmp_path):
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
+    process = start(toy_arguments(tmp_path / "run", 5), launcher, tmp_path)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    assert "built successfully" not in output and "ninja" not in output.lower()
+    assert (tmp_path / "run/export/generator.safetensors").exists()
