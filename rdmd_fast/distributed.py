@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from .errors import InputError
 from .options import Options
@@ -97,11 +97,13 @@ class World:
 
 def join_world() -> World:
     """Join the processes that `deepspeed`, `torchrun` or `srun` started; alone under plain `python`."""
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(local_rank)
     else:
@@ -190,6 +192,7 @@ def initialize_engine(
 ):
     """A DeepSpeed engine that trains ``network`` (consumed: its parameters may be sharded in place)."""
     import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
 
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     family = torch.optim.AdamW if optimizer.weight_decay else torch.optim.Adam
@@ -201,17 +204,24 @@ def initialize_engine(
         weight_decay=optimizer.weight_decay,
         fused=True,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        engine, *_ = deepspeed.initialize(
-            model=network,
-            optimizer=adam,
-            model_parameters=parameters,
-            config=_deepspeed_config(section, layout, train.dtype, optimizer.grad_clip),
-            dist_init_required=False,
-        )
+    config = _deepspeed_config(section, layout, train.dtype, optimizer.grad_clip)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            engine, *_ = deepspeed.initialize(
+                model=network, optimizer=adam, model_parameters=parameters, config=config, dist_init_required=False
+            )
+    except (ValidationError, DeepSpeedConfigError) as error:
+        raise InputError(f"deepspeed: {_first_line(error)}") from None
     _clear_padding(engine)
     return engine
+
+
+def _first_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'].lower()}"
+    return " ".join(str(error).split())
 
 
 @torch.no_grad()

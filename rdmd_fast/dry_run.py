@@ -37,13 +37,13 @@ def dry_run(config: Config) -> int:
 def parameter_counts(config: Config) -> dict[str, int]:
     """Parameters of each network that the run holds, by name."""
     from .experiment import count_parameters
-    from .networks.exported import read_export
+    from .networks.exported import read_export_config
 
     domain = config.data.target if config.stage == "teacher" else config.data.source
     shape = (2,) if isinstance(domain, ToyDistribution) else _channels_first(ShardSet(domain))
     options = config.network
     if config.teacher not in (None, "analytic"):
-        options = read_export(config.teacher, "teacher")[0].network
+        options = read_export_config(config.teacher, "teacher").network
     size = count_parameters(build_network(options, shape)) if options else 0
     if config.stage == "teacher":
         return {"teacher": size}

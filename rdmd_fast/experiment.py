@@ -19,7 +19,7 @@ from .kernels.image_normalize import image_normalize
 from .networks import build_network
 from .networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
 from .networks.analytic_score import AnalyticScore
-from .networks.exported import ExportConfig, Generator, load_weights, read_export, rebuild
+from .networks.exported import ExportConfig, Generator, load_weights, read_export, read_export_config, rebuild
 from .randomness import Philox, Stream
 from .rdmd import RDMD
 from .teacher import TeacherStage
@@ -78,7 +78,8 @@ def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Expe
     build = _build_teacher_stage if config.stage == "teacher" else _build_rdmd_stage
     experiment = build(config, world, telemetry, Philox(config.seed), BatchLayout.of(config.train, world))
     # Dropout is the one use of torch's own generator; ranks must not drop the same units.
-    torch.manual_seed(config.seed + 1 + world.rank)
+    torch.manual_seed((config.seed + 1 + world.rank) % 2**63)
+    telemetry.flops_per_sample = _flops_per_sample(config, experiment)
     return experiment
 
 
@@ -312,11 +313,14 @@ def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, 
 
 
 def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
+    from .figures import toy_picture
+    from .metrics.inputs import require
+
+    require("matplotlib", "eval")  # missing now is better than missing after the training
+
     def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
         if not world.is_main:
             return
-        from .figures import toy_picture
-
         outputs = _translator(weights, export, world.device)(validator.source)
         names = config.data.source.toy, config.data.target.toy
         title = f"{names[0]} → {names[1]}, λ = {config.rdmd.transport_weight:g}"
@@ -354,6 +358,33 @@ def _class_label(config: Config, network_options, device) -> torch.Tensor | None
     if target is None or target >= classes:
         raise InputError(f"data.target_class: the network has {classes} classes, name one from 0 to {classes - 1}")
     return torch.nn.functional.one_hot(torch.tensor([target], device=device), classes).float()
+
+
+def _flops_per_sample(config: Config, experiment: Experiment) -> float:
+    """Matmul and convolution FLOPs of one iteration by sample; a backward pass counts as two forward ones."""
+    shape = tuple(experiment.export.sample_shape)
+    main = forward_flops(experiment.export.network, shape)
+    if config.stage == "teacher":
+        return 3 * main
+    if config.teacher == "analytic":
+        score = forward_flops(config.network, shape) if config.rdmd.fake_score == "learned" else 0.0
+        teacher = 0.0
+    else:
+        score = teacher = forward_flops(read_export_config(config.teacher, "teacher").network, shape)
+    updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0
+    return 3 * main + teacher + score + updates * 3 * score + max(updates - 1, 0) * main
+
+
+def forward_flops(options, sample_shape: tuple[int, ...]) -> float:
+    """FLOPs of one sample's forward pass, counted on shapes alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        network = build_network(options, sample_shape, dropout=False)
+        sample, c_noise = torch.empty(1, *sample_shape), torch.empty(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(sample, c_noise)
+    return float(counter.get_total_flops())
 
 
 def count_parameters(network: torch.nn.Module) -> int:

@@ -141,6 +141,7 @@ class RDMD:
                 self.generator.backward((y * gradient).sum())
             self.telemetry.add("score_gradient_square", statistics.score_gradient_square)
             self.telemetry.add("transport_cost", statistics.transport_cost)
+            self.telemetry.add("transport_cost_per_element", statistics.transport_cost / y[0].numel())
             self._step(self.generator, "generator")
         return outputs
 

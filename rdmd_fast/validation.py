@@ -67,6 +67,10 @@ class ToyValidator:
     """Distance to the target and transport cost on fresh points, beside exact optimal transport and closed forms."""
 
     def __init__(self, options: ValidationOptions, source: ToyDistribution, target: ToyDistribution, seed: int, rdmd):
+        from .metrics.inputs import require
+
+        require("ot", "toy")
+        require("scipy.optimize", "eval")
         philox, count = Philox(seed), options.count
         # Three independent sets from one stream: sources, targets, and targets again for the noise floor.
         positions = torch.arange(count)

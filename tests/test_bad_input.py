@@ -144,3 +144,13 @@ def test_a_real_process_exits_with_2_and_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+def test_deepspeed_section_it_does_not_know(capsys, tmp_path, shards):
+    options = [f"data.target={shards}/3/train", "deepspeed.zero_optimization.stagee=1"]
+    assert "stagee" in fails(capsys, CONFIGS / "digits/teacher_3.yaml", tmp_path / "run", *options)
+
+
+def test_class_of_a_network_without_classes(capsys, tmp_path, shards):
+    options = [f"data.target={shards}/3/train", "data.target_class=3"]
+    assert "no classes" in fails(capsys, CONFIGS / "digits/teacher_3.yaml", tmp_path / "run", *options)

@@ -3,7 +3,7 @@ import torch
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.kernels import philox
-from rdmd_fast.randomness import DrawAhead, Philox, Stream
+from rdmd_fast.randomness import Philox, Stream
 
 NOISE = Stream.GENERATOR_NOISE
 
@@ -37,7 +37,6 @@ def test_other_shapes_count_in_row_major_order(shape):
 
 def test_empty_batches_keep_their_shape():
     assert Philox(0).normal(NOISE, [], (3, 2, 2)).shape == (0, 3, 2, 2)
-    assert DrawAhead(Philox(0), NOISE, shape=(2,)).draw([]).shape == (0, 2)
 
 
 def test_uniform_is_fp64_in_the_open_interval():
@@ -76,59 +75,3 @@ def test_every_order_of_three_is_as_likely():
     orders = [tuple(Philox(3).permutation(Stream.SPLIT, epoch, 3).tolist()) for epoch in range(1200)]
     counts = [orders.count(order) for order in set(orders)]
     assert len(counts) == 6 and sum((count - 200) ** 2 / 200 for count in counts) < 20.5  # chi-squared, p = 0.001
-
-
-@pytest.fixture
-def requests():
-    """Positions of iterations in order, then jumps, a repeat, other batch sizes, gaps and micro-batches."""
-    batch = torch.arange(6)
-    in_order = [batch + 6 * i for i in range(40)]
-    jumps = [batch + start for start in (6000, 6006, 12, 18, 18, 6 * 10**9)]
-    sizes = [batch[:4] + 60, batch[:4] + 66, torch.arange(9) + 72, batch + 78]
-    gaps = [
-        batch * 2,
-        batch * 2 + 6,
-        batch + 6,
-        batch * 2 + 12,
-        batch.flip(0) + 12,
-        batch.flip(0) + 18,
-        batch + 3,
-    ]
-    micro = [batch[:2] + 6 * i + m for i in range(5) for m in (0, 2, 4)]
-    return in_order + jumps + sizes + gaps + micro
-
-
-@pytest.mark.parametrize("shape", [(2,), (3, 4, 2), (100,)])
-def test_draw_ahead_equals_direct_normals(requests, shape):
-    source = Philox(9)
-    ahead = DrawAhead(source, NOISE, "normal", shape, stride=6, budget=500)
-    for positions in requests:
-        drawn, direct = ahead.draw(positions), source.normal(NOISE, positions, shape)
-        assert torch.equal(drawn, direct) and drawn.stride() == direct.stride()
-        drawn.fill_(0)  # the caller may write into it
-
-
-def test_draw_ahead_equals_direct_uniform(requests):
-    source = Philox(9)
-    ahead = DrawAhead(source, Stream.FAKE_SIGMA, "uniform", (2,), stride=6, budget=200)
-    for positions in requests:
-        drawn = ahead.draw(positions)
-        assert drawn.dtype == torch.float64 and torch.equal(drawn, source.uniform(Stream.FAKE_SIGMA, positions, 2))
-
-
-@pytest.mark.parametrize("micro_batches", [1, 3])
-def test_draw_ahead_calls_once_for_many_iterations(monkeypatch, micro_batches):
-    calls = []
-    normal = Philox.normal
-    monkeypatch.setattr(Philox, "normal", lambda *arguments: calls.append(1) or normal(*arguments))
-    ahead = DrawAhead(Philox(9), NOISE, shape=(2,), stride=6, budget=12 // micro_batches * 10)
-    for i in range(20):
-        for part in (torch.arange(6) + 6 * i).chunk(micro_batches):
-            ahead.draw(part)
-    assert len(calls) == 2 * micro_batches
-
-
-@pytest.mark.parametrize("options", [{"kind": "gamma"}, {"kind": "uniform", "shape": (2, 2)}, {"stride": 0}])
-def test_draw_ahead_refuses_what_it_cannot_foresee(options):
-    with pytest.raises(ValueError, match=r"kind|stride"):
-        DrawAhead(Philox(9), NOISE, **options)

@@ -215,3 +215,36 @@ def test_the_deepspeed_launcher_starts_it_without_compiling(tmp_path):
     assert process.returncode == 0, output
     assert "built successfully" not in output and "ninja" not in output.lower()
     assert (tmp_path / "run/export/generator.safetensors").exists()
+
+
+def test_class_conditional_teacher_is_distilled_at_its_target_class(runs):
+    """The label must reach all three networks: another class gives another untrained generator."""
+    run = runs / "classes"
+    target = f"data.target={runs}/shards/3/train"
+    config = ["--config", str(CONFIGS / "digits/teacher_3.yaml"), f"run_dir={run}", target]
+    small = ["train.steps=2", "train.global_batch_size=4", "telemetry.tensorboard=false"]
+    assert main([*config, *small, "network.label_dim=4", "data.target_class=1"]) == 0
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    outputs = []
+    for label in (1, 2):
+        arguments = [*distillation(runs, f"class_{label}"), f"teacher={run}/export", f"data.target_class={label}"]
+        assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments, *small, "train.steps=1"]) == 0
+        outputs.append(load_generator(runs / f"class_{label}/export")(x))
+    expected = load_denoiser(run / "export")(x, 1.0, torch.tensor([2, 2]))
+    assert not torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[1], expected, rtol=0, atol=0.05)  # one step of training away
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_trains_and_exports_at_every_zero_stage(runs, stage):
+    arguments = [*distillation(runs, f"bf16_{stage}"), "train.dtype=bf16", "train.global_batch_size=4"]
+    zero = [f"deepspeed.zero_optimization.stage={stage}", "telemetry.log_every=1"]
+    assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments, *zero]) == 0
+    run = runs / f"bf16_{stage}"
+    exact = [json.loads(text) for text in (runs / "rdmd/metrics.jsonl").read_text().splitlines()]
+    rounded = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    pairs = [(a, b) for a, b in zip(exact, rounded, strict=True) if "fake_loss" in a]
+    assert len(pairs) == 4
+    for line, other in pairs:
+        assert other["fake_loss"] == pytest.approx(line["fake_loss"], rel=3e-2)
+        assert other["transport_cost"] == pytest.approx(line["transport_cost"], rel=3e-2)

@@ -67,6 +67,19 @@ def read_export(folder: str | Path, role: str) -> tuple[ExportConfig, dict[str, 
     Raises:
         InputError: no export there, one of another role, or a damaged file.
     """
+    config = read_export_config(folder, role)
+    path = Path(folder) / f"{role}.safetensors"
+    try:
+        return config, load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing, export the run again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: not a whole safetensors file ({reason}), export the run again") from None
+
+
+def read_export_config(folder: str | Path, role: str) -> ExportConfig:
+    """config.json of an export; errors as ``read_export``."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no export there (no config.json), name a RUN/export folder")
@@ -83,14 +96,7 @@ def read_export(folder: str | Path, role: str) -> tuple[ExportConfig, dict[str, 
         raise InputError(f"{folder}/config.json: format {config.format} is not the {FORMAT} of this version")
     if config.role != role:
         raise InputError(f"{folder}: holds a {config.role}, a {role} is needed")
-    path = folder / f"{role}.safetensors"
-    try:
-        return config, load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing, export the run again") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: not a whole safetensors file ({reason}), export the run again") from None
+    return config
 
 
 def load_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:

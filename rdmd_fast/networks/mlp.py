@@ -27,6 +27,10 @@ class MLP(nn.Module):
     c_noise: for EDM's ln(sigma)/4, periods from 32 down to 1 in ln(sigma). The last layer starts at zero,
     so F = 0 and a denoiser starts at c_skip x.
 
+    The output is scaled by sigma / sqrt(1 + sigma^2), sigma = exp(4 c_noise). Where a density is smooth EDM's F
+    falls like sigma, since D = x + sigma^2 score; a network of bounded error there would leave a score whose error
+    grows like 1 / sigma, which the uniform weighting of RDMD feels in full.
+
     Args:
         dim: elements of a sample.
         hidden: width of the hidden layers.
@@ -83,7 +87,8 @@ class MLP(nn.Module):
         h = x.to(dtype)
         for layer, bias in zip(self.hidden_layers, biases, strict=True):
             h = F.silu(layer(h, bias))
-        return self.output_layer(h).to(x.dtype)
+        gain = torch.sigmoid(8 * c_noise[:, None]).sqrt().to(dtype)
+        return (gain * self.output_layer(h)).to(x.dtype)
 
 
 class AffineMap(nn.Module):

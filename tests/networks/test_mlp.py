@@ -32,7 +32,8 @@ def test_mlp_equals_layers_with_noise_biases_written_out():
         h = h @ state[f"hidden_layers.{i}.weight"].T + features @ state["conditioning.weight"][rows].T
         h = h + state["conditioning.bias"][rows]
         h = h * torch.sigmoid(h)
-    expected = h @ state["output_layer.weight"].T + state["output_layer.bias"]
+    sigma = torch.exp(4 * c_noise)[:, None]
+    expected = (h @ state["output_layer.weight"].T + state["output_layer.bias"]) * sigma / (1 + sigma**2).sqrt()
     torch.testing.assert_close(network(x, c_noise, labels), expected, rtol=1e-5, atol=1e-5)  # fp32 frequencies
     torch.testing.assert_close(network(x, c_noise), network(x, c_noise, torch.zeros(6, 3)))
 
