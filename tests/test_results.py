@@ -1,0 +1,94 @@
+"""The results that the README states, remade from nothing; minutes long (`make test-slow`)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rdmd_fast import cli
+from rdmd_fast.trainer import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Shards and the demo's teacher."""
+    folder = tmp_path_factory.mktemp("digits")
+    assert cli.main(["pack", "digits", "--out", str(folder / "shards")]) == 0
+    arguments = [f"run_dir={folder}/teacher", f"data.target={folder}/shards/3/train"]
+    assert main(["--config", str(CONFIGS / "digits/teacher_3.yaml"), *arguments]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(digits):
+    """Report rows of three distillations, by name."""
+    found = []
+    for seed in range(3):
+        run, shards = digits / f"rdmd_{seed}", digits / "shards"
+        arguments = [
+            f"run_dir={run}",
+            f"seed={seed}",
+            f"teacher={digits}/teacher/export",
+            f"data.source={shards}/2/train",
+            f"data.source_holdout={shards}/2/test",
+            f"data.target_holdout={shards}/3/test",
+            "validation.judge=null",
+            "validation.every=0",
+        ]
+        assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments]) == 0
+        evaluate = ["--model", f"{run}/export", "--teacher", f"{digits}/teacher/export", "--source", f"{shards}/2/test"]
+        evaluate += [
+            "--target",
+            f"{shards}/3/test",
+            "--judge",
+            str(shards),
+            "--label",
+            "3",
+            "--out",
+            f"{run}/report.json",
+        ]
+        assert cli.main(["evaluate", *evaluate]) == 0
+        rows = json.loads((run / "report.json").read_text())["rows"]
+        found.append({row["name"].split()[0]: row for row in rows})
+    return found
+
+
+@pytest.mark.slow
+def test_digits_become_threes_of_the_same_colour(reports):
+    for rows in reports:
+        assert rows["RDMD"]["images"] >= 280
+        assert rows["RDMD"]["share_3nn"] >= 0.96
+        assert rows["RDMD"]["colour_cosine"] >= 0.96
+        assert rows["identity"]["share_3nn"] < 0.1
+
+
+@pytest.mark.slow
+def test_distillation_comes_closer_to_the_target_than_the_untrained_generator(reports):
+    trained = np.array([rows["RDMD"]["frechet"] for rows in reports])
+    untrained = np.array([rows["untrained"]["frechet"] for rows in reports])
+    assert trained.max() < 0.8 * untrained.min()
+
+
+@pytest.mark.slow
+def test_transport_cost_falls_as_its_weight_rises(tmp_path):
+    reports = []
+    for weight in (0.05, 0.2, 1.0):
+        run = tmp_path / str(weight)
+        arguments = [
+            f"run_dir={run}",
+            f"rdmd.transport_weight={weight}",
+            "validation.every=0",
+            "telemetry.sample_every=0",
+        ]
+        assert main(["--config", str(CONFIGS / "toy/gaussian_to_8gaussians.yaml"), *arguments]) == 0
+        lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+        reports.append(lines[-1]["validation"])
+    costs = [report["transport_cost"] for report in reports]
+    assert costs[0] > costs[1] > costs[2]
+    for report in reports:
+        # Theorem 3.1: whatever λ, the map is the optimal one onto its own outputs.
+        assert report["transport_cost"] == pytest.approx(report["ot_cost_to_output"], rel=0.05)
+    assert reports[0]["squared_w2"] < 0.1 * reports[0]["ot_cost"]
