@@ -111,10 +111,13 @@ def _publish(root, partial, final, step, state, config, world, keep) -> None:
     }
     write_atomically(partial / "manifest.json", json.dumps(manifest, indent=1))
     fsync_path(partial)
+    retired = root / f".{final.name}.retired"
     if final.exists():
-        shutil.rmtree(final)
+        shutil.rmtree(retired, ignore_errors=True)
+        os.replace(final, retired)
     os.replace(partial, final)
     fsync_path(root)
+    shutil.rmtree(retired, ignore_errors=True)
     write_atomically(root / "latest", final.name + "\n")
     for old in complete_checkpoints(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -162,6 +165,20 @@ def find_checkpoint(run_dir: Path, resume: str, say=print) -> Path | None:
     if defect:
         raise InputError(f"--resume {resume}: not a complete checkpoint ({defect}), use another or --resume auto")
     return path
+
+
+def set_aside_newer(run_dir: Path, step: int) -> Path | None:
+    """Move checkpoints of later steps to RUN/checkpoints.old: they are of a course that this run leaves.
+
+    A later ``--resume auto`` would else take them for its own. Returns the folder if anything was moved.
+    """
+    root, aside = run_dir / "checkpoints", run_dir / "checkpoints.old"
+    later = [path for path in root.glob("step_*") if _NAME.search(path.name) and int(_NAME.search(path.name)[1]) > step]
+    for path in later:
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / path.name, ignore_errors=True)
+        os.replace(path, aside / path.name)
+    return aside if later else None
 
 
 def load_checkpoint(

@@ -114,12 +114,12 @@ class Telemetry:
         if step == self.first_step + WARM_UP_STEPS:
             self._clock_start, self._clock_step = time.perf_counter(), step
 
-    def end_iteration(self, step: int, extra: dict[str, float]) -> dict[str, float] | None:
+    def end_iteration(self, step: int, extra: dict[str, float]) -> None:
         """Write a line if one is due; ``step`` counts from 0, the line counts finished iterations."""
         if self._bar is not None:
             self._bar.update(1)
         if not self._log_due:
-            return None
+            return
         line = {"step": step + 1, "samples": (step + 1) * self.global_batch, **self._means(), **extra}
         for name, norm in self._norms.items():
             value = norm.get_global_grad_norm() if hasattr(norm, "get_global_grad_norm") else norm
@@ -128,7 +128,7 @@ class Telemetry:
         self._norms.clear()
         line |= self._times(step)
         self.write(line)
-        return line
+        self._announce(line)
 
     def write(self, line: dict) -> None:
         """One line of metrics.jsonl, on the main rank, and the same numbers to the other writers."""
@@ -139,7 +139,7 @@ class Telemetry:
         for writer in self._writers:
             writer(line)
 
-    def announce(self, line: dict) -> None:
+    def _announce(self, line: dict) -> None:
         """The line a person reads: a bar's postfix on a terminal, plain text elsewhere."""
         if not self.world.is_main:
             return

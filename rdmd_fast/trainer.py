@@ -88,111 +88,145 @@ def on_main(world, action):
             action()
         except InputError as error:
             message = str(error)
+        except OSError as error:
+            message = f"{error.filename}: cannot be written ({error.strerror}), free some space or change run_dir"
     message = world.broadcast(message)
     if message is not None:
         raise InputError(message)
 
 
 def run(config, resume: str, world, run_dir: Path, stop) -> int:
-    from .checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-    from .config import dump_config
-    from .distributed import set_learning_rate
-    from .experiment import build_experiment
-    from .networks.exported import write_export
-    from .runtime import write_atomically
-    from .telemetry import Telemetry
-
-    plain_config = config.model_dump(mode="json")
-    total, options = config.train.steps, config.telemetry
-
-    # ---- build, or bring back ------------------------------------------------------------------------------------
-    found: list[Path | None] = [None]
-    on_main(world, lambda: found.__setitem__(0, find_checkpoint(run_dir, resume)))
-    checkpoint = world.broadcast(str(found[0]) if found[0] else None)
-    telemetry = Telemetry(options, world, run_dir, total, config.train.global_batch_size)
-    experiment = build_experiment(config, world, telemetry)
-    stage, state = experiment.stage, experiment.state
-    step = 0
-    if checkpoint:
-        manifest, tensors = load_checkpoint(Path(checkpoint), state, plain_config, world)
-        step = manifest["step"]
-        stage.load_counters(state.counters)
-        telemetry.load_state(tensors)
-        telemetry.say(f"resumed {checkpoint} at step {step}")
-    if step >= total and (run_dir / "export").exists():
-        telemetry.say(f"nothing to do: {run_dir} has reached train.steps = {total}; raise it, or --resume never")
+    """One stage in a run folder that this job holds; returns the exit status."""
+    training = Training(config, world, run_dir, stop)
+    if training.bring_back(resume):
         return EXIT_DONE
-    telemetry.cut_back(step if checkpoint else -1)
-    on_main(world, lambda: write_atomically(run_dir / "config.yaml", dump_config(config)))
+    stopped = training.train()
+    return training.leave(stopped)
 
-    # ---- what happens at intervals, each a collective call ---------------------------------------------------------
-    def save() -> None:
-        state.counters |= stage.counters()
-        save_checkpoint(run_dir, step, state, telemetry.state(), plain_config, world, config.checkpoint.keep)
 
-    def export(weights: dict[str, torch.Tensor], name: str) -> None:
-        if world.is_main:
-            write_export(run_dir / name, experiment.export.model_copy(update={"step": step}), weights)
+class Training:
+    """A stage, its telemetry, and what happens at intervals. Every method is a collective call."""
 
-    def validate(weights: dict[str, torch.Tensor]) -> None:
-        if world.is_main and experiment.measure:
-            values = experiment.measure(weights)
-            telemetry.write({"step": step, "validation": values})
-            telemetry.say(f"step {step}/{total}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
-            score = values.get(experiment.best_by)
-            if score is None:
-                raise InputError(f"validation.best_by: no metric {experiment.best_by!r}, one of {', '.join(values)}")
-            if score < state.counters.get("best", float("inf")):
-                state.counters["best"] = score
-                export(weights, "best")
+    def __init__(self, config, world, run_dir: Path, stop):
+        from .experiment import build_experiment
+        from .telemetry import Telemetry
 
-    def look(name: str, weights: dict[str, torch.Tensor] | None = None) -> None:
-        experiment.picture(weights or state.ema.gather(), run_dir / "samples" / name)
+        self.config, self.world, self.run_dir, self.stop = config, world, run_dir, stop
+        self.plain_config = config.model_dump(mode="json")
+        self.step, self.total = 0, config.train.steps  # finished iterations, of all
+        self.telemetry = Telemetry(config.telemetry, world, run_dir, self.total, config.train.global_batch_size)
+        self.experiment = build_experiment(config, world, self.telemetry)
+        self.stage, self.state = self.experiment.stage, self.experiment.state
 
-    def due(every: int) -> bool:
-        return every > 0 and step % every == 0 and step < total
+    def bring_back(self, resume: str) -> bool:
+        """Go to the checkpoint that ``resume`` means and open the run folder; True if the run had ended already."""
+        from .checkpoint import find_checkpoint, load_checkpoint, set_aside_newer
+        from .config import dump_config
+        from .runtime import write_atomically
 
-    def stopping() -> bool:
-        return world.any(stop.requested is not None)
+        found: list[Path | None] = []
+        on_main(self.world, lambda: found.append(find_checkpoint(self.run_dir, resume, self.telemetry.say)))
+        checkpoint = self.world.broadcast(found[0] if found else None)
+        if checkpoint:
+            manifest, tensors = load_checkpoint(checkpoint, self.state, self.plain_config, self.world)
+            self.step = manifest["step"]
+            self.stage.load_counters(self.state.counters)
+            self.telemetry.load_state(tensors)
+            self.telemetry.say(f"resumed {checkpoint} at step {self.step}")
+        if checkpoint and self.step >= self.total and (self.run_dir / "export").exists():
+            self.telemetry.say(f"nothing to do: {self.run_dir} has reached train.steps = {self.total}")
+            return True
+        kept = self.step if checkpoint else -1
+        self.telemetry.cut_back(kept)
+        on_main(self.world, lambda: set_aside_newer(self.run_dir, kept))
+        on_main(self.world, lambda: write_atomically(self.run_dir / "config.yaml", dump_config(self.config)))
+        self.telemetry.start(self.step)
+        return False
 
-    # ---- train -----------------------------------------------------------------------------------------------------
-    telemetry.start(step)
-    stopped = stopping()
-    while not stopped and stage.warm_up():
-        stopped = stopping()
-    while not stopped and step < total:
-        telemetry.begin_iteration(step)
-        rates = {
-            f"lr/{name}": set_learning_rate(engine, experiment.optimizers[name], step, total)
-            for name, engine in state.engines.items()
-        }
-        stage.iteration(step)
-        state.ema.update(step)
-        line = telemetry.end_iteration(step, rates)
-        step += 1
-        if line:
-            telemetry.announce(line)
-        if due(options.sample_every):
-            look(f"step_{step:08d}.png")
-        if due(config.validation.every):
-            gathered = state.ema.gather()
-            on_main(world, lambda weights=gathered: validate(weights))
-        if due(config.checkpoint.every):
-            save()
-        stopped = stopping()
+    def train(self) -> bool:
+        """Iterate to the end; True if a signal came first."""
+        from .distributed import set_learning_rate
 
-    # ---- leave -----------------------------------------------------------------------------------------------------
-    save()
-    if stopped and step < total:
-        telemetry.say(
-            f"stopped by {stop.requested.name if stop.requested else 'another rank'} at step {step}, state saved"
-        )
-        telemetry.close()
-        return EXIT_STOPPED
-    weights = state.ema.gather()
-    on_main(world, lambda: validate(weights))
-    on_main(world, lambda: export(weights, "export"))
-    look("final.png", weights)
-    telemetry.close()
-    telemetry.say(f"done: {run_dir}/export, picture {run_dir}/samples/final.png")
-    return EXIT_DONE
+        options, engines = self.config, self.state.engines
+        stopped = self.stopping()
+        while not stopped and self.stage.warm_up():
+            stopped = self.stopping()
+        while not stopped and self.step < self.total:
+            self.telemetry.begin_iteration(self.step)
+            rates = {
+                f"lr/{name}": set_learning_rate(engine, self.experiment.optimizers[name], self.step, self.total)
+                for name, engine in engines.items()
+            }
+            self.stage.iteration(self.step)
+            self.state.ema.update(self.step)
+            self.telemetry.end_iteration(self.step, rates)
+            self.step += 1
+            if self.due(options.telemetry.sample_every):
+                self.look(f"step_{self.step:08d}.png", self.state.ema.gather())
+            if self.due(options.validation.every):
+                self.validate(self.state.ema.gather())
+            if self.due(options.checkpoint.every):
+                self.save()
+            stopped = self.stopping()
+        return stopped and self.step < self.total
+
+    def leave(self, stopped: bool) -> int:
+        """Save; at the end of the run also validate, export and draw. Returns the exit status."""
+        self.save()
+        if stopped:
+            name = self.stop.requested.name if self.stop.requested else "a signal to another rank"
+            self.telemetry.say(f"stopped by {name} at step {self.step}, state saved")
+        else:
+            weights = self.state.ema.gather()
+            self.validate(weights)
+            self.export(weights, "export")
+            self.look("final.png", weights)
+            self.telemetry.say(f"done: {self.run_dir}/export, picture {self.run_dir}/samples/final.png")
+        self.telemetry.close()
+        return EXIT_STOPPED if stopped else EXIT_DONE
+
+    # ---- at intervals ----------------------------------------------------------------------------------------------
+
+    def due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0 and self.step < self.total
+
+    def stopping(self) -> bool:
+        return self.world.any(self.stop.requested is not None)
+
+    def save(self) -> None:
+        from .checkpoint import save_checkpoint
+
+        self.state.counters |= self.stage.counters()
+        tensors, keep = self.telemetry.state(), self.config.checkpoint.keep
+        save_checkpoint(self.run_dir, self.step, self.state, tensors, self.plain_config, self.world, keep)
+
+    def look(self, name: str, weights: dict[str, torch.Tensor]) -> None:
+        self.experiment.picture(weights, self.run_dir / "samples" / name)
+
+    def export(self, weights: dict[str, torch.Tensor], name: str) -> None:
+        from .networks.exported import write_export
+
+        config = self.experiment.export.model_copy(update={"step": self.step})
+        on_main(self.world, lambda: write_export(self.run_dir / name, config, weights))
+
+    def validate(self, weights: dict[str, torch.Tensor]) -> None:
+        """Metrics on held-out data; the best weights so far go to RUN/best."""
+        if not self.experiment.measure:
+            return
+        improved = []
+        on_main(self.world, lambda: improved.append(self._measure(weights)))
+        if self.world.broadcast(improved[0] if improved else None):
+            self.export(weights, "best")
+
+    def _measure(self, weights: dict[str, torch.Tensor]) -> bool:
+        values = self.experiment.measure(weights)
+        self.telemetry.write({"step": self.step, "validation": values})
+        listing = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.telemetry.say(f"step {self.step}/{self.total}  {listing}")
+        best_by = self.experiment.best_by
+        if best_by not in values:
+            raise InputError(f"validation.best_by: no metric {best_by!r}, one of {', '.join(values)}")
+        improved = values[best_by] < self.state.counters.get("best", float("inf"))
+        if improved:
+            self.state.counters["best"] = values[best_by]
+        return improved

@@ -248,3 +248,14 @@ def test_bf16_trains_and_exports_at_every_zero_stage(runs, stage):
     for line, other in pairs:
         assert other["fake_loss"] == pytest.approx(line["fake_loss"], rel=3e-2)
         assert other["transport_cost"] == pytest.approx(line["transport_cost"], rel=3e-2)
+
+
+def test_starting_anew_sets_old_checkpoints_aside(runs):
+    arguments = [*distillation(runs, "anew"), "train.global_batch_size=4", "telemetry.tensorboard=false"]
+    config = ["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments, "validation.every=0"]
+    assert main([*config, "train.steps=2"]) == 0
+    assert main([*config, "train.steps=1", "--resume", "never"]) == 0
+    run = runs / "anew"
+    assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000001"]
+    assert [path.name for path in (run / "checkpoints.old").glob("step_*")] == ["step_00000002"]
+    assert json.loads((run / "export/config.json").read_text())["step"] == 1
