@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] == name:
             command = importlib.import_module(module)
             command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
+            subparser.set_defaults(execute=command.run)
     arguments = parser.parse_args(argv)
     try:
-        return arguments.run(arguments)
+        return arguments.execute(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -259,3 +259,28 @@ def test_starting_anew_sets_old_checkpoints_aside(runs):
     assert [path.name for path in (run / "checkpoints").glob("step_*")] == ["step_00000001"]
     assert [path.name for path in (run / "checkpoints.old").glob("step_*")] == ["step_00000002"]
     assert json.loads((run / "export/config.json").read_text())["step"] == 1
+
+
+def test_evaluation_puts_baselines_beside_the_generator(runs, capsys):
+    shards, report = runs / "shards", runs / "report.json"
+    arguments = ["--model", f"{runs}/rdmd/export", "--teacher", f"{runs}/teacher/export", "--judge", str(shards)]
+    arguments += ["--source", f"{shards}/2/test", "--target", f"{shards}/3/test", "--label", "3", "--out", str(report)]
+    assert cli.main(["evaluate", *arguments, "--picture", f"{runs}/grid.png"]) == 0
+    printed = capsys.readouterr().out
+    rows = {row["name"].split()[0]: row for row in json.loads(report.read_text())["rows"]}
+    assert set(rows) == {"RDMD", "identity", "untrained"} and all(name in printed for name in rows)
+    assert rows["identity"]["l2"] == 0 and rows["identity"]["colour_cosine"] == pytest.approx(1)
+    assert rows["identity"]["share_3nn"] < 0.1
+    # Four steps from it at a small rate, the generator is still close to the untrained one.
+    assert rows["RDMD"]["l2"] == pytest.approx(rows["untrained"]["l2"], rel=0.2)
+    assert (runs / "grid.png").exists()
+
+
+def test_evaluation_of_a_toy_run_prints_the_closed_form(tmp_path, capsys):
+    assert main([*toy_arguments(tmp_path / "run", 3), "generator.scale=1.4", "telemetry.tensorboard=false"]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "report.json")]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert "closed form 1.3233, 1.3233" in printed
+    assert report["scale"] == pytest.approx(1.4, abs=0.02)
