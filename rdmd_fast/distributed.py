@@ -58,11 +58,15 @@ class TrainOptions(Options):
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process among its peers.
+
+    Hosts agree over ``host_group`` (gloo): a vote by way of the GPU would wait for all the work queued there.
+    """
 
     rank: int
     size: int
     device: torch.device
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -82,8 +86,8 @@ class World:
         """Whether any rank says so: every decision that changes what a rank does next goes through here."""
         if self.size == 1:
             return flag
-        vote = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+        vote = torch.tensor([int(flag)])
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.host_group)
         return bool(vote.item())
 
     def broadcast(self, value):
@@ -91,7 +95,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
 
@@ -126,7 +130,9 @@ def join_world() -> World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     with contextlib.redirect_stdout(None):
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    alone = dist.get_world_size() == 1
+    host_group = None if alone or not on_gpu else dist.new_group(backend="gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device, host_group)
 
 
 def leave_world() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,17 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"missing {', '.join(missing)}: see rdmd evaluate --help")
         report = evaluate_digits(arguments)
     if arguments.out:
-        write_atomically(Path(arguments.out), json.dumps(report, indent=1) + "\n")
+        write_atomically(Path(arguments.out), json.dumps(_strict(report), indent=1) + "\n")
     return 0
+
+
+def _strict(value):
+    """JSON has no infinity: the identity map's PSNR becomes null."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def evaluate_toy_run(run_dir: Path, count: int = 2000) -> dict:
