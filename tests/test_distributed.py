@@ -92,7 +92,8 @@ def runs(tmp_path_factory):
         check=True,
         capture_output=True,
     )
-    launch(folder, 1, [case(MLP_RDMD, "mlp_one", 0), case(UNET_TEACHER, "teacher", 0)])
+    whole_batch = case(MLP_RDMD, "mlp_whole_batch", 0, train={"steps": 20, "global_batch_size": 16})
+    launch(folder, 1, [case(MLP_RDMD, "mlp_one", 0), whole_batch, case(UNET_TEACHER, "teacher", 0)])
     two, statuses = [], []
     for stage in STAGES:
         for base, name in ((MLP_RDMD, "mlp"), (UNET_TEACHER, "unet"), (UNET_RDMD, "unet_rdmd")):
@@ -113,6 +114,15 @@ def test_two_ranks_at_every_zero_stage_equal_one_rank(runs, name, one, keys, sta
     single, double = metrics(runs / one), metrics(runs / f"{name}_{stage}")
     losses = [[line[key] for line in lines if keys[0] in line for key in keys] for lines in (single, double)]
     assert len(losses[0]) == 20 * len(keys)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_micro_batches_leave_no_trace(runs):
+    keys = ("fake_loss", "transport_cost", "score_gradient_rms")
+    losses = [
+        [line[key] for line in metrics(runs / name) if "fake_loss" in line for key in keys]
+        for name in ("mlp_one", "mlp_whole_batch")
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
