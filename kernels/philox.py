@@ -19,23 +19,55 @@ roundings with no fused multiply-add, and the square root is rounded correctly. 
 agree to the bit.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from ._dispatch import INTERPRETED, backend, jit, tl, triton
+from ._static import StaticCase
 
 _WORD = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
-def _check(seed: int, stream: int = 0) -> None:
-    if not 0 <= seed < 1 << 64:
+def check_key(seed: int | Tensor, stream: int = 0) -> None:
+    """Raises ValueError for a seed or stream out of range, or a seed that is no int64 [1]."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(f"seed is {seed.dtype} {list(seed.shape)}, want an int or torch.int64 [1]")
+    elif not 0 <= seed < 1 << 64:
         raise ValueError(f"seed {seed} is outside [0, 2**64)")
     if not 0 <= stream <= _WORD:
         raise ValueError(f"stream {stream} is outside [0, 2**32)")
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_seed(seed: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([_signed(seed)], device=device)
+
+
+def _signed(seed: int) -> int:
+    return seed - (1 << 64) if seed >= 1 << 63 else seed
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The 64 bits of a seed as int64 [1] on ``device``, where kernels read it; made once for each integer."""
+    return seed if isinstance(seed, Tensor) else _cached_seed(seed, device)
+
+
+def seed_arguments(seed: int | Tensor, stream: int) -> tuple[int, Tensor | None, int]:
+    """A checked seed and stream as (signed seed, seed tensor or None, stream): what an operator's schema can hold."""
+    check_key(seed, stream)
+    return (0, seed, int(stream)) if isinstance(seed, Tensor) else (_signed(seed), None, int(stream))
+
+
+def seed_of_arguments(signed: int, tensor: Tensor | None) -> int | Tensor:
+    """The seed behind ``seed_arguments``."""
+    return signed & (1 << 64) - 1 if tensor is None else tensor
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -51,7 +83,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tup
     Raises:
         ValueError: ``seed`` is outside [0, 2**64).
     """
-    _check(seed)
+    check_key(seed)
     k0, k1 = seed & _WORD, seed >> 32
     c0, c1, c2, c3 = counter
     # Products wrap to 64 bits; the mask drops the copies of the sign that the shift brings in. The same mask
@@ -67,7 +99,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tup
 
 def _draw(seed: int, stream: int, positions: Tensor, blocks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four words of counters 0 .. blocks - 1 of each position: four int64 [N, blocks]."""
-    _check(seed, stream)
+    check_key(seed, stream)
     block = torch.arange(blocks, device=positions.device)[None]
     position = positions.to(torch.int64)[:, None]
     counter = block, torch.full_like(block, stream), position & _WORD, (position >> 32) & _WORD
@@ -159,8 +191,9 @@ def _box_muller(radius_word: Tensor, angle_word: Tensor, out: Tensor) -> None:
     out[..., 0], out[..., 1] = first, second
 
 
-def normal_reference(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
-    """``normal`` in plain torch, on any device."""
+def normal_reference(seed: int | Tensor, stream: int, positions: Tensor, count: int) -> Tensor:
+    """``normal`` in plain torch, on any device; a seed in a tensor is read by the host."""
+    seed = int(seed) & (1 << 64) - 1 if isinstance(seed, Tensor) else seed
     blocks = -(-count // 4)
     out = positions.new_empty((positions.numel(), blocks, 2, 2), dtype=torch.float32)
     w0, w1, w2, w3 = _draw(seed, stream, positions, blocks)
@@ -232,41 +265,67 @@ def interleave4(n0, n1, n2, n3):
     return tl.reshape(lanes, n0.shape + [4])  # noqa: RUF005 (Triton knows no unpacking)
 
 
-@jit
+@jit(do_not_specialize=["stream", "n"])
 def _normal_kernel(out, positions, seed, stream, n, count, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     position = tl.load(positions + row, mask=row < n, other=0)[:, None]
-    n0, n1, n2, n3 = philox_normal4(seed, stream, position & 0xFFFFFFFF, position >> 32, block[None, :])
+    key = tl.load(seed)
+    n0, n1, n2, n3 = philox_normal4(key, stream, position & 0xFFFFFFFF, position >> 32, block[None, :])
     values = tl.reshape(interleave4(n0, n1, n2, n3), [ROWS, BLOCKS * 4])
     element = tl.program_id(1).to(tl.int64) * (BLOCKS * 4) + tl.arange(0, BLOCKS * 4)
     mask = (row < n)[:, None] & (element < count)[None, :]
     tl.store(out + row[:, None] * count + element[None, :], values, mask=mask)
 
 
-def normal_triton(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
+def _normal_tile(count: int) -> tuple[int, int]:
+    """(positions, counters) a program: 512 counters (4,096 for the interpreter, which pays by the program)."""
+    tile = 4096 if INTERPRETED else 512
+    blocks = min(tile, triton.next_power_of_2(-(-count // 4)))
+    return tile // blocks, blocks
+
+
+def normal_triton(seed: int | Tensor, stream: int, positions: Tensor, count: int) -> Tensor:
     """``normal`` by Triton, on a GPU or, under the interpreter, on the CPU."""
-    _check(seed, stream)
+    check_key(seed, stream)
     n = positions.numel()
     out = positions.new_empty((n, count), dtype=torch.float32)
     if not out.numel():
         return out
-    # 512 counters a tile (4,096 for the interpreter, which pays by the program), as wide as a position needs.
-    tile = 4096 if INTERPRETED else 512
-    blocks = min(tile, triton.next_power_of_2(-(-count // 4)))
-    rows = tile // blocks
+    rows, blocks = _normal_tile(count)
     grid = (triton.cdiv(n, rows), triton.cdiv(count, 4 * blocks))
-    arguments = out, positions.to(torch.int64).contiguous(), seed, int(stream), n, count, rows, blocks
+    seed = seed_tensor(seed, positions.device)
     with torch.cuda.device_of(positions):
-        _normal_kernel[grid](*arguments, enable_fp_fusion=False)
+        _normal_kernel[grid](
+            out, positions.to(torch.int64).contiguous(), seed, int(stream), n, count, rows, blocks,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 
-def normal(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
+def _normal(seed: int | Tensor, stream: int, positions: Tensor, count: int) -> Tensor:
+    check_key(seed, stream)
+    draw = normal_triton if backend(positions.device) == "triton" else normal_reference
+    return draw(seed, stream, positions, count)
+
+
+# Opaque to torch.compile on purpose: a compiler that fuses multiply and add would change the bits.
+@torch.library.custom_op("rdmd_fast::normal", mutates_args=())
+def _normal_op(seed: int, seed_tensor: Tensor | None, stream: int, positions: Tensor, count: int) -> Tensor:
+    return _normal(seed_of_arguments(seed, seed_tensor), stream, positions, count)
+
+
+@_normal_op.register_fake
+def _(seed, seed_tensor, stream, positions, count):
+    return positions.new_empty((positions.numel(), count), dtype=torch.float32)
+
+
+def normal(seed: int | Tensor, stream: int, positions: Tensor, count: int) -> Tensor:
     """The first ``count`` standard normals of each position.
 
     Args:
-        seed: in [0, 2**64).
+        seed: in [0, 2**64), or its 64 bits as int64 [1] on the device of ``positions``: a captured CUDA graph
+            reads seed and positions anew at each replay.
         stream: in [0, 2**32).
         positions: int64 [N].
         count: normals a position.
@@ -278,6 +337,27 @@ def normal(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
         ValueError: ``seed`` or ``stream`` is out of range.
         RuntimeError: ``RDMD_KERNELS`` asks for what cannot run here.
     """
-    if backend(positions.device) == "triton":
-        return normal_triton(seed, stream, positions, count)
-    return normal_reference(seed, stream, positions, count)
+    if torch.compiler.is_compiling():
+        return _normal_op(*seed_arguments(seed, stream), positions, count)
+    return _normal(seed, stream, positions, count)
+
+
+def static_cases() -> list[StaticCase]:
+    """A point, an image of 8x8 and one of 64x64: every branch of the tile's shape."""
+    signature = {"out": "*fp32", "positions": "*i64", "seed": "*i64", "stream": "i32", "n": "i32", "count": "i32"}
+    signature |= {"ROWS": "constexpr", "BLOCKS": "constexpr"}
+    cases = []
+    for count in (2, 192, 12288):
+        rows, blocks = _normal_tile(count)
+        aligned = ("out", "positions", "seed") + (("count",) if count % 16 == 0 else ())
+        cases.append(
+            StaticCase(
+                f"philox_normal/{count}",
+                _normal_kernel,
+                signature,
+                {"ROWS": rows, "BLOCKS": blocks},
+                aligned,
+                vector_pointers=count % 16 == 0,
+            )
+        )
+    return cases

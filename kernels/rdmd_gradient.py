@@ -10,6 +10,13 @@ D_fake - D_real = c_out (F_fake - F_real). With ω α²/σ² c_out folded into o
 The ``dmd`` weighting (DMD, arXiv 2311.18828, Equation 8; DMD2, arXiv 2405.14867) divides by mean |y - D_real| over a
 sample's elements. Since y - D_real = c_out (F* - F_real) with F* of coefficients.py, it is
 g = sign(c_out) (F_fake - F_real) / mean |F* - F_real|.
+
+For a generator read as y = skip x + scale F_G, ``generator_gradient`` goes on to dL/dF_G = scale dL/dy in F_G's dtype,
+and reads F_G instead of y.
+
+Launches: one, and for ``dmd`` one before it that sums |F* - F_real| by chunks of 1,024 elements. Sums by chunk are
+added in a fixed order, without atomics, so they depend neither on the batch nor on the run.
+Memory: reads F_real, F_fake, x and y (or F_G), writes the gradient; ``dmd`` reads F_real and y twice.
 """
 
 from __future__ import annotations
@@ -17,9 +24,32 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ._dispatch import backend, jit, tl, triton
+from ._static import StaticCase
 from .coefficients import Coefficients
-from .noise_forward import CounterNoise
+from .noise_forward import (
+    NOISE_TYPES,
+    READING_TYPES,
+    STATIC_SAMPLES,
+    CounterNoise,
+    add_chunks,
+    check_shapes,
+    chunk_count,
+    chunk_sums,
+    empty_in_element_order,
+    generator_output,
+    in_element_order,
+    launch,
+    load_clean,
+    load_coefficient,
+    load_samples,
+    noise_pointers,
+    noise_tile,
+    static_case,
+    tile_pointers,
+)
 
 WEIGHTINGS = ("uniform", "sigma2", "dmd")
 COSTS = ("squared_l2", "l1", "pseudo_huber")
@@ -29,13 +59,30 @@ NORMALIZER_FLOOR = 1e-6
 
 
 class GradientStatistics(NamedTuple):
-    """Per-sample sums for telemetry, left on the device: float32 [N] each."""
+    """Per-sample sums for telemetry, left on the device and added up when read.
 
-    score_gradient_square: torch.Tensor  # ‖g‖²
-    transport_cost: torch.Tensor  # c(x, y)
+    Attributes:
+        score_partials, cost_partials: float32 [N, chunks], the sums over each 1,024 elements.
+    """
+
+    score_partials: Tensor
+    cost_partials: Tensor
+
+    @property
+    def score_gradient_square(self) -> Tensor:
+        """‖g‖², float32 [N]."""
+        return add_chunks(self.score_partials)
+
+    @property
+    def transport_cost(self) -> Tensor:
+        """c(x, y), float32 [N]."""
+        return add_chunks(self.cost_partials)
 
 
-def elementwise_cost(displacement: torch.Tensor, cost: str, delta: float) -> tuple[torch.Tensor, torch.Tensor]:
+# -- reference ---------------------------------------------------------------------------------------------------------
+
+
+def elementwise_cost(displacement: Tensor, cost: str, delta: float) -> tuple[Tensor, Tensor]:
     """Cost of each element of y - x, and its derivative with respect to y.
 
     squared_l2: d²; l1: |d| (derivative 0 at 0); pseudo_huber: δ² (√(1 + (d/δ)²) - 1), d in data units.
@@ -46,23 +93,206 @@ def elementwise_cost(displacement: torch.Tensor, cost: str, delta: float) -> tup
         return displacement.abs(), displacement.sign()
     if cost == "pseudo_huber":
         root = torch.sqrt(1 + (displacement / delta).square())
-        return delta**2 * (root - 1), displacement / root
+        return displacement.square() / (root + 1), displacement / root  # the same value, without cancellation
     raise ValueError(f"transport cost {cost!r}: one of {', '.join(COSTS)}")
 
 
+def _reference(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:
+    if y is None:
+        y = clean.float() if reading is None else generator_output(clean, x, *reading)
+    f_real = f_real.float()
+    difference = f_fake.float() - f_real
+    if options.weighting == "dmd":
+        target = table.row("target_clean", y) * y + table.row("target_noise", y) * noise.values(y)
+        residual = (target - f_real).abs().flatten(1).mean(1).clamp_min(NORMALIZER_FLOOR)
+        scale = table.row("c_out").sign() / residual
+    else:
+        scale = table.row("score_scale")
+    score_gradient = difference * scale.view(-1, *(1,) * (y.ndim - 1))
+    cost, cost_gradient = elementwise_cost(y - x.float(), options.cost, options.delta)
+    if extra is not None:
+        cost_gradient = cost_gradient + extra.float()
+    gradient = score_gradient.add(cost_gradient, alpha=options.transport_weight).mul_(options.factor)
+    return in_element_order(gradient.to(dtype)), chunk_sums(score_gradient.square()), chunk_sums(cost)
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@jit(do_not_specialize=["stream", "n", "chunks"])
+def _residual_kernel(
+    residuals, f_real, clean, reading_x, table, seed, positions, drawn,
+    stream, skip, scale, n, count, chunks, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Sums of |F* - F_real| over chunks: float32 [n, chunks]."""
+    row, chunk, offsets, mask = tile_pointers(n, count, chunks, ROWS, WIDTH)
+    f_real_tile = load_samples(f_real, offsets, mask)
+    y = load_clean(clean, reading_x, skip, scale, offsets, mask)
+    epsilon = noise_tile(seed, stream, positions, drawn, row, chunk, offsets, mask, n, ROWS, WIDTH)
+    target = load_coefficient(table, 6, row, n) * y + load_coefficient(table, 7, row, n) * epsilon
+    residual = tl.where(mask, tl.abs(target - f_real_tile), 0.0)
+    tl.store(residuals + row * chunks + chunk, tl.sum(residual, axis=1), mask=row < n)
+
+
+@jit
+def _score_scale(residuals, table, floor, row, n, count, chunks, ROWS: tl.constexpr, PARTIALS: tl.constexpr):
+    """The number [ROWS, 1] that makes F_fake - F_real the score gradient."""
+    if residuals is None:
+        scale = load_coefficient(table, 8, row, n)
+    else:
+        total = tl.zeros([ROWS, PARTIALS], tl.float32)
+        for first in range(0, chunks, PARTIALS):
+            index = first + tl.arange(0, PARTIALS)
+            mask = (row < n)[:, None] & (index < chunks)[None, :]
+            total += tl.load(residuals + (row * chunks)[:, None] + index[None, :], mask=mask, other=0.0)
+        mean = tl.sum(total, axis=1)[:, None] / count
+        mean = tl.where(mean < floor, floor, mean)  # unlike a maximum, this keeps NaN
+        c_out = load_coefficient(table, 3, row, n)
+        scale = tl.where(c_out > 0, 1.0, tl.where(c_out < 0, -1.0, 0.0)) / mean
+    return scale
+
+
+@jit
+def _elementwise_cost(displacement, delta, COST: tl.constexpr):
+    if COST == "squared_l2":
+        cost, derivative = displacement * displacement, 2 * displacement
+    elif COST == "l1":
+        cost = tl.abs(displacement)
+        derivative = tl.where(displacement > 0, 1.0, tl.where(displacement < 0, -1.0, displacement))
+    else:
+        ratio = displacement / delta
+        root = tl.sqrt(1 + ratio * ratio)
+        cost, derivative = displacement * displacement / (root + 1), displacement / root
+    return cost, derivative
+
+
+@jit(do_not_specialize=["n", "chunks"])
+def _gradient_kernel(
+    gradient, score_partials, cost_partials, f_real, f_fake, clean, x, extra, residuals, table,
+    skip, scale, transport_weight, factor, delta, floor, n, count, chunks,
+    COST: tl.constexpr, FROM_GENERATOR: tl.constexpr, PARTIALS: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, chunk, offsets, mask = tile_pointers(n, count, chunks, ROWS, WIDTH)
+    difference = load_samples(f_fake, offsets, mask) - load_samples(f_real, offsets, mask)
+    y = load_samples(clean, offsets, mask)
+    source = load_samples(x, offsets, mask)
+    if FROM_GENERATOR:
+        y = skip * source + scale * y
+    score_gradient = difference * _score_scale(residuals, table, floor, row, n, count, chunks, ROWS, PARTIALS)
+    cost, cost_gradient = _elementwise_cost(y - source, delta, COST)
+    if extra is not None:
+        cost_gradient += load_samples(extra, offsets, mask)
+    total = (score_gradient + transport_weight * cost_gradient) * factor
+    tl.store(gradient + offsets, total.to(gradient.dtype.element_ty), mask=mask)
+    partial = row * chunks + chunk
+    tl.store(score_partials + partial, tl.sum(score_gradient * score_gradient, axis=1), mask=row < n)
+    tl.store(cost_partials + partial, tl.sum(cost, axis=1), mask=row < n)
+
+
+# -- launcher ----------------------------------------------------------------------------------------------------------
+
+
+def _partials_width(chunks: int) -> int:
+    """Partial sums that a program loads at once."""
+    return min(1024, triton.next_power_of_2(chunks))
+
+
+def _triton(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:
+    dmd = options.weighting == "dmd"
+    check_shapes(clean, table, noise if dmd else None, f_real, f_fake, x, y, extra)
+    f_real, f_fake, clean, x, y, extra = map(in_element_order, (f_real, f_fake, clean, x, y, extra))
+    gradient, score_partials, cost_partials = _empty_outputs(clean, dtype)
+    rows = table.rows.contiguous()
+    skip, scale = reading or (0.0, 1.0)
+    residuals = None
+    if dmd:
+        residuals = torch.empty_like(score_partials)
+        first = (clean, None if reading is None else x) if y is None else (y, None)
+        launch(
+            _residual_kernel, clean, residuals, f_real, *first, rows,
+            *noise_pointers(noise, clean.device), skip, scale,
+        )  # fmt: skip
+    launch(
+        _gradient_kernel, clean, gradient, score_partials, cost_partials, f_real, f_fake, clean, x, extra,
+        residuals, rows,
+        skip, scale, options.transport_weight, options.factor, options.delta, NORMALIZER_FLOOR,
+        COST=options.cost, FROM_GENERATOR=reading is not None,
+        PARTIALS=_partials_width(score_partials.shape[1]) if dmd else 1,
+    )  # fmt: skip
+    return gradient, score_partials, cost_partials
+
+
+# -- operation ---------------------------------------------------------------------------------------------------------
+
+
+class _Options(NamedTuple):
+    transport_weight: float
+    weighting: str
+    cost: str
+    delta: float
+    factor: float  # of the whole: 1/B, and the generator's scale
+
+
+def _empty_outputs(clean, dtype) -> tuple[Tensor, Tensor, Tensor]:
+    partials = (clean.shape[0], chunk_count(clean[0].numel()))
+    score, cost = (clean.new_empty(partials, dtype=torch.float32) for _ in range(2))
+    return empty_in_element_order(clean, dtype), score, cost
+
+
+def _gradient(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:
+    implementation = _triton if backend(clean.device) == "triton" else _reference
+    return implementation(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype)
+
+
+# Opaque to torch.compile on purpose: a compiler that fuses multiply and add would change the noise.
+@torch.library.custom_op("rdmd_fast::rdmd_gradient", mutates_args=())
+def _gradient_op(
+    f_real: Tensor, f_fake: Tensor, clean: Tensor, x: Tensor, y: Tensor | None, extra: Tensor | None,
+    table: Tensor, seed: int, seed_tensor: Tensor | None, stream: int, positions: Tensor, drawn: Tensor | None,
+    reading: list[float] | None, transport_weight: float, weighting: str, cost: str, delta: float, factor: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    noise = CounterNoise.of_arguments(seed, seed_tensor, stream, positions, drawn)
+    options = _Options(transport_weight, weighting, cost, delta, factor)
+    return _gradient(f_real, f_fake, clean, x, y, extra, Coefficients(table), noise, reading, options, dtype)
+
+
+@_gradient_op.register_fake
+def _(f_real, f_fake, clean, *arguments):
+    return _empty_outputs(clean, arguments[-1])
+
+
+@torch.no_grad()
+def _dispatch(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype):
+    if options.weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {options.weighting!r}: one of {', '.join(WEIGHTINGS)}")
+    if options.cost not in COSTS:
+        raise ValueError(f"transport cost {options.cost!r}: one of {', '.join(COSTS)}")
+    if torch.compiler.is_compiling():
+        outputs = _gradient_op(
+            f_real, f_fake, clean, x, y, extra, table.rows, *noise.arguments(), reading, *options, dtype
+        )  # fmt: skip
+    else:
+        outputs = _gradient(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype)
+    return outputs[0], GradientStatistics(*outputs[1:])
+
+
 def rdmd_gradient(
-    f_real: torch.Tensor,
-    f_fake: torch.Tensor,
-    y: torch.Tensor,
-    x: torch.Tensor,
+    f_real: Tensor,
+    f_fake: Tensor,
+    y: Tensor,
+    x: Tensor,
     noise: CounterNoise,
     table: Coefficients,
     transport_weight: float,
     weighting: str = "dmd",
     cost: str = "squared_l2",
     delta: float = 0.1,
-) -> tuple[torch.Tensor, GradientStatistics]:
-    """dL/dy of one batch, averaged over its N samples.
+    extra: Tensor | None = None,
+    batch_size: int | None = None,
+) -> tuple[Tensor, GradientStatistics]:
+    """dL/dy of one batch, averaged over its samples. No gradient flows.
 
     Args:
         f_real, f_fake: raw outputs of teacher and fake score at y_t, [N, ...], any floating dtype.
@@ -73,21 +303,94 @@ def rdmd_gradient(
         weighting: one of ``WEIGHTINGS``.
         cost: one of ``COSTS``.
         delta: scale of the pseudo-Huber cost in data units.
+        extra: derivative of a further cost of each sample with respect to y [N, ...], weighted by λ too; not part
+            of the statistics.
+        batch_size: B, the samples that the loss is the mean of; N if None.
 
     Returns:
-        (gradient float32 [N, ...], statistics).
+        (gradient float32 [N, ...], statistics); images in channels_last.
+
+    Raises:
+        ValueError: unknown weighting or cost.
     """
-    f_real, clean = f_real.float(), y.float()
-    difference = f_fake.float() - f_real
-    if weighting == "dmd":
-        target = table.row("target_clean", y) * clean + table.row("target_noise", y) * noise.values(y)
-        residual = (target - f_real).abs().flatten(1).mean(1).clamp_min(NORMALIZER_FLOOR)
-        scale = table.row("c_out").sign() / residual
-    elif weighting in WEIGHTINGS:
-        scale = table.row("score_scale")
-    else:
-        raise ValueError(f"weighting {weighting!r}: one of {', '.join(WEIGHTINGS)}")
-    score_gradient = difference * scale.view(-1, *(1,) * (y.ndim - 1))
-    cost_value, cost_gradient = elementwise_cost(clean - x.float(), cost, delta)
-    statistics = GradientStatistics(score_gradient.square().flatten(1).sum(1), cost_value.flatten(1).sum(1))
-    return (score_gradient + transport_weight * cost_gradient) / y.shape[0], statistics
+    options = _Options(transport_weight, weighting, cost, delta, 1.0 / (batch_size or y.shape[0]))
+    return _dispatch(f_real, f_fake, y, x, None, extra, table, noise, None, options, torch.float32)
+
+
+def generator_gradient(
+    f_real: Tensor,
+    f_fake: Tensor,
+    f_generator: Tensor,
+    x: Tensor,
+    skip: float,
+    scale: float,
+    noise: CounterNoise,
+    table: Coefficients,
+    transport_weight: float,
+    weighting: str = "dmd",
+    cost: str = "squared_l2",
+    delta: float = 0.1,
+    extra: Tensor | None = None,
+    batch_size: int | None = None,
+    y: Tensor | None = None,
+) -> tuple[Tensor, GradientStatistics]:
+    """dL/dF_G = scale dL/dy for the generator y = skip x + scale F_G, in the dtype of F_G.
+
+    Args:
+        f_generator: raw output of the generator's network [N, ...]; y is formed again from it and x.
+        y: the generator's output, if it is at hand: the first launch of ``dmd`` reads it with fewer bytes.
+        skip, scale: how that network is read as a generator.
+        others: as ``rdmd_gradient``.
+    """
+    options = _Options(transport_weight, weighting, cost, delta, scale / (batch_size or x.shape[0]))
+    return _dispatch(f_real, f_fake, f_generator, x, y, extra, table, noise, [skip, scale], options, f_generator.dtype)
+
+
+# -- ahead-of-time cases -----------------------------------------------------------------------------------------------
+
+
+def static_cases() -> list[StaticCase]:
+    """Each sample size, dtype, cost and optional input; ``dmd`` at 16 to 3,072 partial sums of a sample."""
+    cases = []
+    residual = {"residuals": "*fp32", "table": "*fp32", "reading_x": None, **NOISE_TYPES, **READING_TYPES}
+    variants = {
+        "fp32": {"f_real": "*fp32", "clean": "*fp32"},
+        "bf16": {"f_real": "*bf16", "clean": "*fp32"},
+        "generator-bf16": {"f_real": "*bf16", "clean": "*bf16", "reading_x": "*fp32"},
+    }
+    for shape, elements in STATIC_SAMPLES.items():
+        for variant, types in variants.items():
+            name = f"rdmd_residual/{variant}/{shape}"
+            # A sum is all that it stores: no 16-byte stores to demand.
+            cases.append(static_case(name, _residual_kernel, elements, {**residual, **types}, {}, vectors=False))
+    scalars = dict.fromkeys(("skip", "scale", "transport_weight", "factor", "delta", "floor"), "fp32")
+    common = {
+        "score_partials": "*fp32",
+        "cost_partials": "*fp32",
+        "x": "*fp32",
+        "extra": None,
+        "residuals": None,
+        "table": "*fp32",
+        **scalars,
+    }
+
+    def networks(kind: str, clean: str) -> dict[str, str | None]:
+        return {"f_real": kind, "f_fake": kind, "clean": clean, "gradient": kind if clean == kind else "*fp32"}
+
+    def case(name: str, elements: int, types: dict, cost: str = "squared_l2") -> None:
+        partials = _partials_width(chunk_count(elements)) if types.get("residuals") else 1
+        constants = {"COST": cost, "PARTIALS": partials, "FROM_GENERATOR": types["clean"] == types["f_real"]}
+        cases.append(static_case(f"rdmd_gradient/{name}", _gradient_kernel, elements, {**common, **types}, constants))
+
+    bf16 = networks("*bf16", "*bf16")
+    for shape, elements in {**STATIC_SAMPLES, "3x512x512": 786432, "3x1024x1024": 3145728}.items():
+        case(f"dmd/{shape}", elements, {**bf16, "residuals": "*fp32"})
+    for shape, elements in STATIC_SAMPLES.items():
+        case(f"uniform/{shape}", elements, bf16)
+    case("uniform/from-y", 12288, networks("*bf16", "*fp32"))
+    case("uniform/fp32", 12288, networks("*fp32", "*fp32"))
+    case("uniform/fp16", 12288, networks("*fp16", "*fp16"))
+    case("dmd/extra", 12288, {**bf16, "residuals": "*fp32", "extra": "*fp32"})
+    for cost in COSTS[1:]:
+        case(f"uniform/{cost}", 12288, bf16, cost)
+    return cases

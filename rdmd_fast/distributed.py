@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pydantic import Field, ValidationError
 
 from .errors import InputError
+from .kernels.ema_update import ema_update
 from .options import Options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -343,7 +344,7 @@ class ShardedEMA:
         seen = (step + 1) * self.global_batch
         half_life = min(self.options.half_life, seen * self.options.ramp)
         decay = 0.5 ** (self.global_batch / half_life)
-        torch._foreach_lerp_(self.shards, master_shards(self.engine), 1 - decay)
+        ema_update(self.shards, master_shards(self.engine), 1 - decay)
 
     def gather(self) -> dict[str, torch.Tensor]:
         """The averaged state dict on the CPU of every rank; a collective call."""

@@ -17,9 +17,10 @@ from pydantic import Field
 from .costs import CostOptions
 from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, Reading, SigmaOptions
 from .distributed import BatchLayout, EMAOptions, OptimizerOptions
-from .kernels.denoising_loss import denoising_loss
-from .kernels.noise_forward import noise_forward
-from .kernels.rdmd_gradient import rdmd_gradient
+from .kernels.denoising_loss import denoising_gradient
+from .kernels.inject import inject_gradient
+from .kernels.noise_forward import generator_noise_forward, noise_forward
+from .kernels.rdmd_gradient import generator_gradient
 from .options import Options
 from .randomness import Philox, Stream
 
@@ -90,6 +91,8 @@ class RDMD:
         self.learned_fake = options.fake_score == "learned"
         self.fake_updates_done = 0
         self.class_labels = None if class_label is None else class_label.expand(layout.micro_batch, -1)
+        self.generator_c_noise = torch.full((layout.micro_batch,), reading.c_noise, device=device)
+        self.rank_batch = layout.micro_batch * layout.accumulation  # the samples that this rank's loss is the mean of
         batch = layout.global_batch
         self.generator_process = ForwardProcess(
             philox, options.sigma, diffusion, options.weighting,
@@ -104,7 +107,7 @@ class RDMD:
         """One fake-score update ahead of the first iteration; False once they are done."""
         if not self.learned_fake or self.fake_updates_done >= self.options.fake_warmup:
             return False
-        self._fake_update(self._rollout())
+        self._fake_update()
         return True
 
     def iteration(self, step: int) -> None:
@@ -114,10 +117,11 @@ class RDMD:
             self.fake_updates_done += 1
             return
         for update in range(self.options.fake_updates):
-            self._fake_update(outputs if update == 0 else self._rollout())
+            self._fake_update(outputs if update == 0 else None)
 
     def _generator_update(self, step: int) -> list[torch.Tensor]:
-        outputs = []
+        """One update of G; returns its outputs y = G(x), one batch a micro-batch."""
+        outputs, reading = [], self.reading
         for micro in range(self.layout.accumulation):
             with self.telemetry.phase("data"):
                 x = self._sources(micro)
@@ -125,39 +129,50 @@ class RDMD:
                     self.layout.positions(step * self.layout.global_batch, micro), micro
                 )
             with self.telemetry.phase("generator_forward"):
-                y = self.reading(self.generator, x, self.class_labels, self.dtype)
-            outputs.append(y.detach())
+                f_generator = self._generate(x)
             with self.telemetry.phase("scores"), torch.no_grad():
-                network_input, _ = noise_forward(outputs[-1], noise, table, self.dtype)
+                network_input, y = generator_noise_forward(
+                    f_generator, x, reading.skip, reading.scale, noise, table, self.dtype
+                )
                 f_real = self.teacher(network_input, table.c_noise, self.class_labels)
                 f_fake = self.fake_score(network_input, table.c_noise, self.class_labels)
-                gradient, statistics = rdmd_gradient(
-                    f_real, f_fake, outputs[-1], x, noise, table,
+                gradient, statistics = generator_gradient(
+                    f_real, f_fake, f_generator, x, reading.skip, reading.scale, noise, table,
                     self.options.transport_weight, self.options.weighting,
-                    self.options.cost.kind, self.options.cost.delta,
+                    self.options.cost.kind, self.options.cost.delta, batch_size=self.rank_batch, y=y,
                 )  # fmt: skip
+            outputs.append(y)
             with self.telemetry.phase("generator_backward"):
-                # The gradient with respect to y is known: a linear surrogate carries it into the network.
-                self.generator.backward((y * gradient).sum())
+                self._backward(self.generator, f_generator, gradient)
+            transport_cost = statistics.transport_cost
             self.telemetry.add("score_gradient_square", statistics.score_gradient_square)
-            self.telemetry.add("transport_cost", statistics.transport_cost)
-            self.telemetry.add("transport_cost_per_element", statistics.transport_cost / y[0].numel())
+            self.telemetry.add("transport_cost", transport_cost)
+            self.telemetry.add("transport_cost_per_element", transport_cost / x[0].numel())
             self._step(self.generator, "generator")
         return outputs
 
-    def _fake_update(self, outputs: list[torch.Tensor]) -> None:
+    def _fake_update(self, outputs: list[torch.Tensor] | None = None) -> None:
+        """One update of the fake score on the generator's outputs; None makes them from fresh sources."""
         first = self.fake_updates_done * self.layout.global_batch
-        for micro, y in enumerate(outputs):
+        for micro in range(self.layout.accumulation):
             table, noise = self.fake_process.draw(self.layout.positions(first, micro), micro)
-            with self.telemetry.phase("fake_forward"):
+            if outputs is None:
+                network_input, y = self._rollout(micro, table, noise)
+            else:
+                y = outputs[micro]
                 network_input, _ = noise_forward(y, noise, table, self.dtype)
-                output = self.fake_score(network_input, table.c_noise, self.class_labels)
-                loss = denoising_loss(output, y, noise, table)
+            with self.telemetry.phase("fake_forward"):
+                f_fake = self.fake_score(network_input, table.c_noise, self.class_labels)
+                gradient, losses = denoising_gradient(f_fake, y, noise, table, self.rank_batch)
             with self.telemetry.phase("fake_backward"):
-                self.fake_score.backward(loss.mean())
-            self.telemetry.add("fake_loss", loss.detach())
+                self._backward(self.fake_score, f_fake, gradient)
+            self.telemetry.add("fake_loss", losses)
             self._step(self.fake_score, "fake_score")
         self.fake_updates_done += 1
+
+    def _backward(self, engine, output: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Backpropagate a gradient that is known at the network's output, a mean over this rank's whole batch."""
+        engine.backward(inject_gradient(output, gradient, not engine.fp16_enabled()), scale_wrt_gas=False)
 
     def _step(self, engine, name: str) -> None:
         with self.telemetry.phase("optimizer"):
@@ -170,16 +185,20 @@ class RDMD:
         first = self.fake_updates_done * self.layout.global_batch
         return self.source.batch(self.layout.positions(first, micro))
 
+    def _generate(self, x: torch.Tensor) -> torch.Tensor:
+        """Raw output F_G of the generator's network; G(x) = skip x + scale F_G is formed where it is used."""
+        network_input = torch.empty_like(x, dtype=self.dtype)
+        torch.mul(x, self.reading.input_scale, out=network_input)  # scaled and cast in one pass
+        return self.generator(network_input, self.generator_c_noise, self.class_labels)
+
     @torch.no_grad()
-    def _rollout(self) -> list[torch.Tensor]:
-        """G of fresh sources, one output a micro-batch."""
-        outputs = []
-        for micro in range(self.layout.accumulation):
-            with self.telemetry.phase("data"):
-                x = self._sources(micro)
-            with self.telemetry.phase("generator_forward"):
-                outputs.append(self.reading(self.generator, x, self.class_labels, self.dtype))
-        return outputs
+    def _rollout(self, micro: int, table, noise) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the fake score's input, y = G(x)) of fresh sources."""
+        with self.telemetry.phase("data"):
+            x = self._sources(micro)
+        with self.telemetry.phase("generator_forward"):
+            f_generator = self._generate(x)
+        return generator_noise_forward(f_generator, x, self.reading.skip, self.reading.scale, noise, table, self.dtype)
 
     def counters(self) -> dict[str, int]:
         return {"fake_updates": self.fake_updates_done}

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, SigmaOptions
 from .distributed import BatchLayout, EMAOptions, OptimizerOptions
-from .kernels.denoising_loss import denoising_loss
+from .kernels.denoising_loss import denoising_gradient
+from .kernels.inject import inject_gradient
 from .kernels.noise_forward import noise_forward
 from .options import Options
 from .randomness import Philox, Stream
@@ -53,10 +54,13 @@ class TeacherStage:
                 table, noise = self.process.draw(positions, micro)
             with self.telemetry.phase("forward"):
                 network_input, _ = noise_forward(y, noise, table, self.dtype)
-                loss = denoising_loss(self.network(network_input, table.c_noise, self.class_labels), y, noise, table)
+                output = self.network(network_input, table.c_noise, self.class_labels)
+                rank_batch = self.layout.micro_batch * self.layout.accumulation
+                gradient, losses = denoising_gradient(output, y, noise, table, rank_batch)
             with self.telemetry.phase("backward"):
-                self.network.backward(loss.mean())
-            self.telemetry.add("loss", loss.detach())
+                loss = inject_gradient(output, gradient, not self.network.fp16_enabled())
+                self.network.backward(loss, scale_wrt_gas=False)  # the gradient is of the mean over the rank's batch
+            self.telemetry.add("loss", losses)
             with self.telemetry.phase("optimizer"):
                 if self.network.is_gradient_accumulation_boundary():
                     self.telemetry.before_step("teacher", self.network)

@@ -14,32 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdmd_fast.errors import InputError
+from rdmd_fast.kernels.group_norm_silu import group_norm_silu
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 NEAR_ZERO = 1e-5  # initial gain of the layers that end a residual branch
 ATTENTION_GAIN = math.sqrt(0.2)
-
-
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """silu(group_norm(x) (1 + scale) + shift).
-
-    x is [N, C, H, W], weight and bias are [C], scale and shift [N, C] (None means 0); `groups` divides C,
-    eps is added to the variance. Returns [N, C, H, W] in x's dtype; statistics are taken in fp32 or better.
-    """
-    normed = F.group_norm(x, groups, weight, bias, eps)
-    if scale is not None:
-        normed = normed * (1 + scale[:, :, None, None])
-    if shift is not None:
-        normed = normed + shift[:, :, None, None]
-    return F.silu(normed)
 
 
 def initialise(layer: nn.Linear | nn.Conv2d, gain: float) -> None:
@@ -65,10 +44,14 @@ class GroupNorm(nn.GroupNorm):
         require(fits, f"{groups} groups do not fit {channels} channels: use model_channels=32 or a multiple")
         super().__init__(groups, channels, eps=1e-6)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, silu=False)
+
 
 class GroupNormSiLU(GroupNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+    def forward(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """addend [N, C] is added to x [N, C, H, W] first."""
+        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, addend=addend)
 
 
 class Conv2d(nn.Conv2d):
@@ -190,7 +173,7 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         # In-place sums touch only fresh outputs of linear layers, whose backward does not read them.
-        h = self.norm1(self.conv0(self.norm0(x)).add_(self.affine(embedding)[:, :, None, None]))
+        h = self.norm1(self.conv0(self.norm0(x)), self.affine(embedding))
         if self.dropout and self.training:
             h = F.dropout(h, self.dropout)
         h = self.conv1(h).add_(x if self.skip is None else self.skip(x)).mul_(SKIP_SCALE)

@@ -226,7 +226,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from rdmd_fast.kernels import philox
 names = ["out", "positions", "seed", "stream", "n", "count", "ROWS", "BLOCKS"]
-types = ["*fp32", "*i64", "i64", "i32", "i32", "i32", "constexpr", "constexpr"]
+types = ["*fp32", "*i64", "*i64", "i32", "i32", "i32", "constexpr", "constexpr"]
 attrs = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 5)}
 source = ASTSource(philox._normal_kernel, dict(zip(names, types)), {(6,): 1, (7,): 512}, attrs)
 ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]

@@ -1,10 +1,16 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from rdmd_fast.costs import CostOptions, transport_cost
 from rdmd_fast.diffusion import DiffusionOptions, coefficients
+from rdmd_fast.kernels.coefficients import Coefficients
 from rdmd_fast.kernels.noise_forward import CounterNoise
-from rdmd_fast.kernels.rdmd_gradient import rdmd_gradient
+from rdmd_fast.kernels.rdmd_gradient import _gradient_op, generator_gradient, rdmd_gradient
 
 SIGMAS = torch.tensor([0.03, 0.4, 1.0, 6.0], dtype=torch.float64)
 
@@ -82,3 +88,61 @@ def test_noise_is_drawn_again_from_its_counters():
     again, _ = rdmd_gradient(f_real, f_fake, y, x, counters, table, 0.1, "dmd")
     once, _ = rdmd_gradient(f_real, f_fake, y, x, drawn, table, 0.1, "dmd")
     assert torch.equal(again, once)
+
+
+def test_kernels_under_the_interpreter():
+    pytest.importorskip("triton")
+    cases = Path(__file__).parent / "interpreter_cases.py"
+    command = [sys.executable, "-m", "pytest", "-q", str(cases), "-k", "rdmd_gradient and not shared"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:]
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "sigma2", "dmd"])
+def test_generator_form_is_the_chain_rule_through_its_reading(weighting):
+    f_real, f_fake, f_generator, x, noise = batch((3, 20, 20))
+    extra = torch.randn_like(x)
+    table = coefficients(SIGMAS, DiffusionOptions(), weighting)
+    y = 0.8 * x - 0.4 * f_generator
+    by_y, by_y_statistics = rdmd_gradient(f_real, f_fake, y, x, noise, table, 0.3, weighting, extra=extra, batch_size=9)
+    found, statistics = generator_gradient(
+        f_real, f_fake, f_generator, x, 0.8, -0.4, noise, table, 0.3, weighting, extra=extra, batch_size=9
+    )
+    torch.testing.assert_close(found, -0.4 * by_y, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.transport_cost, by_y_statistics.transport_cost)
+    assert statistics.cost_partials.shape == (4, 2)
+    without, _ = rdmd_gradient(f_real, f_fake, y, x, noise, table, 0.3, weighting, batch_size=9)
+    torch.testing.assert_close(by_y - without, 0.3 * extra / 9, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_weighting_and_cost_are_refused():
+    f_real, f_fake, y, x, noise = batch((4,))
+    table = coefficients(SIGMAS, DiffusionOptions())
+    with pytest.raises(ValueError, match="weighting 'none'"):
+        rdmd_gradient(f_real, f_fake, y, x, noise, table, 0.1, "none")
+    with pytest.raises(ValueError, match="cost 'l3'"):
+        rdmd_gradient(f_real, f_fake, y, x, noise, table, 0.1, "dmd", "l3")
+
+
+def test_compiled_calls_equal_eager_ones():
+    f_real, f_fake, f_generator, x, noise = batch((3, 5, 7))
+
+    def gradient(f_real, f_fake, f_generator, x, rows):
+        result, statistics = generator_gradient(
+            f_real, f_fake, f_generator, x, 0.8, 0.4, noise, Coefficients(rows), 0.3, "dmd", "pseudo_huber"
+        )
+        return result, statistics.transport_cost, statistics.score_gradient_square
+
+    arguments = f_real, f_fake, f_generator.bfloat16(), x, coefficients(SIGMAS, DiffusionOptions()).rows
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")(*arguments)
+    for expected, found in zip(gradient(*arguments), compiled, strict=True):
+        assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("reading", [None, [0.8, 0.4]])
+def test_operator_is_registered_soundly(reading):
+    f_real, f_fake, y, x, noise = batch((3, 20, 20))
+    rows = coefficients(SIGMAS, DiffusionOptions()).rows
+    options = 0.3, "dmd", "l1", 0.1, 0.25, torch.bfloat16
+    torch.library.opcheck(_gradient_op, (f_real, f_fake, y, x, None, None, rows, *noise.arguments(), reading, *options))

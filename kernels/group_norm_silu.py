@@ -1,0 +1,403 @@
+"""GroupNorm, modulation and SiLU of a U-Net block in one operation (GroupNorm: Wu and He, arXiv 1803.08494).
+
+    u = x + addend                                   addend, scale and shift: one number a sample and channel
+    h = (u - mean) rstd                              mean, rstd = 1 / sqrt(var + eps) over a group's elements
+    z = (h weight + bias) (1 + scale) + shift
+    y = z sigmoid(z), or z without SiLU
+
+With c = x - (mean - addend), gain = rstd weight (1 + scale) and offset = bias (1 + scale) + shift it is
+z = gain c + offset. The four rows (mean - addend, rstd, gain, offset), a number a sample and channel each, are
+the table that the forward pass leaves for the backward pass.
+
+Backward, with dz = dy (s + z s (1 - s)), s = sigmoid(z), and sums over a channel's P pixels
+
+    p1 = sum dz,   p2 = rstd sum dz c,   p3 = sum c
+    dshift = p1    dscale = weight p2 + bias p1    dbias, dweight = sum over samples of (1 + scale) (p1, p2)
+    m1, m2 = means over the group's elements of dz and dz h, both times weight (1 + scale)
+    dx = gain dz - rstd² m2 c - rstd m1            daddend = gain p1 - rstd² m2 p3 - P rstd m1
+
+The kernels are in _group_norm_silu.py. x is read once where a group fits a program's registers, else twice, and
+so are x and dy backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _group_norm_silu as kernels
+from ._dispatch import backend, triton
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def group_norm_silu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale=None, shift=None, addend=None, silu=True
+) -> Tensor:
+    """``group_norm_silu`` in plain torch, on any device, in any floating dtype, float64 included."""
+    if weight.dtype != x.dtype:
+        wide = torch.promote_types(weight.dtype, x.dtype)
+        arguments = [None if part is None else part.to(wide) for part in (x, weight, bias, scale, shift, addend)]
+        x_wide, weight, bias, scale, shift, addend = arguments
+        return group_norm_silu_reference(x_wide, weight, bias, groups, eps, scale, shift, addend, silu).to(x.dtype)
+    if addend is not None:
+        x = x + addend[:, :, None, None]
+    normed = F.group_norm(x, groups, weight, bias, eps)
+    if scale is not None:
+        normed = normed * (1 + scale[:, :, None, None])
+    if shift is not None:
+        normed = normed + shift[:, :, None, None]
+    return F.silu(normed) if silu else normed
+
+
+class Plan(NamedTuple):
+    """How a kernel that walks over the image is launched: constexprs of the tile, grid and warps."""
+
+    tile: dict
+    grid: tuple[int, int]
+    warps: int
+
+
+def _layout(channels: int, pixels: int, channels_last: bool) -> dict:
+    """The largest power of 2, up to 16, that divides the contiguous extent makes wide accesses provable."""
+    contiguous = channels if channels_last else pixels
+    unit = min(16, contiguous & -contiguous)
+    units = (unit, 1) if channels_last else (1, unit)
+    return dict(zip(("CHANNELS_LAST", "CHANNEL_UNIT", "PIXEL_UNIT"), (channels_last, *units), strict=True))
+
+
+def plan_resident(shape: tuple, groups: int, itemsize: int, channels_last: bool, tensors: int = 1) -> Plan | None:
+    """Whole groups of 1 (forward) or 2 (backward) ``tensors`` a program, or None where they do not fit.
+
+    In channels_last a row of the tile has 32 to 64 bytes, so that no sector of memory is fetched in vain.
+    """
+    n, channels, pixels = shape
+    group = channels // groups
+    tile_p = triton.next_power_of_2(pixels)
+    if group & (group - 1) or tile_p * group > 8192:
+        return None
+    tile_c = group
+    while groups % (2 * tile_c // group) == 0:
+        doubled, width = 2 * tile_c * tile_p, tile_c * itemsize if channels_last else 64
+        if doubled > 1024 and not (width < 64 and doubled <= 4096) and not (width < 32 and doubled <= 8192):
+            break
+        tile_c *= 2
+    if channels_last and tile_c * itemsize < 16:
+        return None
+    tile = {**_layout(channels, pixels, channels_last), "TILE_P": tile_p, "TILE_C": tile_c, "GROUP": group}
+    # Narrow accesses need an address each: fewer elements a thread leave registers for them.
+    wide = tile["CHANNEL_UNIT" if channels_last else "PIXEL_UNIT"] * itemsize >= 16
+    a_thread = (16 if wide else 4) // tensors
+    return Plan(tile, (n, channels // tile_c), min(16, max(1, tile_p * tile_c // (32 * a_thread))))
+
+
+def plan_chunks(shape: tuple, channels_last: bool, elements: int) -> Plan:
+    """Chunks of pixels in tiles of ``elements``. Chunks depend on C and H W alone, so no sum on the batch."""
+    n, channels, pixels = shape
+    whole = triton.next_power_of_2(pixels)
+    if channels_last:
+        tile_c = min(128, channels & -channels)
+        if tile_c < 32:
+            tile_c = min(128, triton.next_power_of_2(channels))
+        chunk = min(whole, max(64, min(256, whole // 32)))
+        tile_p = min(elements // tile_c, chunk)
+    else:
+        chunk = min(whole, max(512, min(2048, whole // 16)))
+        tile_p = min(512, chunk)
+        tile_c = min(elements // tile_p, triton.next_power_of_2(channels))
+    tile = {**_layout(channels, pixels, channels_last), "TILE_P": tile_p, "TILE_C": tile_c, "STEPS": chunk // tile_p}
+    return Plan(tile, (n * triton.cdiv(pixels, chunk), triton.cdiv(channels, tile_c)), 4)
+
+
+def plan_merge(group_channels: int, chunks: int) -> tuple[dict, int]:
+    """Constexprs and warps of the kernels that merge the chunks of a group."""
+    tile_c = triton.next_power_of_2(group_channels)
+    tile_chunks = min(triton.next_power_of_2(chunks), max(1, 2048 // tile_c))
+    return {"TILE_CHUNKS": tile_chunks, "TILE_C": tile_c}, 4 if tile_c * tile_chunks >= 512 else 1
+
+
+def dense(x: Tensor) -> Tensor:
+    """x in one of the two layouts that the kernels take."""
+    return x if x.is_contiguous() else x.contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _check(x, weight, bias, groups, modulation) -> None:
+    if x.ndim != 4 or x.shape[1] % groups or x[0:1].numel() >= 1 << 31:
+        raise ValueError(
+            f"x is {list(x.shape)}: want [N, C, H, W] with {groups} groups dividing C, under 2**31 a sample"
+        )
+    for part, shape in ((weight, x.shape[1:2]), (bias, x.shape[1:2]), *((part, x.shape[:2]) for part in modulation)):
+        if part is None:
+            continue
+        if part.shape != shape or part.device != x.device:
+            raise ValueError(f"parameter is {list(part.shape)} on {part.device}, want {list(shape)} on {x.device}")
+        if part.dtype not in DTYPES or x.dtype not in DTYPES:
+            raise TypeError(f"x is {x.dtype}, a parameter {part.dtype}: kernels take {DTYPES}; RDMD_KERNELS=reference")
+
+
+def _rows(values: Tensor | None) -> tuple[Tensor | None, int]:
+    """An optional [N, C] tensor with unit stride along C, and its other stride."""
+    if values is None:
+        return None, 0
+    if values.stride(1) != 1:
+        values = values.contiguous()
+    return values, values.stride(0)
+
+
+def group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, silu) -> tuple[Tensor, Tensor]:
+    """By Triton: y and the table [4, N, C] of the docstring above. ``x`` is ``dense``."""
+    _check(x, weight, bias, groups, (scale, shift, addend))
+    n, channels = x.shape[:2]
+    y, table = torch.empty_like(x), x.new_empty((4, n, channels), dtype=torch.float32)
+    if not x.numel():
+        return y, table.zero_()
+    pixels, channels_last = x[0, 0].numel(), _is_channels_last(x)
+    rows = [_rows(part) for part in (scale, shift, addend)]
+    parameters = weight.contiguous(), bias.contiguous(), *(row for row, _ in rows)
+    strides = tuple(stride for _, stride in rows)
+    shape = n, channels, pixels
+    with torch.cuda.device_of(x):
+        if plan := plan_resident(shape, groups, x.element_size(), channels_last):
+            arguments = x, y, *parameters, table, n, *_units(plan, shape), *strides, eps
+            _launch(kernels.resident_forward_kernel, plan, *arguments, SILU=silu)
+            return y, table
+        plan = plan_chunks(shape, channels_last, 2048)
+        chunks, units = plan.grid[0] // n, _units(plan, shape)
+        partials = x.new_empty((n, chunks, 2, channels), dtype=torch.float32)
+        _launch(kernels.moments_kernel, plan, x, partials, *units, chunks)
+        tile, warps = plan_merge(channels // groups, chunks)
+        arguments = partials, *parameters, table, n, channels, pixels, chunks, channels // groups, *strides, eps
+        chunk = plan.tile["TILE_P"] * plan.tile["STEPS"]
+        _launch(kernels.table_kernel, Plan(tile, (n, groups), warps), *arguments, CHUNK=chunk)
+        _launch(kernels.apply_kernel, plan, x, y, table, n, *units, chunks, SILU=silu)
+    return y, table
+
+
+def group_norm_silu_backward(
+    dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By Triton: dx, (dweight, dbias) fp32 [2, C] or [2, 0], (dscale, dshift, daddend) [3, N, C]."""
+    n, channels = x.shape[:2]
+    channels_last = _is_channels_last(x)
+    dy = dy.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    dx, contributions = torch.empty_like(x), table.new_empty((2, n, channels))
+    modulation = table.new_empty((3, n, channels), dtype=modulation_dtype)
+    if not x.numel():
+        return dx, table.new_zeros((2, channels if wants_parameters else 0)), modulation.zero_()
+    pixels = x[0, 0].numel()
+    shape = n, channels, pixels
+    scale, stride = _rows(scale)
+    parameters = weight.contiguous(), bias.contiguous(), scale
+    with torch.cuda.device_of(x):
+        if plan := plan_resident(shape, groups, x.element_size(), channels_last, 2):
+            arguments = x, dy, dx, *parameters, table, contributions, modulation, n, *_units(plan, shape), stride
+            _launch(kernels.resident_backward_kernel, plan, *arguments, SILU=silu)
+        else:
+            plan = plan_chunks(shape, channels_last, 1024)
+            chunks, units = plan.grid[0] // n, _units(plan, shape)
+            partials = table.new_empty((n, chunks, 3, channels))
+            _launch(kernels.gradient_sums_kernel, plan, x, dy, table, partials, n, *units, chunks, SILU=silu)
+            tile, warps = plan_merge(channels // groups, chunks)
+            slopes = table.new_empty((2, n, channels))
+            arguments = partials, table, *parameters, contributions, modulation, slopes, n, channels, pixels, chunks
+            merge = Plan(tile, (n, groups), warps)
+            _launch(kernels.gradient_table_kernel, merge, *arguments, channels // groups, stride)
+            _launch(kernels.gradient_apply_kernel, plan, x, dy, dx, table, slopes, n, *units, chunks, SILU=silu)
+    return dx, contributions.sum(1) if wants_parameters else table.new_empty((2, 0)), modulation
+
+
+def _units(plan: Plan, shape: tuple) -> tuple[int, int]:
+    return shape[1] // plan.tile["CHANNEL_UNIT"], shape[2] // plan.tile["PIXEL_UNIT"]
+
+
+def _launch(kernel, plan: Plan, *arguments, **constants) -> None:
+    kernel[plan.grid](*arguments, **plan.tile, **constants, num_warps=plan.warps, enable_fp_fusion=True)
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    """The eager path: a third of the host time of the registered operation."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps, scale, shift, addend, silu):
+        x = dense(x)
+        y, table = group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, silu)
+        _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, table)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return _backward(ctx, group_norm_silu_backward, dy)
+
+
+def _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, table) -> None:
+    ctx.save_for_backward(x, weight, bias, scale, table)
+    ctx.groups, ctx.silu = groups, silu
+    ctx.dtypes = [None if part is None else part.dtype for part in (scale, shift, addend)]
+
+
+def _backward(ctx, backward, dy):
+    """Gradients in the order of the forward's arguments."""
+    x, weight, bias, scale, table = ctx.saved_tensors
+    modulation = {dtype for dtype in ctx.dtypes if dtype is not None}
+    dtype = modulation.pop() if len(modulation) == 1 else torch.float32
+    wants_parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    dx, parameters, samples = backward(dy, x, table, weight, bias, ctx.groups, scale, ctx.silu, wants_parameters, dtype)
+    dweight, dbias = parameters.to(weight.dtype).unbind() if wants_parameters else (None, None)
+    dmodulation = [
+        None if dtype is None else gradient.to(dtype)
+        for gradient, dtype in zip(samples.unbind(), ctx.dtypes, strict=True)
+    ]
+    return dx, dweight, dbias, None, None, *dmodulation, None
+
+
+@torch.library.custom_op("rdmd_fast::group_norm_silu", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    addend: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    return group_norm_silu_forward(dense(x), weight, bias, groups, eps, scale, shift, addend, silu)
+
+
+@_forward_op.register_fake
+def _(x, weight, bias, groups, eps, scale, shift, addend, silu):
+    return torch.empty_like(dense(x)), x.new_empty((4, x.shape[0], x.shape[1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("rdmd_fast::group_norm_silu_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor,
+    x: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    scale: Tensor | None,
+    silu: bool,
+    wants_parameters: bool,
+    modulation_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return group_norm_silu_backward(
+        dy, dense(x), table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype
+    )
+
+
+@_backward_op.register_fake
+def _(dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype):
+    n, channels = x.shape[:2]
+    parameters = x.new_empty((2, channels if wants_parameters else 0), dtype=torch.float32)
+    samples = x.new_empty((3, n, channels), dtype=modulation_dtype)
+    return torch.empty_like(dense(x)), parameters, samples
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, groups, _, scale, shift, addend, silu = inputs
+    ctx.set_materialize_grads(False)
+    _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, output[1])
+
+
+_forward_op.register_autograd(lambda ctx, dy, _: _backward(ctx, _backward_op, dy), setup_context=_setup_context)
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    addend: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
+    """silu(group_norm(x + addend) (1 + scale) + shift), differentiable once in every tensor.
+
+    Args:
+        x: [N, C, H, W], float32, bfloat16 or float16 (the reference takes float64 too), channels_last or
+            contiguous; other layouts are copied to channels_last first.
+        weight, bias: [C] of x's dtype or float32.
+        groups: divides C.
+        eps: added to the variance.
+        scale, shift, addend: [N, C], any floating dtype; None means 0.
+        silu: False leaves the activation out.
+
+    Returns:
+        [N, C, H, W] in x's dtype and layout; statistics are fp32 or better.
+
+    Raises:
+        ValueError: shapes or devices do not fit.
+        TypeError: a dtype that the kernels do not take.
+    """
+    arguments = x, weight, bias, groups, eps, scale, shift, addend, silu
+    if backend(x.device) == "reference":
+        return group_norm_silu_reference(*arguments)
+    if torch.compiler.is_compiling():
+        return _forward_op(*arguments)[0]
+    return _GroupNormSiLU.apply(*arguments)
+
+
+def static_cases() -> list:
+    """Every branch at shapes of SongUNet and ADM (channels, pixels, groups), in the layout and dtypes of training."""
+    from ._static import StaticCase
+
+    def case(kernel, plan: Plan, shape: str, dtype: str, modulated: bool, **constants):
+        constants = {**plan.tile, **constants}
+        pointers = {"x": dtype, "y": dtype, "dy": dtype, "dx": dtype}
+        modulation = dict.fromkeys(("weight", "bias", "scale", "shift", "addend", "modulation"), dtype)
+        floats = dict.fromkeys(("table", "partials", "contributions", "slopes"), "fp32")
+        pointers = {name: f"*{of}" for name, of in {**pointers, **modulation, **floats}.items()}
+        absent = ("addend",) if modulated else ("scale", "shift")
+        signature = {}
+        for name in kernel.arg_names:
+            if name in absent or name in constants or name.isupper():
+                signature[name] = "constexpr"
+                constants.setdefault(name, None)
+            else:
+                signature[name] = pointers.get(name, "fp32" if name == "eps" else "i32")
+        aligned = tuple(name for name, of in signature.items() if of.startswith("*"))
+        name = f"group_norm_silu/{kernel.__name__.removesuffix('_kernel')}/{dtype}/{shape}"
+        wide = "table_kernel" not in kernel.__name__
+        return StaticCase(name, kernel, signature, constants, aligned, plan.warps, wide, enable_fp_fusion=True)
+
+    cases = []
+    sizes = {"bf16": 2, "fp32": 4}
+    resident = [(256, 256, 32, True, "bf16"), (256, 1024, 32, True, "bf16"), (128, 64, 32, True, "fp32")]
+    resident += [(512, 64, 32, True, "bf16"), (256, 256, 32, False, "bf16")]
+    for channels, pixels, groups, last, dtype in resident:
+        shape = f"{channels}x{pixels}{'' if last else '/contiguous'}"
+        for tensors, kernel in ((1, kernels.resident_forward_kernel), (2, kernels.resident_backward_kernel)):
+            plan = plan_resident((8, channels, pixels), groups, sizes[dtype], last, tensors)
+            cases.append(case(kernel, plan, shape, dtype, channels == 128, SILU=True))
+    chunked = [(128, 4096, 32, True, "bf16"), (384, 65536, 32, True, "bf16"), (192, 4096, 32, True, "fp32")]
+    chunked += [(128, 4096, 32, False, "bf16")]
+    for channels, pixels, groups, last, dtype in chunked:
+        shape = f"{channels}x{pixels}{'' if last else '/contiguous'}"
+        forward, backward = (plan_chunks((8, channels, pixels), last, elements) for elements in (2048, 1024))
+        chunks = forward.grid[0] // 8
+        tile, warps = plan_merge(channels // groups, chunks)
+        merge, modulated = Plan(tile, (8, groups), warps), channels == 192
+        chunk = forward.tile["TILE_P"] * forward.tile["STEPS"]
+        cases += [
+            case(kernels.moments_kernel, forward, shape, dtype, modulated),
+            case(kernels.apply_kernel, forward, shape, dtype, modulated, SILU=True),
+            case(kernels.gradient_sums_kernel, backward, shape, dtype, modulated, SILU=True),
+            case(kernels.gradient_apply_kernel, backward, shape, dtype, modulated, SILU=True),
+        ]
+        if last:
+            cases.append(case(kernels.table_kernel, merge, shape, dtype, modulated, CHUNK=chunk))
+            cases.append(case(kernels.gradient_table_kernel, merge, shape, dtype, modulated))
+    return cases

@@ -1,0 +1,75 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdmd_fast.diffusion import DiffusionOptions, coefficients
+from rdmd_fast.kernels.coefficients import Coefficients
+from rdmd_fast.kernels.denoising_loss import _loss_op, denoising_gradient, denoising_loss
+from rdmd_fast.kernels.noise_forward import CounterNoise
+
+SIGMAS = torch.tensor([0.03, 0.4, 6.0], dtype=torch.float64)
+TABLE = coefficients(SIGMAS, DiffusionOptions())
+NOISE = CounterNoise(7, 5, torch.arange(3))
+
+
+def samples(*shape, seed=0):
+    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_kernel_under_the_interpreter():
+    pytest.importorskip("triton")
+    cases = Path(__file__).parent / "interpreter_cases.py"
+    command = [sys.executable, "-m", "pytest", "-q", str(cases), "-k", "denoising_loss and not shared"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:]
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 20, 20)])
+def test_gradient_is_that_of_the_mean_loss_by_autograd_in_fp64(shape):
+    output, y = samples(*shape), samples(*shape, seed=1)
+    variable, rows = output.double().requires_grad_(), TABLE.rows.double()
+    columns = [rows[i].view(-1, *(1,) * len(shape)) for i in (6, 7)]
+    target = columns[0] * y.double() + columns[1] * NOISE.values(y).double()
+    expected = (variable - target).square().flatten(1).sum(1)
+    (expected.sum() / 12).backward()
+    gradient, losses = denoising_gradient(output, y, NOISE, TABLE, batch_size=12)
+    torch.testing.assert_close(gradient.double(), variable.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Input #0 requires gradient")
+def test_gradient_of_the_reference_passes_gradcheck():
+    y = samples(2, 3, 2)
+    noise = NOISE._replace(drawn=samples(2, 3, 2, seed=3))
+    target = TABLE.row("target_clean", y) * y + TABLE.row("target_noise", y) * noise.drawn
+    output = (target + 0.5).requires_grad_()
+    # fp32 sums: the numerical derivative needs a wide step.
+    assert torch.autograd.gradcheck(
+        lambda f: denoising_loss(f, y, noise, TABLE), (output,), eps=1e-2, atol=2e-2, rtol=1e-2, raise_exception=True
+    )
+
+
+def test_compiled_loss_and_its_gradient_equal_eager_ones():
+    y, weights = samples(3, 4, 6), torch.tensor([0.5, 1.0, -2.0])
+
+    def objective(f, y, rows):
+        return (denoising_loss(f, y, NOISE, Coefficients(rows)) * weights).sum()
+
+    gradients = []
+    for function in (objective, torch.compile(objective, fullgraph=True, backend="aot_eager")):
+        f = samples(3, 4, 6, seed=2).contiguous(memory_format=torch.channels_last).requires_grad_()
+        value = function(f, y, TABLE.rows)
+        value.backward()
+        gradients.append((value.detach(), f.grad))
+    for expected, found in zip(*gradients, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_operator_is_registered_soundly():
+    y = samples(3, 20, 20)
+    torch.library.opcheck(_loss_op, (y.bfloat16(), y + 1, TABLE.rows, *NOISE.arguments(), 0.5))

@@ -1,0 +1,114 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdmd_fast.diffusion import DiffusionOptions, Reading, coefficients
+from rdmd_fast.kernels.coefficients import Coefficients
+from rdmd_fast.kernels.inject import inject_gradient
+from rdmd_fast.kernels.noise_forward import (
+    CHUNK,
+    CounterNoise,
+    _noise_forward_op,
+    chunk_sums,
+    generator_noise_forward,
+    noise_forward,
+)
+
+SIGMAS = torch.tensor([0.03, 0.4, 6.0], dtype=torch.float64)
+TABLE = coefficients(SIGMAS, DiffusionOptions(parameterization="v"))
+NOISE = CounterNoise(2**64 - 3, 5, torch.arange(3) + 2**32)
+
+
+def samples(*shape, seed=0):
+    return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_kernels_under_the_interpreter():
+    pytest.importorskip("triton")
+    cases = Path(__file__).parent / "interpreter_cases.py"
+    command = [sys.executable, "-m", "pytest", "-q", str(cases), "-k", "noise_forward or shared"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-6000:]
+
+
+def test_generator_form_equals_reading_then_noising():
+    f, x = samples(3, 5, 7), samples(3, 5, 7, seed=1)
+    reading = Reading.of("teacher", DiffusionOptions(), 1.0)
+    network_input, y = generator_noise_forward(f, x, reading.skip, reading.scale, NOISE, TABLE)
+    expected = reading(lambda *_: f, x)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(network_input, noise_forward(expected, NOISE, TABLE)[0], rtol=1e-6, atol=1e-6)
+
+
+def test_seed_in_a_tensor_draws_the_noise_of_the_integer():
+    y = samples(7)
+    in_tensor = NOISE._replace(seed=torch.tensor([-3]))
+    assert torch.equal(noise_forward(y, in_tensor, TABLE)[0], noise_forward(y, NOISE, TABLE)[0])
+    with pytest.raises(ValueError, match="seed"):
+        noise_forward(y, NOISE._replace(seed=torch.tensor([1.0])), TABLE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_images_leave_in_channels_last_whatever_their_strides(dtype):
+    y = samples(3, 4, 6)
+    for layout in (y, y.contiguous(memory_format=torch.channels_last)):
+        network_input, state = noise_forward(layout, NOISE, TABLE, dtype, return_state=True)
+        assert network_input.dtype == dtype and state.dtype == torch.float32
+        assert network_input.is_contiguous(memory_format=torch.channels_last)
+        assert state.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_gradient_flows_and_compiled_calls_equal_eager_ones():
+    f, x = samples(3, 4, 6).requires_grad_(), samples(3, 4, 6, seed=1)
+
+    def both(f, x, rows):
+        table = Coefficients(rows)
+        network_input, y = generator_noise_forward(f, x, 0.8, 0.4, NOISE, table, torch.bfloat16)
+        return network_input, y, *noise_forward(y, NOISE, table, return_state=True)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(f, x, TABLE.rows)
+    for expected, found in zip(both(f, x, TABLE.rows), compiled, strict=True):
+        assert torch.equal(found, expected) and found.stride() == expected.stride()
+        assert not expected.requires_grad and not found.requires_grad
+
+
+@pytest.mark.parametrize("with_source", [True, False])
+def test_operator_is_registered_soundly(with_source):
+    y = samples(3, 4, 6)
+    arguments = y, y + 1 if with_source else None, TABLE.rows, *NOISE.arguments(), 0.8, 0.4, torch.bfloat16, True
+    torch.library.opcheck(_noise_forward_op, arguments)
+
+
+def test_chunk_sums_follow_element_order():
+    image = torch.arange(2.0 * 3 * 20 * 20).view(2, 3, 20, 20)
+    flat = image.permute(0, 2, 3, 1).flatten(1)
+    expected = torch.stack((flat[:, :CHUNK].sum(1), flat[:, CHUNK:].sum(1)), 1)
+    torch.testing.assert_close(chunk_sums(image), expected)
+
+
+# -- inject_gradient ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_injected_gradient_does_what_backpropagation_would(dtype):
+    weight = samples(4).to(dtype).requires_grad_()
+    gradient = samples(4, seed=1).to(dtype)
+    objective = inject_gradient(weight * 2, gradient, unit_upstream=True)
+    assert objective.item() == 0 and objective.ndim == 0
+    objective.backward()
+    assert torch.equal(weight.grad, 2 * gradient)
+
+
+def test_injected_gradient_is_scaled_by_what_arrives_or_refuses_it():
+    output, gradient = samples(4).requires_grad_(), samples(4, seed=1)
+    (inject_gradient(output, gradient) * 0.25).backward()
+    torch.testing.assert_close(output.grad, gradient / 4)
+    with pytest.raises(RuntimeError, match="promised"):
+        (inject_gradient(output, gradient, unit_upstream=True) * 0.25).backward()
+    with pytest.raises(ValueError, match="gradient is"):
+        inject_gradient(output, gradient.bfloat16())
