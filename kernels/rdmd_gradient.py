@@ -195,7 +195,8 @@ def _gradient_kernel(
 
 def _partials_width(chunks: int) -> int:
     """Partial sums that a program loads at once."""
-    return min(1024, triton.next_power_of_2(chunks))
+    # A single one would be loaded with a scalar register too many on sm_80: it spills there.
+    return max(2, min(1024, triton.next_power_of_2(chunks)))
 
 
 def _triton(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:

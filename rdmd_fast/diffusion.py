@@ -248,7 +248,7 @@ class ForwardProcess:
         """
         self.philox, self.sigma, self.diffusion, self.weighting = philox, sigma, diffusion, weighting
         self.streams, self.sample_shape, self.stride, self.device = streams, sample_shape, stride, device
-        self._blocks: dict[int, tuple[int, int, torch.Tensor, torch.Tensor | None]] = {}
+        self._blocks: dict[int, tuple[int, int, list[tuple[Coefficients, CounterNoise]]]] = {}
 
     def draw(self, positions: torch.Tensor, slot: int = 0) -> tuple[Coefficients, CounterNoise]:
         """Coefficients at random noise levels, and the noise, for the samples at ``positions`` (int64 [n], a range).
@@ -256,29 +256,29 @@ class ForwardProcess:
         ``slot`` tells the micro-batches of one update apart.
         """
         first, count = int(positions[0]), len(positions)
-        block_first, block_count, tables, normals = self._blocks.get(slot, (0, 0, None, None))
+        block_first, block_count, draws = self._blocks.get(slot, (0, 0, []))
         ahead, offset = divmod(first - block_first, self.stride)
-        if tables is None or offset or count != block_count or not 0 <= ahead < len(tables):
-            self._blocks[slot] = first, count, *self._draw_block(first, count)
-            ahead, tables, normals = 0, *self._blocks[slot][2:]
-        noise = CounterNoise(
-            self.philox.seed,
-            int(self.streams[1]),
-            positions,
-            None if normals is None else normals[ahead],
-        )
-        return Coefficients(tables[ahead]), noise
+        if offset or count != block_count or not 0 <= ahead < len(draws):
+            ahead, draws = 0, self._draw_block(first, count)
+            self._blocks[slot] = first, count, draws
+        return draws[ahead]
 
-    def _draw_block(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        elements = count * math.prod(self.sample_shape)
-        # On a GPU the kernels draw the noise themselves; noise levels stay cheap host work.
-        iterations = max(1, self.BLOCK_ELEMENTS // elements) if self.device.type == "cpu" else 64
+    def _draw_block(self, first: int, count: int) -> list[tuple[Coefficients, CounterNoise]]:
+        on_cpu = self.device.type == "cpu"
+        # On a GPU the kernels draw the noise themselves; tables and positions go there many iterations at a time.
+        iterations = max(1, self.BLOCK_ELEMENTS // (count * math.prod(self.sample_shape))) if on_cpu else 64
         starts = first + self.stride * torch.arange(iterations, dtype=torch.int64)
-        positions = (starts[:, None] + torch.arange(count)).flatten()
-        levels = self.sigma.quantile(self.philox.uniform(self.streams[0], positions)[:, 0])
+        positions = starts[:, None] + torch.arange(count)
+        levels = self.sigma.quantile(self.philox.uniform(self.streams[0], positions.flatten())[:, 0])
         table = coefficients(levels, self.diffusion, self.weighting, self.device)
         tables = table.rows.view(-1, iterations, count).transpose(0, 1).contiguous()
-        if self.device.type != "cpu":
-            return tables, None
-        normals = self.philox.normal(self.streams[1], positions, self.sample_shape)
-        return tables, normals.unflatten(0, (iterations, count))
+        if on_cpu:
+            drawn = self.philox.normal(self.streams[1], positions.flatten(), self.sample_shape)
+            normals = list(drawn.unflatten(0, (iterations, count)))
+        else:
+            positions, normals = positions.pin_memory().to(self.device, non_blocking=True), [None] * iterations
+        stream = int(self.streams[1])
+        return [
+            (Coefficients(rows), CounterNoise(self.philox.seed, stream, places, noise))
+            for rows, places, noise in zip(tables, positions, normals, strict=True)
+        ]
