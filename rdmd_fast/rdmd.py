@@ -155,7 +155,8 @@ class RDMD:
         """One update of the fake score on the generator's outputs; None makes them from fresh sources."""
         first = self.fake_updates_done * self.layout.global_batch
         for micro in range(self.layout.accumulation):
-            table, noise = self.fake_process.draw(self.layout.positions(first, micro), micro)
+            with self.telemetry.phase("data"):
+                table, noise = self.fake_process.draw(self.layout.positions(first, micro), micro)
             if outputs is None:
                 network_input, y = self._rollout(micro, table, noise)
             else:
