@@ -123,6 +123,8 @@ def kernel_modules() -> list:
 
 def static_cases(file: Path | None = None) -> list:
     """The cases of all files of ``rdmd_fast.kernels``, or of the one file given."""
+    if file is not None and file.resolve().parent == Path(__file__).resolve().parent.parent / "kernels":
+        return importlib.import_module(f"rdmd_fast.kernels.{file.stem}").static_cases()
     if file is not None:
         spec = importlib.util.spec_from_file_location(file.stem, file)
         module = importlib.util.module_from_spec(spec)

@@ -97,7 +97,7 @@ def test_translation_is_the_exported_generator(runs, tmp_path):
     written = sorted(output.glob("*.png"))
     assert [path.stem for path in written] == sorted(shards.keys)
     index = shards.keys.index(written[0].stem)
-    x = torch.from_numpy(shards.read(index)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    x = torch.tensor(shards.read(index)).permute(2, 0, 1)[None].float() / 127.5 - 1
     y = generator(x)[0].permute(1, 2, 0)
     with Image.open(written[0]) as image:
         np.testing.assert_allclose(np.asarray(image), ((y + 1) * 127.5).clamp(0, 255).numpy(), atol=0.51)
