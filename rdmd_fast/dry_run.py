@@ -7,6 +7,7 @@ import os
 
 from .config import Config, dump_config
 from .data.shards import ShardSet
+from .data.stream import channels_first
 from .data.toys import ToyDistribution
 from .distributed import BatchLayout, World, zero_stage
 from .networks import build_network
@@ -40,7 +41,7 @@ def parameter_counts(config: Config) -> dict[str, int]:
     from .networks.exported import read_export_config
 
     domain = config.data.target if config.stage == "teacher" else config.data.source
-    shape = (2,) if isinstance(domain, ToyDistribution) else _channels_first(ShardSet(domain))
+    shape = (2,) if isinstance(domain, ToyDistribution) else channels_first(ShardSet(domain))
     options = config.network
     if config.teacher not in (None, "analytic"):
         options = read_export_config(config.teacher, "teacher").network
@@ -54,10 +55,6 @@ def parameter_counts(config: Config) -> dict[str, int]:
         "fake_score": fake,
         "teacher": 0 if config.teacher == "analytic" else size,
     }
-
-
-def _channels_first(shards: ShardSet) -> tuple[int, ...]:
-    return (shards.shape[2], *shards.shape[:2]) if shards.kind == "image" else tuple(shards.shape)
 
 
 def model_state_bytes(counts: dict[str, int], stage: int, ranks: int, dtype: str) -> float:

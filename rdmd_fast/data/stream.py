@@ -45,7 +45,7 @@ class SampleStream:
 
     def __init__(self, shards: ShardSet, philox: Philox, order_stream: Stream, cache_bytes: int = 4 << 30):
         self.shards, self.len = shards, len(shards)
-        self.shape = _channels_first(shards)
+        self.shape = channels_first(shards)
         self._philox, self._order_stream = philox, order_stream
         self._orders: dict[int, np.ndarray] = {}
         self._dtype = np.uint8 if shards.kind == "image" else np.float32
@@ -191,7 +191,8 @@ def open_stream(
     return SampleStream(ShardSet(spec), philox, order, cache_bytes)
 
 
-def _channels_first(shards: ShardSet) -> tuple[int, ...]:
+def channels_first(shards: ShardSet) -> tuple[int, ...]:
+    """Shape of a sample as networks take it: (C, H, W) of an image, (D,) of an array."""
     if shards.kind != "image":
         return shards.shape
     height, width, channels = shards.shape
