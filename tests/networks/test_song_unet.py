@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.networks.song_unet import Conv2d, SongUNet, UNetBlock, group_norm_silu
+from rdmd_fast.kernels.group_norm_silu import group_norm_silu
+from rdmd_fast.networks.song_unet import SongUNet
+from rdmd_fast.networks.unet_layers import Conv2d, UNetBlock
 
 DDPMPP = dict(
     img_resolution=16,
@@ -217,6 +219,7 @@ def test_group_norm_silu_matches_fp64_moments(modulated):
 @pytest.mark.parametrize("way", ["up", "down", "fused"])
 def test_resampling_convolutions_equal_explicit_filters(kernel, taps, way):
     layer = Conv2d(4, 6, kernel, taps=taps, up=way == "up", down=way != "up", fused=way == "fused").double()
+    torch.nn.init.normal_(layer.weight)
     torch.nn.init.normal_(layer.bias)
     x = torch.randn(2, 4, 6, 10, dtype=torch.float64)
     row = torch.tensor(taps, dtype=torch.float64)
@@ -318,8 +321,8 @@ def test_traces_into_one_graph():
     ("change", "key"),
     [
         (dict(embedding_type="sine"), "embedding_type"),
-        (dict(encoder_type="skip"), "encoder_type"),
-        (dict(decoder_type="skip"), "decoder_type"),
+        (dict(encoder_type="aux"), "encoder_type"),
+        (dict(decoder_type="residual"), "decoder_type"),
         (dict(img_resolution=15), "img_resolution"),
         (dict(resample_filter=[1, 2, 1]), "resample_filter"),
         (dict(model_channels=144), "model_channels"),

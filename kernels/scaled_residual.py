@@ -1,0 +1,108 @@
+"""Residual sum and skip scale of a U-Net block in one pass.
+
+    y = scale (h + x)                                   dh = dx = scale dy
+
+Forward it reads h and x and writes y into h's memory; backward it reads dy and writes the one gradient that both
+branches share. With scale 1 the backward pass costs nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._dispatch import backend, jit, tl, triton
+from ._static import StaticCase
+
+BLOCK = 2048
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def scaled_residual_reference(h: Tensor, x: Tensor, scale: float) -> Tensor:
+    """``scaled_residual`` in plain torch, on any device."""
+    total = h.add_(x)
+    return total if scale == 1 else total.mul_(scale)
+
+
+@jit
+def _scaled_sum_kernel(h, x, y, scale, count, HAS_X: tl.constexpr, BLOCK: tl.constexpr):
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offset < count
+    total = tl.load(h + offset, mask=mask).to(tl.float32)
+    if HAS_X:
+        total += tl.load(x + offset, mask=mask).to(tl.float32)
+    tl.store(y + offset, (total * scale).to(y.dtype.element_ty), mask=mask)
+
+
+def _launch(h: Tensor, x: Tensor | None, y: Tensor, scale: float) -> Tensor:
+    if h.numel():
+        with torch.cuda.device_of(h):
+            _scaled_sum_kernel[(triton.cdiv(h.numel(), BLOCK),)](
+                h, x, y, scale, h.numel(), x is not None, BLOCK, num_warps=4, enable_fp_fusion=False
+            )
+    return y
+
+
+def _like(x: Tensor, h: Tensor) -> Tensor:
+    """x in h's memory order."""
+    return x if x.stride() == h.stride() else torch.empty_like(h).copy_(x)
+
+
+def _dense(x: Tensor) -> bool:
+    """Whether the elements fill memory without gaps, in any order of the dimensions."""
+    return torch.ops.aten.is_non_overlapping_and_dense(x)
+
+
+class _ScaledResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, x, scale):
+        ctx.scale = scale
+        ctx.mark_dirty(h)
+        return _launch(h, _like(x, h), h, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        if ctx.scale != 1:
+            dy = dy if _dense(dy) else dy.contiguous()
+            dy = _launch(dy, None, torch.empty_like(dy), ctx.scale)
+        return dy, dy, None
+
+
+def scaled_residual(h: Tensor, x: Tensor, scale: float) -> Tensor:
+    """scale (h + x), differentiable once.
+
+    Args:
+        h: any shape, dense; fp32, bf16 or fp16. Its memory may be taken for the result, so the caller has no more use
+            for it, and neither has a backward pass (outputs of convolutions and linear layers qualify).
+        x: shape, dtype and device of h.
+        scale: of the sum, 1 for none.
+
+    Raises:
+        ValueError: on a GPU, operands that differ or gaps in h's memory.
+    """
+    if torch.compiler.is_compiling():
+        return (h + x) * scale  # Inductor fuses the three
+    if backend(h.device) == "reference":
+        return scaled_residual_reference(h, x, scale)
+    if h.dtype not in DTYPES or (h.shape, h.dtype, h.device) != (x.shape, x.dtype, x.device) or not _dense(h):
+        raise ValueError(
+            f"h is {h.dtype} {list(h.shape)} on {h.device}, x {x.dtype} {list(x.shape)} on {x.device}: want both alike "
+            "and no gaps in memory"
+        )
+    return _ScaledResidual.apply(h, x, scale)
+
+
+def static_cases() -> list[StaticCase]:
+    """Forward and backward in each dtype."""
+    cases = []
+    for dtype in DTYPES.values():
+        for name, has_x in (("forward", True), ("backward", False)):
+            pointers = {"h": f"*{dtype}", "x": f"*{dtype}" if has_x else "constexpr", "y": f"*{dtype}"}
+            signature = pointers | {"scale": "fp32", "count": "i32", "HAS_X": "constexpr", "BLOCK": "constexpr"}
+            constants = {"HAS_X": has_x, "BLOCK": BLOCK} | ({} if has_x else {"x": None})
+            divisible = ("h", *(("x",) if has_x else ()), "y", "count")
+            cases.append(
+                StaticCase(f"scaled_residual/{name}/{dtype}", _scaled_sum_kernel, signature, constants, divisible)
+            )
+    return cases
