@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rdmd_fast.networks.dhariwal_unet import DhariwalUNet
 from rdmd_fast.networks.unet_layers import Conv2d, UNetBlock
 
 
@@ -87,5 +88,6 @@ class PlainUNet(nn.Module):
                 if h.shape[1] != layer.in_channels:
                     h = torch.cat([h, skips.pop()], dim=1)
                 h = block(layer, h, embedding)
-        out_norm, out_conv = network.output_layers()
+        adm = isinstance(network, DhariwalUNet)
+        out_norm, out_conv = (network.out_norm, network.out_conv) if adm else list(network.dec.values())[-2:]
         return conv(out_conv, F.silu(norm(out_norm, h))).to(x.dtype)

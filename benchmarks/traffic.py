@@ -16,6 +16,8 @@ import functools
 import json
 import math
 import sys
+import unittest.mock
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -128,6 +130,63 @@ def triton_traffic(traffic: Traffic, large: int):
     finally:
         executor.__call__ = launch
         builder.create_masked_load, builder.create_masked_store = load, store
+
+
+class NetworkTraffic(TorchTraffic):
+    """All that a network's step moves outside its convolutions."""
+
+    def __init__(self, traffic: Traffic):
+        super().__init__(traffic, large=1)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "convolution" in function.overloadpacket.__name__:
+            return function(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def network_traffic(step: Callable[[], object]) -> int:
+    """Bytes that ``step()`` moves outside convolutions, were its fused operations launched as on a GPU.
+
+    PyTorch operations are seen by a dispatch mode: operands and results count once each. In place of a Triton launch
+    its reference runs, unseen, and the launch counts by the same rule: a tensor that a kernel passes over twice counts
+    once, as it does for PyTorch's GroupNorm, which passes twice as well. Tables with a number a channel do not count.
+    """
+    from rdmd_fast.kernels import group_norm_silu as norm
+    from rdmd_fast.kernels import scaled_residual as residual
+
+    traffic = Traffic()
+
+    def forward(x, weight, bias, groups, eps, scale, shift, addend, silu):
+        traffic.bytes += 2 * x.numel() * x.element_size()
+        with _disable_current_modes():
+            y = norm.group_norm_silu_reference(x, weight, bias, groups, eps, scale, shift, addend, silu)
+            return y, x.new_zeros((4, *x.shape[:2]), dtype=torch.float32)
+
+    def backward(dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, branch=None):
+        traffic.bytes += (3 if branch is None else 4) * x.numel() * x.element_size()
+        with _disable_current_modes():
+            parameters = table.new_zeros((2, x.shape[1] if wants_parameters else 0))
+            return torch.zeros_like(x), parameters, table.new_zeros((3, *x.shape[:2]), dtype=modulation_dtype)
+
+    def scaled_sum(h, x, y, scale):
+        traffic.bytes += (2 if x is None else 3) * h.numel() * h.element_size()
+        with _disable_current_modes():
+            return y.copy_((h if x is None else h + x) * scale)
+
+    def packed(dy, dx, scale):
+        return scaled_sum(dy, None, dx, scale)
+
+    patches = (
+        (norm, "backend", lambda device: "triton"), (residual, "backend", lambda device: "triton"),
+        (norm, "group_norm_silu_forward", forward), (norm, "group_norm_silu_backward", backward),
+        (residual, "_sum", scaled_sum), (residual, "_packed", packed),
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for module, name, replacement in patches:
+            stack.enter_context(unittest.mock.patch.object(module, name, replacement))
+        stack.enter_context(NetworkTraffic(traffic))
+        step()
+    return traffic.bytes
 
 
 class Meter:

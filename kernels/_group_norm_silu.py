@@ -130,7 +130,7 @@ def resident_forward_kernel(
 
 @jit(do_not_specialize=SIZES)
 def resident_backward_kernel(
-    x, dy, dx, weight, bias, scale, table, contributions, modulation, samples, channel_units, pixel_units,
+    x, dy, branch, dx, weight, bias, scale, table, contributions, modulation, samples, channel_units, pixel_units,
     scale_stride, CHANNELS_LAST: tl.constexpr, CHANNEL_UNIT: tl.constexpr, PIXEL_UNIT: tl.constexpr,
     TILE_P: tl.constexpr, TILE_C: tl.constexpr, GROUP: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -155,6 +155,8 @@ def resident_backward_kernel(
         inside, pixels, pixels * GROUP, TILE_C, GROUP,
     )  # fmt: skip
     result = dz * gain - centered * slope[None, :] - constant[None, :]
+    if branch is not None:
+        result += tl.load(branch + offsets, mask=mask, other=0).to(tl.float32)
     tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)
 
 
@@ -319,7 +321,7 @@ def gradient_table_kernel(
 
 @jit(do_not_specialize=SIZES)
 def gradient_apply_kernel(
-    x, dy, dx, table, slopes, samples, channel_units, pixel_units, chunks, CHANNELS_LAST: tl.constexpr,
+    x, dy, branch, dx, table, slopes, samples, channel_units, pixel_units, chunks, CHANNELS_LAST: tl.constexpr,
     CHANNEL_UNIT: tl.constexpr, PIXEL_UNIT: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
     STEPS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
@@ -345,4 +347,6 @@ def gradient_apply_kernel(
         dz = tl.load(dy + offsets, mask=mask, other=0).to(tl.float32)
         dz = _preactivation_gradient(dz, centered * gain + offset, SILU)
         result = dz * gain - centered * slope - constant
+        if branch is not None:
+            result += tl.load(branch + row * pixels + offsets, mask=mask, other=0).to(tl.float32)
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=mask)

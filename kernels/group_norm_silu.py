@@ -16,6 +16,8 @@ Backward, with dz = dy (s + z s (1 - s)), s = sigmoid(z), and sums over a channe
     m1, m2 = means over the group's elements of dz and dz h, both times weight (1 + scale)
     dx = gain dz - rstd² m2 c - rstd m1            daddend = gain p1 - rstd² m2 p3 - P rstd m1
 
+Where x also goes past the norm, as in a residual block, the gradient from there is added to dx as dx is written.
+
 The kernels are in _group_norm_silu.py. x is read once where a group fits a program's registers, else twice, and
 so are x and dy backward.
 """
@@ -45,12 +47,39 @@ def group_norm_silu_reference(
         return group_norm_silu_reference(x_wide, weight, bias, groups, eps, scale, shift, addend, silu).to(x.dtype)
     if addend is not None:
         x = x + addend[:, :, None, None]
-    normed = F.group_norm(x, groups, weight, bias, eps)
+    normed = _group_norm(x, groups, weight, bias, eps)
     if scale is not None:
         normed = normed * (1 + scale[:, :, None, None])
     if shift is not None:
         normed = normed + shift[:, :, None, None]
     return F.silu(normed) if silu else normed
+
+
+def _group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    slow = x.device.type == "cpu" and x.element_size() == 2 and x.ndim == 4 and not x.is_contiguous()
+    if slow and not torch.compiler.is_compiling() and _is_channels_last(x):
+        return _ChannelsLastGroupNorm.apply(x, weight, bias, groups, eps)
+    return F.group_norm(x, groups, weight, bias, eps)
+
+
+class _ChannelsLastGroupNorm(torch.autograd.Function):
+    """PyTorch's on the CPU, with the backward pass in fp32: for 16-bit channels_last it takes four times as long."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, groups, eps):
+        ctx.sizes = (*x.shape[:2], x[0, 0].numel(), groups)
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, mean, rstd = ctx.saved_tensors
+        wide = (part.float() for part in (dy, x, mean, rstd, weight))
+        gradients = torch.ops.aten.native_group_norm_backward(*wide, *ctx.sizes, list(ctx.needs_input_grad[:3]))
+        dx, dweight, dbias = (None if part is None else part.to(x.dtype) for part in gradients)
+        return dx, dweight, dbias, None, None
 
 
 class Plan(NamedTuple):
@@ -181,12 +210,14 @@ def group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, 
 
 
 def group_norm_silu_backward(
-    dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype
+    dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, branch=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By Triton: dx, (dweight, dbias) fp32 [2, C] or [2, 0], (dscale, dshift, daddend) [3, N, C]."""
+    """By Triton: dx (+ branch), (dweight, dbias) fp32 [2, C] or [2, 0], (dscale, dshift, daddend) [3, N, C]."""
     n, channels = x.shape[:2]
     channels_last = _is_channels_last(x)
-    dy = dy.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    dy = dy.contiguous(memory_format=layout)
+    branch = None if branch is None else branch.contiguous(memory_format=layout)
     dx, contributions = torch.empty_like(x), table.new_empty((2, n, channels))
     modulation = table.new_empty((3, n, channels), dtype=modulation_dtype)
     if not x.numel():
@@ -197,8 +228,8 @@ def group_norm_silu_backward(
     parameters = weight.contiguous(), bias.contiguous(), scale
     with torch.cuda.device_of(x):
         if plan := plan_resident(shape, groups, x.element_size(), channels_last, 2):
-            arguments = x, dy, dx, *parameters, table, contributions, modulation, n, *_units(plan, shape), stride
-            _launch(kernels.resident_backward_kernel, plan, *arguments, SILU=silu)
+            arguments = x, dy, branch, dx, *parameters, table, contributions, modulation, n, *_units(plan, shape)
+            _launch(kernels.resident_backward_kernel, plan, *arguments, stride, SILU=silu)
         else:
             plan = plan_chunks(shape, channels_last, 1024)
             chunks, units = plan.grid[0] // n, _units(plan, shape)
@@ -209,7 +240,8 @@ def group_norm_silu_backward(
             arguments = partials, table, *parameters, contributions, modulation, slopes, n, channels, pixels, chunks
             merge = Plan(tile, (n, groups), warps)
             _launch(kernels.gradient_table_kernel, merge, *arguments, channels // groups, stride)
-            _launch(kernels.gradient_apply_kernel, plan, x, dy, dx, table, slopes, n, *units, chunks, SILU=silu)
+            arguments = x, dy, branch, dx, table, slopes, n, *units, chunks
+            _launch(kernels.gradient_apply_kernel, plan, *arguments, SILU=silu)
     return dx, contributions.sum(1) if wants_parameters else table.new_empty((2, 0)), modulation
 
 
@@ -237,19 +269,34 @@ class _GroupNormSiLU(torch.autograd.Function):
         return _backward(ctx, group_norm_silu_backward, dy)
 
 
+class _BranchingGroupNormSiLU(torch.autograd.Function):
+    """(y, x): the gradient of x's other branch comes back here, and no pass over memory adds the two."""
+
+    @staticmethod
+    def forward(ctx, x, *arguments):
+        return _GroupNormSiLU.forward(ctx, x, *arguments), x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, branch):
+        return _backward(ctx, group_norm_silu_backward, dy, branch)
+
+
 def _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, table) -> None:
     ctx.save_for_backward(x, weight, bias, scale, table)
     ctx.groups, ctx.silu = groups, silu
     ctx.dtypes = [None if part is None else part.dtype for part in (scale, shift, addend)]
 
 
-def _backward(ctx, backward, dy):
+def _backward(ctx, backward, dy, *branch):
     """Gradients in the order of the forward's arguments."""
     x, weight, bias, scale, table = ctx.saved_tensors
     modulation = {dtype for dtype in ctx.dtypes if dtype is not None}
     dtype = modulation.pop() if len(modulation) == 1 else torch.float32
     wants_parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dx, parameters, samples = backward(dy, x, table, weight, bias, ctx.groups, scale, ctx.silu, wants_parameters, dtype)
+    dx, parameters, samples = backward(
+        dy, x, table, weight, bias, ctx.groups, scale, ctx.silu, wants_parameters, dtype, *branch
+    )
     dweight, dbias = parameters.to(weight.dtype).unbind() if wants_parameters else (None, None)
     dmodulation = [
         None if dtype is None else gradient.to(dtype)
@@ -350,13 +397,25 @@ def group_norm_silu(
     return _GroupNormSiLU.apply(*arguments)
 
 
+def branching_group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(silu(group_norm(x)), x), for an x that also goes past the norm: use the second x there.
+
+    Arguments and errors as ``group_norm_silu``. In the backward pass the sum of both gradients of x costs one read.
+    """
+    if backend(x.device) == "reference" or torch.compiler.is_compiling():
+        return group_norm_silu(x, weight, bias, groups, eps), x
+    return _BranchingGroupNormSiLU.apply(x, weight, bias, groups, eps, None, None, None, True)
+
+
 def static_cases() -> list:
     """Every branch at shapes of SongUNet and ADM (channels, pixels, groups), in the layout and dtypes of training."""
     from ._static import StaticCase
 
     def case(kernel, plan: Plan, shape: str, dtype: str, modulated: bool, **constants):
         constants = {**plan.tile, **constants}
-        pointers = {"x": dtype, "y": dtype, "dy": dtype, "dx": dtype}
+        pointers = {"x": dtype, "y": dtype, "dy": dtype, "branch": dtype, "dx": dtype}
         modulation = dict.fromkeys(("weight", "bias", "scale", "shift", "addend", "modulation"), dtype)
         floats = dict.fromkeys(("table", "partials", "contributions", "slopes"), "fp32")
         pointers = {name: f"*{of}" for name, of in {**pointers, **modulation, **floats}.items()}

@@ -34,7 +34,18 @@ def _scaled_sum_kernel(h, x, y, scale, count, HAS_X: tl.constexpr, BLOCK: tl.con
     tl.store(y + offset, (total * scale).to(y.dtype.element_ty), mask=mask)
 
 
-def _launch(h: Tensor, x: Tensor | None, y: Tensor, scale: float) -> Tensor:
+@jit
+def _scaled_rows_kernel(dy, dx, scale, rows, columns, stride, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+    """dx [rows, columns] = scale dy, where dy's rows lie ``stride`` apart."""
+    row = tl.program_id(0).to(tl.int64) * TILE_R + tl.arange(0, TILE_R)[:, None]
+    column = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)[None, :]
+    mask = (row < rows) & (column < columns)
+    value = tl.load(dy + row * stride + column, mask=mask).to(tl.float32)
+    tl.store(dx + row * columns + column, (value * scale).to(dx.dtype.element_ty), mask=mask)
+
+
+def _sum(h: Tensor, x: Tensor | None, y: Tensor, scale: float) -> Tensor:
+    """y = scale (h + x) by Triton; all dense, in one memory order."""
     if h.numel():
         with torch.cuda.device_of(h):
             _scaled_sum_kernel[(triton.cdiv(h.numel(), BLOCK),)](
@@ -43,9 +54,39 @@ def _launch(h: Tensor, x: Tensor | None, y: Tensor, scale: float) -> Tensor:
     return y
 
 
+def _packed(dy: Tensor, dx: Tensor, scale: float) -> Tensor:
+    """dx = scale dy by Triton, for channels of a larger channels_last tensor."""
+    rows, columns = dy.numel() // dy.shape[1], dy.shape[1]
+    tile_c = min(128, triton.next_power_of_2(columns))
+    tile_r = BLOCK // tile_c
+    with torch.cuda.device_of(dy):
+        _scaled_rows_kernel[(triton.cdiv(rows, tile_r), triton.cdiv(columns, tile_c))](
+            dy, dx, scale, rows, columns, dy.stride(3), tile_r, tile_c, num_warps=4, enable_fp_fusion=False
+        )
+    return dx
+
+
+def _scaled(dy: Tensor, scale: float) -> Tensor:
+    """scale dy, dense."""
+    if _dense(dy):
+        return _sum(dy, None, torch.empty_like(dy), scale)
+    if _is_channel_slice(dy):  # what the backward pass of a concatenation hands back
+        return _packed(dy, torch.empty_like(dy, memory_format=torch.channels_last), scale)
+    dy = dy.contiguous()
+    return _sum(dy, None, dy, scale)
+
+
+def _is_channel_slice(dy: Tensor) -> bool:
+    if dy.ndim != 4 or not dy.numel() or 1 in dy.shape:
+        return False
+    height, width, pixel = dy.shape[2], dy.shape[3], dy.stride(3)
+    return dy.stride() == (height * width * pixel, 1, width * pixel, pixel)
+
+
 def _like(x: Tensor, h: Tensor) -> Tensor:
-    """x in h's memory order."""
-    return x if x.stride() == h.stride() else torch.empty_like(h).copy_(x)
+    """x in h's memory order; strides of dimensions of size 1 mean nothing."""
+    same = all(a == b or size == 1 for a, b, size in zip(x.stride(), h.stride(), h.shape, strict=True))
+    return x if same else torch.empty_like(h).copy_(x)
 
 
 def _dense(x: Tensor) -> bool:
@@ -58,15 +99,13 @@ class _ScaledResidual(torch.autograd.Function):
     def forward(ctx, h, x, scale):
         ctx.scale = scale
         ctx.mark_dirty(h)
-        return _launch(h, _like(x, h), h, scale)
+        return _sum(h, _like(x, h), h, scale)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        if ctx.scale != 1:
-            dy = dy if _dense(dy) else dy.contiguous()
-            dy = _launch(dy, None, torch.empty_like(dy), ctx.scale)
-        return dy, dy, None
+        dx = dy if ctx.scale == 1 else _scaled(dy, ctx.scale)
+        return dx, dx, None
 
 
 def scaled_residual(h: Tensor, x: Tensor, scale: float) -> Tensor:
@@ -94,8 +133,14 @@ def scaled_residual(h: Tensor, x: Tensor, scale: float) -> Tensor:
 
 
 def static_cases() -> list[StaticCase]:
-    """Forward and backward in each dtype."""
+    """Forward, backward and the backward of a slice in each dtype."""
     cases = []
+    sizes = {"scale": "fp32", "rows": "i32", "columns": "i32", "stride": "i32"}
+    for dtype in DTYPES.values():
+        signature = {"dy": f"*{dtype}", "dx": f"*{dtype}", **sizes, "TILE_R": "constexpr", "TILE_C": "constexpr"}
+        divisible = ("dy", "dx", "rows", "columns", "stride")
+        constants = {"TILE_R": BLOCK // 128, "TILE_C": 128}
+        cases.append(StaticCase(f"scaled_residual/slice/{dtype}", _scaled_rows_kernel, signature, constants, divisible))
     for dtype in DTYPES.values():
         for name, has_x in (("forward", True), ("backward", False)):
             pointers = {"h": f"*{dtype}", "x": f"*{dtype}" if has_x else "constexpr", "y": f"*{dtype}"}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.kernels.group_norm_silu import group_norm_silu
+from rdmd_fast.kernels.group_norm_silu import branching_group_norm_silu, group_norm_silu
 from rdmd_fast.kernels.scaled_residual import scaled_residual
 
 Initialise = Callable[[nn.Module], None]
@@ -51,6 +51,12 @@ class GroupNormSiLU(GroupNorm):
         return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, scale, shift, addend)
 
 
+class BranchingGroupNormSiLU(GroupNorm):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(silu(norm(x)), x for the way past the norm): their gradients are added in the norm's backward pass."""
+        return branching_group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
 class Conv2d(nn.Module):
     """A "same" convolution, after doubling or halving the resolution with a smoothing filter if asked.
 
@@ -79,12 +85,19 @@ class Conv2d(nn.Module):
         if up or down:
             row = torch.as_tensor(taps, dtype=torch.float32)
             self.register_buffer("resample_filter", (row.outer(row) / row.sum() ** 2)[None, None])
+        if up and self.box and kernel == 3:
+            # A repeated pixel meets neighbouring weights together: tap t of the transposed kernel is
+            # w[2 - t] + w[3 - t].
+            taps = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
+            self.register_buffer("taps_to_transposed", torch.kron(taps, taps), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
             return self.fused_down(x)
         if self.up and self.box and self.kernel == 1:
             return self.upsample(self.convolve(x))  # the two commute; this order does a quarter of the work
+        if self.up and self.box and self.kernel == 3:
+            return self.repeat_and_convolve(x)
         if self.up:
             x = self.upsample(x)
         elif self.down:
@@ -93,6 +106,11 @@ class Conv2d(nn.Module):
 
     def convolve(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2)
+
+    def repeat_and_convolve(self, x: Tensor) -> Tensor:
+        """Nearest repetition and a 3x3 convolution as one transposed 4x4 convolution: 4 products for 9."""
+        kernel = self.weight.transpose(0, 1).flatten(2) @ self.taps_to_transposed
+        return F.conv_transpose2d(x, kernel.unflatten(2, (4, 4)), self.bias, stride=2, padding=1)
 
     def upsample(self, x: Tensor) -> Tensor:
         if self.box:
@@ -169,7 +187,7 @@ class UNetBlock(nn.Module):
         self.in_channels, self.out_channels = in_channels, out_channels
         self.heads, self.dropout, self.adaptive_scale, self.skip_scale = heads, dropout, adaptive_scale, skip_scale
         resample = dict(up=up, down=down, taps=taps)
-        self.norm0 = GroupNormSiLU(in_channels, eps)
+        self.norm0 = BranchingGroupNormSiLU(in_channels, eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, **resample)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1))
         self.norm1 = GroupNormSiLU(out_channels, eps)
@@ -185,7 +203,8 @@ class UNetBlock(nn.Module):
             self.proj = TokenProjection(out_channels)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv0(self.norm0(x))
+        h, x = self.norm0(x)
+        h = self.conv0(h)
         modulation = self.affine(embedding)
         h = self.norm1(h, *modulation.chunk(2, dim=1)) if self.adaptive_scale else self.norm1(h, addend=modulation)
         if self.dropout and self.training:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rdmd_fast.kernels.group_norm_silu import (
+    branching_group_norm_silu,
     group_norm_silu,
     group_norm_silu_reference,
     plan_chunks,
@@ -78,6 +79,20 @@ def test_values_and_gradients_match_fp64(shape, groups, last, resident):
     actual = gradients(group_norm_silu, *arguments[:3], groups, arguments[3], silu, arguments[4])
     assert actual[0].stride() == actual[1].stride() == arguments[0].stride()
     assert_close(actual, expected(*arguments[:3], groups, arguments[3], silu, arguments[4]), TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("index", [0, 2, 4, 5])
+def test_gradients_of_two_branches_meet_in_the_backward_pass(index):
+    shape, groups, last, _ = SHAPES[index]
+    x, weight, bias, _, dy = inputs(shape, torch.float32, last, ())
+    dpast = inputs(shape, torch.float32, last, (), mean=0.0)[0].detach()
+    y, past = branching_group_norm_silu(x, weight, bias, groups, 1e-5)
+    assert torch.equal(past, x)
+    actual = torch.autograd.grad((y, past * 1), (x, weight, bias), (dy, dpast))
+    exact = expected(x, weight, bias, groups, {}, True, dy)[1:]
+    assert_close(actual, [exact[0] + dpast.double(), *exact[1:]], TOLERANCE[torch.float32])
+    (alone,) = torch.autograd.grad(branching_group_norm_silu(x, weight, bias, groups, 1e-5)[0], x, dy)
+    assert_close([alone], exact[:1], TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize(("dtype", "parameter_dtype"), [("bfloat16", "bfloat16"), ("float16", "float32")])

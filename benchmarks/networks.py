@@ -1,0 +1,212 @@
+"""Forward and backward of the image networks, ours against the plain PyTorch formulation, in one run.
+
+    python -m benchmarks.networks [--case songunet64 …] [--batch 4] [--json FILE]
+
+Both compute the same function of the same weights: outputs and gradients are compared before anything is timed. Rounds
+are taken in turn and each side's best counts, since machines are shared. A row "against plain fp32" sets ours in bf16
+beside the plain formulation in fp32, as a user meets it who leaves everything at its default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rdmd_fast.networks.dhariwal_unet import DhariwalUNet
+from rdmd_fast.networks.song_unet import SongUNet
+
+from .plain_networks import PlainUNet
+from .traffic import network_traffic
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Relative, of the output; gradients get ten times it.
+TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
+
+CASES: dict[str, Callable[[], nn.Module]] = {
+    "songunet64": lambda: SongUNet(64, 3, 3, channel_mult=[1, 2, 2, 2], dropout=0.0),
+    "adm64": lambda: DhariwalUNet(64, 3, 3, dropout=0.0),
+    "digits": lambda: SongUNet(
+        8, 3, 3, model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.0
+    ),
+}
+
+
+class Step:
+    """One forward and backward pass of a network on fixed inputs."""
+
+    def __init__(self, network: nn.Module, call: nn.Module, batch: int, dtype: torch.dtype):
+        generator = torch.Generator().manual_seed(1)
+        size = network.img_resolution
+        self.parameters, self.call = list(network.parameters()), call
+        self.x = torch.randn(batch, 3, size, size, generator=generator).to(DEVICE, dtype)
+        self.c_noise = torch.randn(batch, generator=generator).to(DEVICE)
+        self.gradient = torch.randn(batch, 3, size, size, generator=generator).to(DEVICE, dtype)
+
+    def __call__(self) -> Tensor:
+        for parameter in self.parameters:
+            parameter.grad = None
+        output = self.call(self.x, self.c_noise)
+        output.backward(self.gradient)
+        return output.detach()
+
+    def gradients(self) -> Tensor:
+        return torch.cat([parameter.grad.float().flatten() for parameter in self.parameters])
+
+
+def build(case: str) -> nn.Module:
+    """The network in fp32 with weights that make every branch count: as initialised, most begin at zero."""
+    torch.manual_seed(0)
+    network = CASES[case]()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(noise / parameter[0].numel() ** 0.5 if parameter.ndim > 1 else 1 + 0.1 * noise)
+    return network.train()
+
+
+def steps(case: str, batch: int, dtype: str) -> tuple[Step, Step]:
+    """(ours, plain) of the same weights; ours in channels_last, the plain one contiguous."""
+    ours, plain = build(case).to(DEVICE, DTYPES[dtype]), build(case).to(DEVICE, DTYPES[dtype])
+    ours.to(memory_format=torch.channels_last)
+    return Step(ours, ours, batch, DTYPES[dtype]), Step(plain, PlainUNet(plain), batch, DTYPES[dtype])
+
+
+def check_equal(case: str, dtype: str) -> None:
+    """Outputs and gradients of both agree, or the timing would compare different things.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    ours, plain = steps(case, 1, dtype)
+    for name, mine, reference, tolerance in (
+        ("outputs", ours().float(), plain().float(), TOLERANCE[dtype]),
+        ("gradients", ours.gradients(), plain.gradients(), 10 * TOLERANCE[dtype]),
+    ):
+        error = float((mine - reference).norm() / reference.norm())
+        if not error < tolerance:
+            raise RuntimeError(f"{case} {dtype}: {name} differ from the plain formulation's by {error:.2e}")
+
+
+def seconds(step: Step) -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_bytes(step: Step) -> int:
+    """Memory that a step needs at its height beyond weights and inputs: allocator on a GPU, resident set on Linux."""
+    for parameter in step.parameters:
+        parameter.grad = None
+    gc.collect()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets the peak of the resident set
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
+
+
+def measure(case: str, batch: int, rounds: int, compiled: bool) -> list[dict]:
+    """A row for each dtype, and one of bf16 against plain fp32."""
+    rows, plain_fp32 = [], None
+    for dtype in DTYPES:
+        check_equal(case, dtype)
+        ours, plain = steps(case, batch, dtype)
+        if compiled:
+            ours.call, plain.call = torch.compile(ours.call), torch.compile(plain.call)
+        sides = [ours, plain]
+        if plain_fp32 is None:
+            plain_fp32 = plain
+        else:
+            sides.append(plain_fp32)
+        peaks = [peak_bytes(side) for side in sides if side() is not None]
+        times = [
+            min(column) for column in zip(*([seconds(side) for side in sides] for _ in range(rounds)), strict=True)
+        ]
+        name = f"{case}, batch {batch}" + (", compiled" if compiled else "")
+        rows.append(row(name, dtype, times[0], times[1], peaks[0], peaks[1]))
+        if len(sides) == 3:
+            rows.append(row(f"{name}, against plain fp32", dtype, times[0], times[2], peaks[0], peaks[2]))
+        del ours, plain, sides
+    return rows
+
+
+def row(case: str, dtype: str, mine: float, plain: float, peak: int, plain_peak: int) -> dict:
+    device = torch.cuda.get_device_name() if CUDA else "cpu"
+    return {
+        "case": case, "dtype": dtype, "device": device, "seconds": mine, "plain_seconds": plain, "ratio": plain / mine,
+        "peak_bytes": peak, "plain_peak_bytes": plain_peak,
+    }  # fmt: skip
+
+
+def traffic_rows(case: str) -> dict:
+    """Bytes of one image's forward and backward pass outside convolutions, in bf16."""
+    batch = 4
+    mine, reference = (network_traffic(step) // batch for step in steps(case, batch, "bf16"))
+    return {
+        "case": f"{case}, bytes outside convolutions", "dtype": "bf16", "device": "counted",
+        "bytes_per_image": mine, "plain_bytes_per_image": reference, "ratio": reference / mine,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["songunet64"], help="networks (songunet64)")
+    parser.add_argument("--batch", type=int, default=64 if CUDA else 4, help="images a step (4; on a GPU 64)")
+    parser.add_argument("--rounds", type=int, default=20 if CUDA else 5, help="timed rounds of each (5; on a GPU 20)")
+    parser.add_argument("--compile", action="store_true", help="time both under torch.compile as well")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    arguments = parser.parse_args()
+    rows = []
+    for case in arguments.case:
+        for compiled in (False, True) if arguments.compile else (False,):
+            rows += measure(case, arguments.batch, arguments.rounds, compiled)
+        if not CUDA:
+            rows.append(traffic_rows(case))
+    for entry in rows:
+        print(format_row(entry))
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+def format_row(entry: dict) -> str:
+    if "seconds" not in entry:
+        mine, plain = entry["bytes_per_image"] / 2**20, entry["plain_bytes_per_image"] / 2**20
+        return (
+            f"{entry['case']:<48} {entry['dtype']}  {mine:9.1f} MiB  plain {plain:9.1f} MiB  ratio {entry['ratio']:.2f}"
+        )
+    mebi = entry["peak_bytes"] / 2**20, entry["plain_peak_bytes"] / 2**20
+    return (
+        f"{entry['case']:<48} {entry['dtype']}  {entry['seconds']:9.4f} s    plain {entry['plain_seconds']:9.4f} s    "
+        f"ratio {entry['ratio']:.2f}  peak {mebi[0]:.0f} MiB, plain {mebi[1]:.0f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    main()

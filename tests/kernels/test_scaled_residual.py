@@ -1,0 +1,43 @@
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rdmd_fast.kernels import scaled_residual as operation
+from rdmd_fast.kernels.scaled_residual import scaled_residual
+
+
+@pytest.mark.parametrize("scale", [math.sqrt(0.5), 1.0])
+def test_reference_is_the_formula_and_its_gradient(scale):
+    h, x = (torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(scaled_residual(h * 1, x, scale), scale * (h + x), rtol=1e-14, atol=1e-14)
+    torch.autograd.gradcheck(lambda h, x: scaled_residual(h * 1, x, scale), (h, x))
+
+
+def test_compiles_without_graph_breaks():
+    def double(h, x):
+        return scaled_residual(2 * h, x, 0.5)
+
+    h, x = torch.randn(2, 3), torch.randn(2, 3)
+    torch.testing.assert_close(torch.compile(double, fullgraph=True, backend="aot_eager")(h, x), h + x / 2)
+
+
+def test_static_cases_name_every_kernel_argument():
+    pytest.importorskip("triton")
+    for case in operation.static_cases():
+        assert list(case.signature) == list(case.kernel.arg_names)
+        assert {name for name, kind in case.signature.items() if kind == "constexpr"} == set(case.constants)
+
+
+def test_kernels_in_the_interpreter():
+    pytest.importorskip("triton")
+    cases = Path(__file__).with_name("interpreted_scaled_residual.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", cases], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
