@@ -99,7 +99,7 @@ def _layout(channels: int, pixels: int, channels_last: bool) -> dict:
 
 
 def plan_resident(shape: tuple, groups: int, itemsize: int, channels_last: bool, tensors: int = 1) -> Plan | None:
-    """Whole groups of 1 (forward) or 2 (backward) ``tensors`` a program, or None where they do not fit.
+    """Whole groups a program, or None where they do not fit. Registers are shared by ``tensors``, a power of 2.
 
     In channels_last a row of the tile has 32 to 64 bytes, so that no sector of memory is fetched in vain.
     """
@@ -227,7 +227,9 @@ def group_norm_silu_backward(
     scale, stride = _rows(scale)
     parameters = weight.contiguous(), bias.contiguous(), scale
     with torch.cuda.device_of(x):
-        if plan := plan_resident(shape, groups, x.element_size(), channels_last, 2):
+        # Beside another branch's gradient registers hold one 16-byte access a tensor and thread.
+        sharing = 2 if branch is None else x.element_size()
+        if plan := plan_resident(shape, groups, x.element_size(), channels_last, sharing):
             arguments = x, dy, branch, dx, *parameters, table, contributions, modulation, n, *_units(plan, shape)
             _launch(kernels.resident_backward_kernel, plan, *arguments, stride, SILU=silu)
         else:
@@ -438,7 +440,8 @@ def static_cases() -> list:
     resident += [(512, 64, 32, True, "bf16"), (256, 256, 32, False, "bf16")]
     for channels, pixels, groups, last, dtype in resident:
         shape = f"{channels}x{pixels}{'' if last else '/contiguous'}"
-        for tensors, kernel in ((1, kernels.resident_forward_kernel), (2, kernels.resident_backward_kernel)):
+        sharing = sizes[dtype]
+        for tensors, kernel in ((1, kernels.resident_forward_kernel), (sharing, kernels.resident_backward_kernel)):
             plan = plan_resident((8, channels, pixels), groups, sizes[dtype], last, tensors)
             cases.append(case(kernel, plan, shape, dtype, channels == 128, SILU=True))
     chunked = [(128, 4096, 32, True, "bf16"), (384, 65536, 32, True, "bf16"), (192, 4096, 32, True, "fp32")]
