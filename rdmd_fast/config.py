@@ -35,7 +35,7 @@ class Config(Options):
     data: DataOptions = Field(default_factory=DataOptions)
     teacher: str | None = Field(
         None,
-        description="rdmd: a teacher's export folder, an NVIDIA EDM .pkl, a diffusers folder, or `analytic` for the toys; "
+        description="rdmd: a teacher's export folder, an NVIDIA EDM .pkl, a diffusers folder, `analytic` for the toys; "
         "teacher: the same, where to start from (fine-tuning)",
     )
     network: NetworkOptions | None = Field(
@@ -80,7 +80,7 @@ def _stage_problems(config: Config):
     if config.data.source is None:
         yield "data.source: missing, the rdmd stage translates from it"
     if config.teacher is None:
-        yield "teacher: missing, name an export folder of the teacher stage, an EDM .pkl, or `analytic` for a toy target"
+        yield "teacher: missing, name a teacher's export folder, an EDM .pkl, or `analytic` for a toy target"
     if config.teacher == "analytic":
         if not isinstance(config.data.target, ToyDistribution):
             yield "data.target: must be a toy such as {toy: 8gaussians} when teacher is 'analytic'"
