@@ -149,9 +149,7 @@ def one_hot(config: ExportConfig, class_labels: torch.Tensor | None, count: int,
     if labels.shape == (count, classes):
         return labels.float()
     if labels.shape != (count,):
-        raise InputError(
-            f"class_labels: shape {list(labels.shape)}, give [{count}] indices or [{count}, {classes}] rows"
-        )
+        raise InputError(f"class_labels: shape {list(labels.shape)}, give [{count}] or one-hot [{count}, {classes}]")
     if count and not 0 <= labels.min() <= labels.max() < classes:
         raise InputError(f"class_labels: the network has {classes} classes, name them from 0 to {classes - 1}")
     return torch.nn.functional.one_hot(labels.long(), classes).float()

@@ -1,7 +1,7 @@
 """Pickles as plain data: containers, numbers and strings, torch tensors, and whatever else the caller can rebuild.
 
-Python's unpickler imports what a file names and calls it. Here nothing is imported or called by a file's wish: a name is
-looked up in a table of the caller's own functions, and one that is not there is refused.
+Python's unpickler imports what a file names and calls it. Here a name is only looked up in a table of the caller's own
+functions, and one that is not there is refused.
 """
 
 from __future__ import annotations
@@ -20,6 +20,19 @@ Rebuild = Callable[..., object]
 
 # What a damaged stream makes the stack machine stumble over.
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError, EOFError)
+
+# Opcodes that only push a value; the others are methods of _Machine.
+VALUES = frozenset(
+    """INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING
+    BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8""".split()
+)
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONTAINERS = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+IGNORED = {"PROTO", "FRAME"}
+
+# Hash and equality of these never recurse, which a chain of nested tuples could do until the C stack ends.
+KEYS = (str, bytes, int, float)
 
 
 class Refused(Exception):
@@ -66,33 +79,22 @@ def read_pickle(stream: BinaryIO, table: dict[str, Rebuild]) -> object:
 class _Machine:
     """The pickle machine of PEP 307 and PEP 3154: a stack of values, a stack of stacks for marks, a memo."""
 
-    IGNORED = {"PROTO", "FRAME"}
-    CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-    CONTAINERS = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
-    VALUES = set(
-        "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES "
-        "SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8".split()
-    )
-    TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-    # Equality and hash of these never recurse, which a chain of nested tuples could do until the C stack ends.
-    KEYS = (str, bytes, int, float)
-
     def __init__(self, table: dict[str, Rebuild]):
         self.table = table
         self.stack, self.below, self.memo = [], [], {}
 
     def execute(self, opcode: str, argument) -> None:
-        if opcode in self.VALUES:
+        if opcode in VALUES:
             self.stack.append(argument)
-        elif opcode in self.CONSTANTS:
-            self.stack.append(self.CONSTANTS[opcode])
-        elif opcode in self.CONTAINERS:
-            self.stack.append(self.CONTAINERS[opcode]())
-        elif opcode in self.TUPLES:
-            self.stack.append(tuple(self.pop(self.TUPLES[opcode])))
+        elif opcode in CONSTANTS:
+            self.stack.append(CONSTANTS[opcode])
+        elif opcode in CONTAINERS:
+            self.stack.append(CONTAINERS[opcode]())
+        elif opcode in TUPLES:
+            self.stack.append(tuple(self.pop(TUPLES[opcode])))
         elif hasattr(self, f"on_{opcode.lower()}"):
             getattr(self, f"on_{opcode.lower()}")(argument)
-        elif opcode not in self.IGNORED:
+        elif opcode not in IGNORED:
             raise Refused(f"uses pickle opcode {opcode}, which is not for data")
 
     def pop(self, count: int) -> list:
@@ -113,7 +115,7 @@ class _Machine:
         return self.stack[-1]
 
     def key(self, value):
-        if not isinstance(value, self.KEYS):
+        if not isinstance(value, KEYS):
             raise TypeError(f"a key of type {type(value).__name__}")
         return value
 
@@ -286,7 +288,7 @@ def ordered_dict(*items) -> dict:
 
 def set_of(items: list) -> set:
     """``builtins.set`` of numbers and strings."""
-    if not all(isinstance(item, _Machine.KEYS) for item in items):
+    if not all(isinstance(item, KEYS) for item in items):
         raise TypeError("a set of other things than numbers and strings")
     return set(items)
 
