@@ -159,9 +159,9 @@ def _config_of(outer: Record) -> ExportConfig:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])[:100]
         reason = "is not known" if first["type"] == "extra_forbidden" else first["msg"][0].lower() + first["msg"][1:]
-        raise Refused(f"{inner}'s argument {where!r}: {reason}") from None
+        raise Refused(f"its network's argument {where!r}: {reason}") from None
     except (TypeError, OverflowError):
-        raise Refused(f"{inner}'s arguments are no names and numbers") from None
+        raise Refused("its network's arguments are no names and numbers") from None
 
 
 def _weights_of(model: Record, limit: int) -> dict[str, torch.Tensor]:
