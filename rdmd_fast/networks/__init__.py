@@ -32,10 +32,14 @@ class SongUNetOptions(Options):
     """EDM's DDPM++ and NCSN++ networks. Resolution and channels follow from the data."""
 
     kind: Literal["song_unet"]
-    model_channels: int = Field(128, ge=8, description="channels at full resolution (EDM)")
-    channel_mult: list[int] = Field([2, 2, 2], min_length=1, description="channels by resolution, as multiples (EDM)")
-    num_blocks: int = Field(4, ge=1, description="residual blocks by resolution (EDM)")
-    attn_resolutions: list[int] = Field([16], description="resolutions with self-attention, pixels (EDM)")
+    model_channels: int = Field(128, ge=8, description="channels at full resolution (EDM; dhariwal_unet: 192)")
+    channel_mult: list[int] = Field(
+        [2, 2, 2], min_length=1, description="channels by resolution, as multiples (EDM; dhariwal_unet: [1, 2, 3, 4])"
+    )
+    num_blocks: int = Field(4, ge=1, description="residual blocks by resolution (EDM; dhariwal_unet: 3)")
+    attn_resolutions: list[int] = Field(
+        [16], description="resolutions with self-attention, pixels (EDM; dhariwal_unet: [32, 16, 8])"
+    )
     dropout: float = Field(0.10, ge=0, lt=1, description="dropout while the teacher trains; 0 in the rdmd stage (EDM)")
     label_dim: int = Field(0, ge=0, description="number of classes, 0 for none (EDM)")
     augment_dim: int = Field(0, ge=0, description="length of augmentation labels, 0 for none (EDM: 9 for its own)")
