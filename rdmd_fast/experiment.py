@@ -370,6 +370,8 @@ def _flops_per_sample(config: Config, experiment: Experiment) -> float:
     if config.teacher == "analytic":
         score = forward_flops(config.network, shape) if config.rdmd.fake_score == "learned" else 0.0
         teacher = 0.0
+    elif config.generator.kind == "teacher":
+        score = teacher = main
     else:
         score = teacher = forward_flops(read_teacher_config(config.teacher).network, shape)
     updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0

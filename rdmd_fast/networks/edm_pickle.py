@@ -121,7 +121,7 @@ def _network_of(contents: object) -> Record:
     """The EDMPrecond object."""
     if not isinstance(contents, dict) or "ema" not in contents:
         names = [name[:30] for name in contents if isinstance(name, str)] if isinstance(contents, dict) else []
-        raise Refused(f"holds no network under 'ema' (but {names[:5]}), it is not an EDM pickle")
+        raise Refused(f"holds no network under 'ema' (it holds {names[:5]}), it is not an EDM pickle")
     outer = contents["ema"]
     if not isinstance(outer, Record) or not isinstance(outer.state, dict):
         raise Refused("holds no network under 'ema', it is not an EDM pickle")

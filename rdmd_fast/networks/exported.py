@@ -145,14 +145,14 @@ def one_hot(config: ExportConfig, class_labels: torch.Tensor | None, count: int,
         if config.target_class is None:
             return torch.zeros(count, classes, device=device)
         class_labels = torch.full((count,), config.target_class)
-    labels = torch.as_tensor(class_labels, device=device)
+    labels = torch.as_tensor(class_labels)  # checked where it is: on the CPU that stops no GPU
     if labels.shape == (count, classes):
-        return labels.float()
+        return labels.to(device).float()
     if labels.shape != (count,):
         raise InputError(f"class_labels: shape {list(labels.shape)}, give [{count}] or one-hot [{count}, {classes}]")
     if count and not 0 <= labels.min() <= labels.max() < classes:
         raise InputError(f"class_labels: the network has {classes} classes, name them from 0 to {classes - 1}")
-    return torch.nn.functional.one_hot(labels.long(), classes).float()
+    return torch.nn.functional.one_hot(labels.long(), classes).to(device).float()
 
 
 class Generator(torch.nn.Module):
