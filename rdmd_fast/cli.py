@@ -12,6 +12,7 @@ from .runtime import EXIT_BAD_INPUT
 # name -> (module with add_arguments(parser) and run(arguments) -> exit status, one line of help)
 COMMANDS = {
     "pack": ("rdmd_fast.data.pack", "write digits, an image folder or a toy as WebDataset shards"),
+    "import-edm": ("rdmd_fast.import_edm", "turn an NVIDIA EDM pickle into a teacher's export"),
     "sample": ("rdmd_fast.sample", "draw samples from a teacher, to look at it before distilling"),
     "translate": ("rdmd_fast.translate", "translate images with a trained generator"),
     "evaluate": (

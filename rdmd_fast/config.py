@@ -35,7 +35,8 @@ class Config(Options):
     data: DataOptions = Field(default_factory=DataOptions)
     teacher: str | None = Field(
         None,
-        description="rdmd: an export folder of a teacher, or `analytic` for the toys; teacher: where to start from",
+        description="rdmd: a teacher's export folder, an NVIDIA EDM .pkl, a diffusers folder, `analytic` for the toys; "
+        "teacher: the same, where to start from (fine-tuning)",
     )
     network: NetworkOptions | None = Field(
         None, description="network of teacher and fake score; with an export as teacher it comes from there"
@@ -79,7 +80,7 @@ def _stage_problems(config: Config):
     if config.data.source is None:
         yield "data.source: missing, the rdmd stage translates from it"
     if config.teacher is None:
-        yield "teacher: missing, name an export folder of the teacher stage, or `analytic` for a toy target"
+        yield "teacher: missing, name a teacher's export folder, an EDM .pkl, or `analytic` for a toy target"
     if config.teacher == "analytic":
         if not isinstance(config.data.target, ToyDistribution):
             yield "data.target: must be a toy such as {toy: 8gaussians} when teacher is 'analytic'"
@@ -193,6 +194,7 @@ def _explain(error: dict) -> str:
         "mlp",
         "affine",
         "song_unet",
+        "dhariwal_unet",
         "teacher",
         "lognormal",
         "karras_uniform",

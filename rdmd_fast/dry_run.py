@@ -38,13 +38,13 @@ def dry_run(config: Config) -> int:
 def parameter_counts(config: Config) -> dict[str, int]:
     """Parameters of each network that the run holds, by name."""
     from .experiment import count_parameters
-    from .networks.exported import read_export_config
+    from .networks.teachers import read_teacher_config
 
     domain = config.data.target if config.stage == "teacher" else config.data.source
     shape = (2,) if isinstance(domain, ToyDistribution) else channels_first(ShardSet(domain))
     options = config.network
     if config.teacher not in (None, "analytic"):
-        options = read_export_config(config.teacher, "teacher").network
+        options = read_teacher_config(config.teacher).network
     size = count_parameters(build_network(options, shape)) if options else 0
     if config.stage == "teacher":
         return {"teacher": size}

@@ -116,7 +116,7 @@ def evaluate_digits(arguments: argparse.Namespace) -> dict:
     if arguments.teacher:
         teacher = load_denoiser(arguments.teacher)
         untrained = generator.config.model_copy(update={"reading": "teacher"})
-        outputs["untrained (teacher at σ)"] = _translate(Generator(teacher.network, untrained), source)
+        outputs["untrained (teacher at σ)"] = _translate(Generator(teacher.model, untrained), source)
     rows = [digit_report(judge, source, images, arguments.label, target, name) for name, images in outputs.items()]
     recall = judge.recall(arguments.label)
     print(format_table(rows))

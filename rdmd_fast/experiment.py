@@ -19,7 +19,8 @@ from .kernels.image_normalize import image_normalize
 from .networks import build_network
 from .networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
 from .networks.analytic_score import AnalyticScore
-from .networks.exported import ExportConfig, Generator, load_weights, read_export, read_export_config, rebuild
+from .networks.exported import ExportConfig, Generator, load_weights, rebuild
+from .networks.teachers import read_teacher, read_teacher_config
 from .randomness import Philox, Stream
 from .rdmd import RDMD
 from .teacher import TeacherStage
@@ -89,7 +90,7 @@ def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Expe
 def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment:
     target = open_domain(config, "target", philox, world.device)
     if config.teacher is not None:
-        start, weights = read_export(config.teacher, "teacher")
+        start, weights = read_teacher(config.teacher)
         _check_shape(config.teacher, start, target.shape, "data.target")
         network_options, diffusion = start.network, start.diffusion
     else:
@@ -217,7 +218,7 @@ def _analytic_networks(config: Config, source, world: World):
 
 def _distilled_networks(config: Config, source, layout, world: World):
     """Teacher from its export; G and fake score start from its weights."""
-    start, weights = read_export(config.teacher, "teacher")
+    start, weights = read_teacher(config.teacher)
     _check_shape(config.teacher, start, source.shape, "data.source")
     teacher, fake = (build_network(start.network, source.shape, dropout=False) for _ in range(2))
     load_weights(teacher, weights, config.teacher)
@@ -369,8 +370,10 @@ def _flops_per_sample(config: Config, experiment: Experiment) -> float:
     if config.teacher == "analytic":
         score = forward_flops(config.network, shape) if config.rdmd.fake_score == "learned" else 0.0
         teacher = 0.0
+    elif config.generator.kind == "teacher":
+        score = teacher = main
     else:
-        score = teacher = forward_flops(read_export_config(config.teacher, "teacher").network, shape)
+        score = teacher = forward_flops(read_teacher_config(config.teacher).network, shape)
     updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0
     return 3 * main + teacher + score + updates * 3 * score + max(updates - 1, 0) * main
 

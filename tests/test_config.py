@@ -44,6 +44,7 @@ def test_every_shipped_config_is_valid_and_round_trips():
         ("deepspeed.zero_optimization.stage=4", ["deepspeed.zero_optimization.stage"]),
         ("teacher=null", ["teacher", "missing"]),
         ("network=null", ["network", "missing"]),
+        ("network={kind: dhariwal_unet, num_bloks: 3}", ["network.num_bloks", "did you mean network.num_blocks"]),
         ("train=3", ["train"]),
         ("train.steps.x=3", ["train.steps"]),
         ("justtext", ["key=value"]),

@@ -29,18 +29,64 @@ class AffineOptions(Options):
 
 
 class SongUNetOptions(Options):
-    """EDM's DDPM++ network. Resolution and channels follow from the data."""
+    """EDM's DDPM++ and NCSN++ networks. Resolution and channels follow from the data."""
 
     kind: Literal["song_unet"]
-    model_channels: int = Field(128, ge=8, description="channels at full resolution (EDM)")
-    channel_mult: list[int] = Field([2, 2, 2], min_length=1, description="channels by resolution, as multiples (EDM)")
-    num_blocks: int = Field(4, ge=1, description="residual blocks by resolution (EDM)")
-    attn_resolutions: list[int] = Field([16], description="resolutions with self-attention, pixels (EDM)")
+    model_channels: int = Field(128, ge=8, description="channels at full resolution (EDM; dhariwal_unet: 192)")
+    channel_mult: list[int] = Field(
+        [2, 2, 2], min_length=1, description="channels by resolution, as multiples (EDM; dhariwal_unet: [1, 2, 3, 4])"
+    )
+    num_blocks: int = Field(4, ge=1, description="residual blocks by resolution (EDM; dhariwal_unet: 3)")
+    attn_resolutions: list[int] = Field(
+        [16], description="resolutions with self-attention, pixels (EDM; dhariwal_unet: [32, 16, 8])"
+    )
     dropout: float = Field(0.10, ge=0, lt=1, description="dropout while the teacher trains; 0 in the rdmd stage (EDM)")
     label_dim: int = Field(0, ge=0, description="number of classes, 0 for none (EDM)")
+    augment_dim: int = Field(0, ge=0, description="length of augmentation labels, 0 for none (EDM: 9 for its own)")
+    channel_mult_emb: int = Field(4, ge=1, description="width of the embedding over model_channels (EDM)")
+    label_dropout: float = Field(
+        0.0, ge=0, le=1, description="probability of dropping a sample's class while the teacher trains (EDM)"
+    )
+    embedding_type: Literal["positional", "fourier"] = Field(
+        "positional", description="features of the noise level: positional for DDPM++, fourier for NCSN++ (EDM)"
+    )
+    channel_mult_noise: int = Field(
+        1, ge=1, description="width of those features over model_channels: 1 for DDPM++, 2 for NCSN++ (EDM)"
+    )
+    encoder_type: Literal["standard", "residual"] = Field(
+        "standard", description="standard for DDPM++; residual, with a pyramid of the input, for NCSN++ (EDM)"
+    )
+    decoder_type: Literal["standard"] = Field("standard", description="standard for DDPM++ and NCSN++ (EDM)")
+    resample_filter: list[float] = Field(
+        [1, 1],
+        min_length=2,
+        description="smoothing when resolution changes: [1, 1] for DDPM++, [1, 3, 3, 1] for NCSN++ (EDM)",
+    )
 
 
-NetworkOptions = Annotated[MLPOptions | SongUNetOptions, Field(discriminator="kind")]
+class DhariwalUNetOptions(Options):
+    """EDM's form of the ADM network. Resolution and channels follow from the data."""
+
+    kind: Literal["dhariwal_unet"]
+    model_channels: int = Field(192, ge=8, description="channels at full resolution (EDM)")
+    channel_mult: list[int] = Field(
+        [1, 2, 3, 4], min_length=1, description="channels by resolution, as multiples (EDM)"
+    )
+    channel_mult_emb: int = Field(4, ge=1, description="width of the embedding over model_channels (EDM)")
+    num_blocks: int = Field(3, ge=1, description="residual blocks by resolution (EDM)")
+    attn_resolutions: list[int] = Field([32, 16, 8], description="resolutions with self-attention, pixels (EDM)")
+    dropout: float = Field(0.10, ge=0, lt=1, description="dropout while the teacher trains; 0 in the rdmd stage (EDM)")
+    label_dropout: float = Field(
+        0.0, ge=0, le=1, description="probability of dropping a sample's class while the teacher trains (EDM)"
+    )
+    label_dim: int = Field(0, ge=0, description="number of classes, 0 for none (EDM)")
+    augment_dim: int = Field(0, ge=0, description="length of augmentation labels, 0 for none (EDM: 9 for its own)")
+
+
+NetworkOptions = Annotated[MLPOptions | SongUNetOptions | DhariwalUNetOptions, Field(discriminator="kind")]
+ExportedNetworkOptions = Annotated[
+    MLPOptions | AffineOptions | SongUNetOptions | DhariwalUNetOptions, Field(discriminator="kind")
+]
 
 
 class TeacherCopyOptions(Options):
@@ -74,28 +120,25 @@ def build_network(options: Options, sample_shape: tuple[int, ...], dropout: bool
 
         return AffineMap(sample_shape[0], scale=options.scale, angle=options.angle)
     if points:
-        raise InputError(f"network kind 'song_unet' is for images, the data has shape {sample_shape}: use mlp")
-    return _build_song_unet(options, sample_shape, dropout)
+        raise InputError(f"network kind {options.kind!r} is for images, the data has shape {sample_shape}: use mlp")
+    return _build_unet(options, sample_shape, dropout)
 
 
-def _build_song_unet(options: SongUNetOptions, sample_shape: tuple[int, ...], dropout: bool) -> torch.nn.Module:
+def _build_unet(
+    options: SongUNetOptions | DhariwalUNetOptions, sample_shape: tuple[int, ...], dropout: bool
+) -> torch.nn.Module:
+    from .dhariwal_unet import DhariwalUNet
     from .song_unet import SongUNet
 
     channels, height, width = sample_shape
     halvings = 2 ** (len(options.channel_mult) - 1)
     if height != width or height % halvings:
         raise InputError(
-            f"song_unet needs square images whose side divides by {halvings} (network.channel_mult has "
+            f"{options.kind} needs square images whose side divides by {halvings} (network.channel_mult has "
             f"{len(options.channel_mult)} levels), the data is {height}×{width}: pack it at another --resolution"
         )
-    return SongUNet(
-        img_resolution=height,
-        in_channels=channels,
-        out_channels=channels,
-        label_dim=options.label_dim,
-        model_channels=options.model_channels,
-        channel_mult=options.channel_mult,
-        num_blocks=options.num_blocks,
-        attn_resolutions=options.attn_resolutions,
-        dropout=options.dropout if dropout else 0.0,
-    )
+    arguments = options.model_dump(exclude={"kind"})
+    if not dropout:
+        arguments["dropout"] = 0.0
+    build = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet}[options.kind]
+    return build(img_resolution=height, in_channels=channels, out_channels=channels, **arguments)

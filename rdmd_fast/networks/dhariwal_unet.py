@@ -26,7 +26,8 @@ class DhariwalUNet(UNet):
         channel_mult: channel multiplier of each level, from full resolution down.
         channel_mult_emb: width of the embedding over model_channels.
         num_blocks: residual blocks a level.
-        attn_resolutions: resolutions whose blocks attend; the innermost block always does.
+        attn_resolutions: resolutions whose blocks attend; the innermost block always does. Blocks of fewer channels
+            than a head has do not (as in EDM).
         dropout, label_dropout: probability, in training, inside the blocks and of dropping a sample's class.
 
     Raises:
@@ -72,8 +73,6 @@ class DhariwalUNet(UNet):
 
     def block(self, in_channels: int, out_channels: int, attention: bool = False, **resample) -> UNetBlock:
         heads = out_channels // CHANNELS_PER_HEAD if attention else 0
-        enough = not attention or heads > 0
-        require(enough, f"attention at {out_channels} channels: heads have {CHANNELS_PER_HEAD}, use model_channels=64")
         return UNetBlock(in_channels, out_channels, heads=heads, **resample, **self.block_options)
 
     def build_encoder(self, widths: list[int], num_blocks: int) -> nn.ModuleDict:

@@ -20,7 +20,7 @@ from ..diffusion import DiffusionOptions, Reading, denoise
 from ..errors import InputError
 from ..options import Options
 from ..runtime import fsync_path, write_atomically
-from . import AffineOptions, MLPOptions, SongUNetOptions, build_network
+from . import ExportedNetworkOptions, build_network
 
 FORMAT = 1
 
@@ -30,7 +30,7 @@ class ExportConfig(Options):
 
     format: int = FORMAT
     role: str
-    network: MLPOptions | AffineOptions | SongUNetOptions
+    network: ExportedNetworkOptions
     sample_shape: list[int]
     diffusion: DiffusionOptions
     reading: str | None = None
@@ -100,12 +100,17 @@ def read_export_config(folder: str | Path, role: str) -> ExportConfig:
 
 
 def load_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:
-    """Load a state dict one to one.
+    """Load a state dict one to one; InputError as ``check_weights``."""
+    check_weights(network.state_dict(), weights, origin)
+    network.load_state_dict(weights)
+
+
+def check_weights(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], origin: str) -> None:
+    """Whether ``weights`` have the keys and shapes of a network's own state dict.
 
     Raises:
         InputError: names the first key or shape that differs.
     """
-    own = network.state_dict()
     for name, tensor in own.items():
         if name not in weights:
             raise InputError(f"{origin}: has no weight {name}, it is of another network")
@@ -116,7 +121,6 @@ def load_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], ori
     surplus = next((name for name in weights if name not in own), None)
     if surplus:
         raise InputError(f"{origin}: weight {surplus} has no place in the network, it is of another one")
-    network.load_state_dict(weights)
 
 
 def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str) -> torch.nn.Module:
@@ -127,18 +131,28 @@ def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str)
 
 
 def one_hot(config: ExportConfig, class_labels: torch.Tensor | None, count: int, device) -> torch.Tensor | None:
-    """Class indices [N] (or one-hot rows, kept) as float32 [N, classes]; None for a network without classes."""
+    """Class indices [N] (or rows [N, classes], kept) as float32 [N, classes]; None for a network without classes.
+
+    Without labels it is the configuration's target class; without that, too, zeros: EDM's unconditional input.
+
+    Raises:
+        InputError: a class that the network does not have, or labels of another shape.
+    """
     classes = getattr(config.network, "label_dim", 0)
     if not classes:
         return None
     if class_labels is None:
         if config.target_class is None:
-            raise ValueError(f"the network has {classes} classes: pass class_labels")
+            return torch.zeros(count, classes, device=device)
         class_labels = torch.full((count,), config.target_class)
-    class_labels = class_labels.to(device)
-    if class_labels.ndim == 2:
-        return class_labels.float()
-    return torch.nn.functional.one_hot(class_labels.long(), classes).float()
+    labels = torch.as_tensor(class_labels)  # checked where it is: on the CPU that stops no GPU
+    if labels.shape == (count, classes):
+        return labels.to(device).float()
+    if labels.shape != (count,):
+        raise InputError(f"class_labels: shape {list(labels.shape)}, give [{count}] or one-hot [{count}, {classes}]")
+    if count and not 0 <= labels.min() <= labels.max() < classes:
+        raise InputError(f"class_labels: the network has {classes} classes, name them from 0 to {classes - 1}")
+    return torch.nn.functional.one_hot(labels.long(), classes).to(device).float()
 
 
 class Generator(torch.nn.Module):
@@ -146,12 +160,12 @@ class Generator(torch.nn.Module):
 
     def __init__(self, network: torch.nn.Module, config: ExportConfig):
         super().__init__()
-        self.network, self.config = network, config
+        self.model, self.config = network, config
         self.reading = Reading.of(config.reading, config.diffusion, config.generator_sigma)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = next(self.network.parameters()).dtype
-        return self.reading(self.network, x.float(), one_hot(self.config, None, len(x), x.device), dtype)
+        dtype = next(self.model.parameters()).dtype
+        return self.reading(self.model, x.float(), one_hot(self.config, None, len(x), x.device), dtype)
 
 
 class Denoiser(torch.nn.Module):
@@ -159,13 +173,13 @@ class Denoiser(torch.nn.Module):
 
     def __init__(self, network: torch.nn.Module, config: ExportConfig):
         super().__init__()
-        self.network, self.config = network, config
+        self.model, self.config = network, config
 
     def forward(self, x_noisy: torch.Tensor, sigma, class_labels: torch.Tensor | None = None) -> torch.Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
         labels = one_hot(self.config, class_labels, len(x_noisy), x_noisy.device)
-        dtype = next(self.network.parameters()).dtype
-        return denoise(self.network, x_noisy, sigma, self.config.diffusion, labels, dtype)
+        dtype = next(self.model.parameters()).dtype
+        return denoise(self.model, x_noisy, sigma, self.config.diffusion, labels, dtype)
 
 
 def load_generator(folder: str | Path) -> Generator:
@@ -174,7 +188,16 @@ def load_generator(folder: str | Path) -> Generator:
     return Generator(rebuild(config, weights, str(folder)), config).eval()
 
 
-def load_denoiser(folder: str | Path) -> Denoiser:
-    """The teacher of a RUN/export folder as a denoiser, on the CPU, in evaluation mode; InputError if there is none."""
-    config, weights = read_export(folder, "teacher")
-    return Denoiser(rebuild(config, weights, str(folder)), config).eval()
+def load_denoiser(source: str | Path) -> Denoiser:
+    """A teacher as a denoiser, on the CPU, in evaluation mode.
+
+    Args:
+        source: a RUN/export folder of the teacher stage, an NVIDIA EDM pickle, or a diffusers folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    from .teachers import read_teacher
+
+    config, weights = read_teacher(str(source))
+    return Denoiser(rebuild(config, weights, str(source)), config).eval()

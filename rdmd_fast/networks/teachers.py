@@ -1,0 +1,53 @@
+"""Teachers from anywhere: exports of the teacher stage, NVIDIA EDM pickles, diffusers folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError
+from .exported import ExportConfig, read_export, read_export_config
+
+
+def read_teacher(spec: str | Path) -> tuple[ExportConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights (float32, CPU) of a teacher; what ``spec`` names is told by what is there.
+
+    Args:
+        spec: an export folder, an NVIDIA EDM pickle, or a diffusers folder (a pipeline's or its network's).
+
+    Raises:
+        InputError: there is no teacher, or one that cannot be read.
+    """
+    path = Path(spec)
+    if path.is_file():
+        from .edm_pickle import read_edm_pickle
+
+        return read_edm_pickle(path)
+    if not path.is_dir():
+        raise InputError(f"teacher {spec}: not there, name a RUN/export folder, an EDM .pkl or a diffusers folder")
+    if _is_diffusers(path):
+        from .diffusers_unet import read_diffusers
+
+        return read_diffusers(path)
+    return read_export(path, "teacher")
+
+
+def read_teacher_config(spec: str | Path) -> ExportConfig:
+    """The configuration alone; errors as ``read_teacher``."""
+    path = Path(spec)
+    if path.is_dir() and not _is_diffusers(path):
+        return read_export_config(path, "teacher")
+    return read_teacher(path)[0]
+
+
+def _is_diffusers(folder: Path) -> bool:
+    """diffusers writes a class name into its config.json, and model_index.json beside a pipeline's parts."""
+    if (folder / "model_index.json").is_file():
+        return True
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and "_class_name" in values
