@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rdmd_fast.data.images import image_keys
 from rdmd_fast.data.sources import SampleSet
 from rdmd_fast.data.sources.files import Files, image_sets, open_files
 from rdmd_fast.errors import InputError
@@ -43,7 +44,7 @@ def celeba_sets(args) -> list[SampleSet]:
         raise InputError(f"--holdout: {partition} tells the official split; leave the option out, or the file")
 
     files = open_files(images)
-    paths = np.array(_paths_of(files, names))
+    path_of = dict(zip(names, _paths_of(files, names), strict=True))
     content = {"attribute": args.attribute, "attributes_sha256": _digest(attributes)}
     splits = {"": np.ones(len(names), dtype=bool)}
     if partition is not None:
@@ -53,9 +54,10 @@ def celeba_sets(args) -> list[SampleSet]:
     sets = []
     for side, of_side in ((args.attribute, positive), (f"not_{args.attribute}", ~positive)):
         for split, of_split in splits.items():
-            chosen = sorted(paths[of_side & of_split].tolist())
+            chosen = sorted(np.array(names)[of_side & of_split].tolist())
             where = "/".join(filter(None, (side, split)))
-            sets += image_sets(files, chosen, args, {**content, "side": where}, where)
+            paths = [path_of[name] for name in chosen]
+            sets += image_sets(files, paths, args, {**content, "side": where}, where, image_keys(chosen))
     return sets
 
 
@@ -69,11 +71,11 @@ def read_attribute(path: Path, attribute: str) -> tuple[list[str], np.ndarray]:
     """
     lines = _lines(path)
     attributes = lines[1].split() if len(lines) > 1 else []
-    if not attributes or not lines[0].strip().isdigit():
+    if not attributes or not lines[0].strip().isdecimal():
         raise InputError(f"{path}: starts with no image count and attribute names; download it again")
     if attribute not in attributes:
         lower = {name.lower(): name for name in attributes}
-        near = difflib.get_close_matches(attribute.lower(), lower, n=3, cutoff=0.4)
+        near = difflib.get_close_matches(attribute.lower(), lower, n=3, cutoff=0.5)
         named = " or ".join(lower[name] for name in near) or ", ".join(attributes)
         raise InputError(f"--attribute {attribute}: no such attribute in {path}; did you mean {named}?")
     rows = [line.split() for line in lines[2:] if line.strip()]

@@ -6,7 +6,7 @@ import hashlib
 import io
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,10 @@ class FolderFiles:
 
     def fingerprint(self, path: str) -> str:
         """Size; no file is read."""
-        return str((self._folder / path).stat().st_size)
+        try:
+            return str((self._folder / path).stat().st_size)
+        except OSError as error:  # a broken link, say; reading it will tell
+            return str(error.errno)
 
 
 class ZipFiles:
@@ -130,7 +133,9 @@ def file_sets(args) -> list[SampleSet]:
     return image_sets(files, images, args, {})
 
 
-def image_sets(files: Files, paths: list[str], args, content: dict, folder: str = "") -> list[SampleSet]:
+def image_sets(
+    files: Files, paths: list[str], args, content: dict, folder: str = "", keys: list[str] | None = None
+) -> list[SampleSet]:
     """Sets of the images at ``paths``, cropped and resized as ``args`` says."""
     if args.resolution is None:
         raise InputError("packing images needs --resolution, their side in pixels")
@@ -139,11 +144,22 @@ def image_sets(files: Files, paths: list[str], args, content: dict, folder: str 
     def load(data: bytes) -> np.ndarray:
         return load_image(io.BytesIO(data), args.resolution, args.crop)
 
-    return sets_of_files(files, paths, args, content, load, folder)
+    return sets_of_files(files, paths, args, content, load, folder, keys)
 
 
-def sets_of_files(files: Files, paths: list[str], args, content: dict, load, folder: str = "") -> list[SampleSet]:
-    """One set of files below ``folder``, or train and test with --holdout; ``load(bytes)`` decodes a file."""
+def sets_of_files(
+    files: Files,
+    paths: list[str],
+    args,
+    content: dict,
+    load: Callable[[bytes], np.ndarray],
+    folder: str = "",
+    keys: list[str] | None = None,
+) -> list[SampleSet]:
+    """One set of files below ``folder``, or train and test with --holdout.
+
+    ``load`` decodes a file; ``keys`` are the samples' names, by default their paths.
+    """
     content = {
         "source": str(Path(files.origin).resolve()),
         "listing_sha256": _listing_digest(files, paths),
@@ -152,7 +168,7 @@ def sets_of_files(files: Files, paths: list[str], args, content: dict, load, fol
         "shard_size": args.shard_size,
         **content,
     }
-    keys = image_keys(paths)
+    keys = keys or image_keys(paths)
     labels, classes = [None] * len(paths), None
     if args.labels:
         content["labels"] = True
@@ -207,10 +223,15 @@ def load_array(data: bytes) -> np.ndarray:
     Raises:
         ValueError: another shape or type, values that are not finite, a damaged or pickled file (``UNREADABLE``).
     """
-    return _checked_array(np.load(io.BytesIO(data), allow_pickle=False))
+    try:
+        return _checked_array(np.load(io.BytesIO(data), allow_pickle=False))
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from None
 
 
 def _checked_array(array: np.ndarray) -> np.ndarray:
+    if not isinstance(array, np.ndarray):  # numpy opens an .npz of any name
+        raise ValueError("holds several arrays; save one with numpy.save")
     if array.dtype.kind != "f":
         raise ValueError(f"holds {array.dtype}; save float32 or float16")
     if array.ndim not in (1, 3) or not array.size:
@@ -234,8 +255,10 @@ def _rows_sets(path: Path, args) -> list[SampleSet]:
         raise InputError(f"--labels: {path} is one file, the classes are subfolders")
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except UNREADABLE as error:
+    except (zipfile.BadZipFile, *UNREADABLE) as error:
         raise InputError(f"{path}: not a whole .npy file ({error}); save it again") from None
+    if not isinstance(rows, np.ndarray):
+        raise InputError(f"{path}: holds several arrays; save one with numpy.save")
     if rows.ndim not in (2, 4) or rows.dtype.kind != "f":
         raise InputError(f"{path}: holds {rows.dtype} {list(rows.shape)}; save floats [N, C, H, W] or [N, D]")
     with open(path, "rb") as file:
