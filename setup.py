@@ -47,7 +47,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["rdmd_fast", "rdmd_fast.data", "rdmd_fast.networks", "rdmd_fast.metrics", "rdmd_fast.kernels"],
+    packages=[
+        "rdmd_fast",
+        "rdmd_fast.data",
+        "rdmd_fast.data.sources",
+        "rdmd_fast.networks",
+        "rdmd_fast.metrics",
+        "rdmd_fast.kernels",
+    ],
     # `kernels` alone is the name of another package on PyPI, so ours is importable only inside rdmd_fast.
     package_dir={"rdmd_fast": "rdmd_fast", "rdmd_fast.kernels": "kernels"},
     install_requires=REQUIRED,

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rdmd_fast.errors import InputError
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 
-# What Pillow raises for files that are broken, empty, cut short, absurdly large or not images at all.
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+# What Pillow and NumPy raise for files that are broken, empty, cut short, absurdly large or of another kind.
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError, MemoryError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+Loaded = TypeVar("Loaded")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -39,28 +47,49 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(path: str | Path, resolution: int) -> np.ndarray:
+def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = None) -> np.ndarray:
     """Turn a picture upright (EXIF orientation), crop its central square, resize it by a Lanczos filter.
 
     Args:
-        path: image file.
-        resolution: side of the result in pixels; smaller pictures are enlarged.
+        file: image file, by path or open.
+        resolution: side of the result in pixels; smaller squares are enlarged.
+        crop: side of the central square in pixels; None takes the largest.
 
     Returns:
         uint8 [resolution, resolution, 3].
 
     Raises:
-        OSError, ValueError, SyntaxError, EOFError, DecompressionBombError: unreadable image (``UNREADABLE``).
+        OSError, ValueError and others: unreadable image (``UNREADABLE``), or one smaller than ``crop``.
     """
-    with Image.open(path) as opened:
+    try:
+        opened = Image.open(file)
+    except UnidentifiedImageError:  # its message holds a memory address
+        raise ValueError("not an image of a known format") from None
+    with opened:
         image = to_rgb(ImageOps.exif_transpose(opened))
     width, height = image.size
-    side = min(width, height)
+    side = crop or min(width, height)
+    if side > min(width, height):
+        raise ValueError(f"{width}x{height} pixels are too few for a central square of {side}")
     left, top = (width - side) // 2, (height - side) // 2
     square = image.crop((left, top, left + side, top + side))
     if side != resolution:
         square = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
     return np.asarray(square)
+
+
+def list_files(folder: Path) -> list[str]:
+    """Files below ``folder`` as sorted relative POSIX paths; hidden ones are left out."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [(Path(parent) / name).relative_to(folder).as_posix() for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
+def is_image(path: str) -> bool:
+    """Whether a path has the suffix of an image file."""
+    return Path(path).suffix.lower() in IMAGE_SUFFIXES
 
 
 def list_images(folder: str | Path) -> list[str]:
@@ -72,17 +101,10 @@ def list_images(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of images")
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [
-            (Path(parent) / name).relative_to(folder).as_posix()
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
-        ]
+    found = list(filter(is_image, list_files(folder)))
     if not found:
         raise InputError(f"{folder}: no images below this folder (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-    return sorted(found)
+    return found
 
 
 def image_keys(paths: Sequence[str]) -> list[str]:
@@ -108,14 +130,14 @@ def image_keys(paths: Sequence[str]) -> list[str]:
     return keys
 
 
-def load_images(
-    folder: Path, paths: Sequence[str], resolution: int, workers: int | None = None
-) -> Iterator[np.ndarray | Exception]:
-    """Load each path in order on a few threads; an unreadable image yields its exception instead."""
+def load_in_order(
+    load: Callable[[str], Loaded], paths: Sequence[str], workers: int | None = None
+) -> Iterator[Loaded | Exception]:
+    """``load(path)`` of each path in order, on a few threads; an unreadable file yields its exception instead."""
 
-    def load(path: str) -> np.ndarray | Exception:
+    def attempt(path: str) -> Loaded | Exception:
         try:
-            return load_image(folder / path, resolution)
+            return load(path)
         except UNREADABLE as error:
             return error
 
@@ -123,7 +145,7 @@ def load_images(
     with ThreadPoolExecutor(workers) as pool:
         pending: deque = deque()
         for path in paths:
-            pending.append(pool.submit(load, path))
+            pending.append(pool.submit(attempt, path))
             # A bounded window: pool.map would hold every decoded image of the folder at once.
             if len(pending) > 4 * workers:
                 yield pending.popleft().result()

@@ -1,39 +1,79 @@
-"""``rdmd pack``: images, the coloured digits or points of a toy into WebDataset shards with an index."""
+"""``rdmd pack``: images, arrays, published data sets, digits or toys into WebDataset shards with an index."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from rdmd_fast.data import digits
-from rdmd_fast.data.images import image_keys, list_images, load_images
 from rdmd_fast.data.shards import MANIFEST, UNFINISHED_MANIFEST
-from rdmd_fast.data.toys import ToyDistribution
+from rdmd_fast.data.sources import SampleSet
+from rdmd_fast.data.sources.celeba import PREFIX as CELEBA_PREFIX
+from rdmd_fast.data.sources.celeba import celeba_sets
+from rdmd_fast.data.sources.files import file_sets
+from rdmd_fast.data.sources.generated import TOY_PREFIX, digit_sets, toy_sets
+from rdmd_fast.data.sources.latents import encoded
+from rdmd_fast.data.sources.mnist import PREFIX as MNIST_PREFIX
+from rdmd_fast.data.sources.mnist import mnist_sets
 from rdmd_fast.data.writer import ShardWriter
 from rdmd_fast.errors import InputError
-from rdmd_fast.randomness import Philox, Stream
-
-TOY_PREFIX = "toy:"
-MAX_UNREADABLE = 0.01  # share of a folder's images
 
 EPILOG = """\
 examples:
   rdmd pack photos/cats --out shards/cats --resolution 64
   rdmd pack photos/cats --out shards/cats --resolution 64 --holdout 0.1   (DIR/train and DIR/test)
+  rdmd pack afhq_v2.zip/train/cat --out shards/afhqv2/cat/train --resolution 64
+  rdmd pack photos --out shards/photos --resolution 64 --labels           (class = first-level subfolder)
+  rdmd pack photos/cats --out shards/cats --resolution 256 --encoder sd-vae-ft-mse
+  rdmd pack latents.npy --out shards/latents                              (or a folder of .npy files)
+  rdmd pack celeba:celeba --out shards/celeba64 --attribute Male --resolution 64 --crop 140
+                                            (DIR/Male/train, val, test and DIR/not_Male/train, val, test)
+  rdmd pack mnist:mnist --out shards/mnist --resolution 32 --digits 2 3   (DIR/2/train ... DIR/3/test, coloured)
   rdmd pack digits --out shards/digits                   (DIR/0/train ... DIR/9/test, each digit in 8 hues)
   rdmd pack toy:8gaussians --count 5000 --out shards/8gaussians
 """
+
+DEFAULTS = {
+    "resolution": None,
+    "crop": None,
+    "holdout": 0.0,
+    "labels": False,
+    "attribute": None,
+    "digits": None,
+    "encoder": None,
+    "device": None,
+    "hues": 8,
+    "count": 10000,
+    "seed": 0,
+    "shard_size": 4096,
+}
+
+
+class Source(NamedTuple):
+    """A kind of source: what it is called, how its sets are found, and which options it takes."""
+
+    name: str
+    sets: Callable[[argparse.Namespace], list[SampleSet]]
+    options: tuple[str, ...]
+
+
+FILES = Source(
+    "image or array files", file_sets, ("resolution", "crop", "holdout", "labels", "encoder", "device", "seed")
+)
+DIGITS = Source("digits", digit_sets, ("hues",))
+PREFIXED = {
+    TOY_PREFIX: Source("toys", toy_sets, ("count", "seed")),
+    CELEBA_PREFIX: Source(
+        "CelebA", celeba_sets, ("attribute", "resolution", "crop", "holdout", "encoder", "device", "seed")
+    ),
+    MNIST_PREFIX: Source("MNIST", mnist_sets, ("digits", "resolution", "seed")),
+}
 
 
 def _is_complete(folder: Path, content: dict, force: bool) -> bool:
@@ -60,122 +100,47 @@ def _is_complete(folder: Path, content: dict, force: bool) -> bool:
     return True
 
 
-def _pack_one(folder: Path, content: dict, samples: Iterable[tuple[str, np.ndarray]], args) -> None:
-    """Write one set, unless it is there already."""
-    if _is_complete(folder, content, args.force):
-        print(f"{folder}: already complete")
-        return
-    with ShardWriter(folder, content, _command(args), args.shard_size) as writer:
-        for key, sample in samples:
-            writer.write(key, sample)
-        writer.commit()
-    print(f"{folder}: {writer.count} samples")
-
-
-def _pack_digits(args) -> None:
-    for digit in range(10):
-        for split in digits.SPLITS:
-            content = {
-                "source": "digits",
-                "digit": digit,
-                "split": split,
-                "hues": args.hues,
-                "shard_size": args.shard_size,
-            }
-            _pack_one(args.out / str(digit) / split, content, digits.coloured_digits(digit, split, args.hues), args)
-
-
-def _pack_toy(args) -> None:
-    names = get_args(ToyDistribution.model_fields["toy"].annotation)
-    name = args.source.removeprefix(TOY_PREFIX)
-    if name not in names:
-        raise InputError(f"{args.source}: no such toy; choose from {', '.join(TOY_PREFIX + name for name in names)}")
-    toy = ToyDistribution(toy=name)
-
-    def samples() -> Iterator[tuple[str, np.ndarray]]:
-        points = toy.sample(Philox(args.seed), Stream.EVALUATION, torch.arange(args.count)).numpy()
-        for index, point in enumerate(points):
-            yield f"{name}_{index:07d}", point
-
-    content = {"source": args.source, "count": args.count, "seed": args.seed, "shard_size": args.shard_size}
-    _pack_one(args.out, content, samples(), args)
-
-
-def _pack_images(args) -> None:
-    if args.resolution is None:
-        raise InputError("packing images needs --resolution, their side in pixels")
-    folder = Path(args.source)
-    paths = list_images(folder)
-    keys = image_keys(paths)
-    content = {
-        "source": str(folder.resolve()),
-        "listing_sha256": _listing_digest(folder, paths),
-        "resolution": args.resolution,
-        "holdout": args.holdout,
-        "seed": args.seed,
-        "shard_size": args.shard_size,
-    }
-    of_split = _split(len(paths), args)
-    contents = {split: {**content, "split": split} for split in sorted(set(of_split))}
-    # A list, so that every set in the way is looked at before anything is written.
-    complete = [_is_complete(args.out / split, contents[split], args.force) for split in contents]
-    if all(complete):
-        print(f"{args.out}: already complete")
-        return
-    unreadable = 0
+def _pack(sets: list[SampleSet], args) -> None:
+    """Write the sets that are not there yet; all appear together, at the end."""
+    for each in sets:
+        if each.count == 0:
+            raise InputError(f"{args.out / each.folder}: {args.source} holds no samples for it; choose otherwise")
+    # Every set in the way is looked at before anything is written.
+    complete = [_is_complete(args.out / each.folder, each.content, args.force) for each in sets]
     with ExitStack() as stack:
-        writers = {
-            split: stack.enter_context(ShardWriter(args.out / split, contents[split], _command(args), args.shard_size))
-            for split in contents
-        }
-        images = tqdm(load_images(folder, paths, args.resolution), total=len(paths), unit="image", disable=None)
-        for path, key, split, image in zip(paths, keys, of_split, images, strict=True):
-            if isinstance(image, Exception):
-                unreadable += 1
-                print(f"skipped, unreadable: {folder / path} ({image})", file=sys.stderr)
-                if unreadable > MAX_UNREADABLE * len(paths):
-                    raise InputError(
-                        f"{folder}: {unreadable} of {len(paths)} images are unreadable (the last is {path}), "
-                        f"over {MAX_UNREADABLE:.0%}; mend or remove the files listed above"
-                    )
+        written = []
+        for each, done in zip(sets, complete, strict=True):
+            folder = args.out / each.folder
+            if done:
+                print(f"{folder}: already complete")
                 continue
-            writers[split].write(key, image)
-        for split, writer in writers.items():
+            writer = ShardWriter(folder, each.content, _command(args), args.shard_size, each.classes)
+            stack.enter_context(writer)
+            for sample in tqdm(each.samples(), desc=str(folder), total=each.count, unit="sample", disable=None):
+                writer.write(*sample)
+            written.append((folder, each, writer))
+        for folder, each, writer in written:
             writer.commit()
-            print(f"{args.out / split}: {writer.count} samples")
-    if unreadable:
-        print(f"{folder}: {unreadable} of {len(paths)} images skipped as unreadable")
-
-
-def _split(count: int, args) -> list[str]:
-    """The split of each image, "" without a hold-out: a random choice of ``holdout`` of them by the seed."""
-    if args.holdout == 0:
-        return [""] * count
-    held_out = round(args.holdout * count)
-    if not 0 < held_out < count:
-        raise InputError(f"--holdout {args.holdout} of {count} images leaves one side empty; choose another share")
-    of_split = np.full(count, "train", dtype=object)
-    of_split[Philox(args.seed).permutation(Stream.SPLIT, 0, count)[:held_out].numpy()] = "test"
-    return of_split.tolist()
-
-
-def _listing_digest(folder: Path, paths: list[str]) -> str:
-    """Changes when a file is added, removed, renamed or changes size; no file is read."""
-    listing = "".join(f"{path}\0{(folder / path).stat().st_size}\n" for path in paths)
-    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+            skipped = (each.count or writer.count) - writer.count
+            note = f"; {skipped} of {each.count} files skipped as unreadable" if skipped else ""
+            print(f"{folder}: {writer.count} samples{note}")
 
 
 def _command(args) -> str:
     """The command line that repeats this packing."""
     words = ["rdmd", "pack", args.source, "--out", str(args.out)]
-    for option in ("resolution", "holdout", "hues", "count", "seed", "shard_size"):
+    for option, default in DEFAULTS.items():
         value = getattr(args, option)
-        if value != _DEFAULTS[option]:
-            words += [f"--{option.replace('_', '-')}", str(value)]
+        if value == default:
+            continue
+        words.append(_flag(option))
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
     return shlex.join(words)
 
 
-_DEFAULTS = {"resolution": None, "holdout": 0.0, "hues": 8, "count": 10000, "seed": 0, "shard_size": 4096}
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,73 +148,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.description = __doc__
     parser.epilog = EPILOG
-    add = parser.add_argument
-    add(
+
+    def add(option: str, help: str, **settings) -> None:
+        parser.add_argument(_flag(option), default=DEFAULTS[option], help=help, **settings)
+
+    parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="folder of images (searched through), `digits` or `toy:NAME`; a folder of that name is ./digits",
+        help="folder of images or .npy files (searched through), FILE.zip, FILE.zip/FOLDER, FILE.npy of shape "
+        "[N, C, H, W] or [N, D], celeba:FOLDER, mnist:FOLDER, digits or toy:NAME; a folder of that name is ./digits",
     )
-    add("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    add("resolution", "images: side in pixels, after a central square crop", type=int, metavar="N")
+    add("crop", "images: side of the central square, pixels of the file (default: the largest)", type=int, metavar="N")
     add(
-        "--resolution",
-        type=int,
-        default=_DEFAULTS["resolution"],
-        metavar="N",
-        help="images: side in pixels, after a central square crop",
-    )
-    add(
-        "--holdout",
+        "holdout",
+        "files, CelebA: share that goes to DIR/test, the rest to DIR/train (default: no split)",
         type=float,
-        default=_DEFAULTS["holdout"],
         metavar="SHARE",
-        help="images: share that goes to DIR/test, the rest to DIR/train (default: no split)",
     )
-    add(
-        "--hues",
-        type=int,
-        default=_DEFAULTS["hues"],
-        metavar="N",
-        help="digits: coloured copies of each image (default: %(default)s)",
-    )
-    add(
-        "--count",
-        type=int,
-        default=_DEFAULTS["count"],
-        metavar="N",
-        help="toys: points to draw (default: %(default)s)",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=_DEFAULTS["seed"],
-        help="of the hold-out choice and of the points (default: %(default)s)",
-    )
-    add(
-        "--shard-size",
-        type=int,
-        default=_DEFAULTS["shard_size"],
-        metavar="N",
-        help="samples in each shard (default: %(default)s)",
-    )
-    add("--force", action="store_true", help="replace whatever set DIR holds")
+    add("labels", "files: the first-level subfolder is the class, in sorted order", action="store_true")
+    add("attribute", "CelebA: the attribute that divides the images, as in list_attr_celeba.txt", metavar="NAME")
+    add("digits", "MNIST: the digits to pack (default: all)", type=int, nargs="+", metavar="D")
+    add("encoder", "images: folder of a diffusers AutoencoderKL; packs its latents instead", metavar="DIR")
+    add("device", "where the encoder runs: auto, cpu, cuda or cuda:N (default: auto)")
+    add("hues", "digits: coloured copies of each image (default: %(default)s)", type=int, metavar="N")
+    add("count", "toys: points to draw (default: %(default)s)", type=int, metavar="N")
+    add("seed", "of the hold-out choice, of MNIST's hues and of a toy's points (default: %(default)s)", type=int)
+    add("shard_size", "samples in each shard (default: %(default)s)", type=int, metavar="N")
+    parser.add_argument("--force", action="store_true", help="replace whatever set DIR holds")
 
 
 def run(args: argparse.Namespace) -> int:
     """Pack what ``args`` asks for; returns the exit status 0.
 
     Raises:
-        InputError: bad options or source, unreadable images, or another set in the way.
+        InputError: bad options or source, unreadable files, or another set in the way.
     """
-    for option in ("resolution", "hues", "count", "shard_size"):
+    source = _source(args.source)
+    _check_options(source, args)
+    sets = source.sets(args)
+    if args.encoder is not None:
+        sets = encoded(sets, args.encoder, args.device or "auto")
+    _pack(sets, args)
+    return 0
+
+
+def _source(name: str) -> Source:
+    if name == "digits":
+        return DIGITS
+    return next((source for prefix, source in PREFIXED.items() if name.startswith(prefix)), FILES)
+
+
+def _check_options(source: Source, args) -> None:
+    for option, default in DEFAULTS.items():
+        if option not in (*source.options, "shard_size") and getattr(args, option) != default:
+            taken = ", ".join(map(_flag, source.options))
+            raise InputError(f"{_flag(option)}: does nothing for {source.name}, which take {taken} and --shard-size")
+    for option in ("resolution", "crop", "hues", "count", "shard_size"):
         value = getattr(args, option)
         if value is not None and value < 1:
-            raise InputError(f"--{option.replace('_', '-')} {value} must be at least 1")
+            raise InputError(f"{_flag(option)} {value} must be at least 1")
     if not 0 <= args.holdout < 1:
         raise InputError(f"--holdout {args.holdout} must be a share in [0, 1)")
-    if args.source == "digits":
-        _pack_digits(args)
-    elif args.source.startswith(TOY_PREFIX):
-        _pack_toy(args)
-    else:
-        _pack_images(args)
-    return 0
+    if args.device is not None and args.encoder is None:
+        raise InputError("--device: is where the encoder runs, give --encoder too")

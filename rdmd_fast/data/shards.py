@@ -1,8 +1,8 @@
 """Reading sample i of a folder of WebDataset tars by its byte offset, without walking the tar.
 
-A packed folder holds ``shard-*.tar``, ``index.json`` (keys, offsets and sizes) and ``manifest.json``, which
-is written last: a folder with a manifest is complete. Foreign WebDataset tars work too; their headers are
-scanned once, at opening.
+A packed folder holds ``shard-*.tar``, ``index.json`` (keys, offsets, sizes and class labels) and
+``manifest.json``, which is written last: a folder with a manifest is complete. Foreign WebDataset tars work too;
+their headers are scanned once, at opening.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 import tarfile
 import weakref
-import zlib
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +31,7 @@ INDEX = "index.json"
 MANIFEST_VERSION = 1
 IMAGE_EXTENSIONS = frozenset(("png", "jpg", "jpeg", "webp"))
 ARRAY_EXTENSION = "npy"
+LABEL_EXTENSION = "cls"  # WebDataset's: the class as decimal text
 
 _BLOCK = 512  # bytes of a tar block
 _MAX_OPEN = 256  # sets of more shards open a file for each read instead of holding them all
@@ -72,7 +73,7 @@ class ShardSet:
 
     Args:
         path: folder with ``manifest.json`` (from ``rdmd pack``) or with WebDataset .tar files of png, jpg,
-            jpeg, webp or npy samples. Other members (labels, captions) are ignored.
+            jpeg, webp or npy samples, .cls class labels beside them or not. Other members are ignored.
 
     Attributes:
         path: the folder.
@@ -80,6 +81,7 @@ class ShardSet:
         shape: of one sample, (H, W, 3) or as stored, (D,) for points.
         extension: of the samples.
         keys: WebDataset keys, list of len(self) strings.
+        classes: names of the classes that ``labels`` count, where the manifest tells them.
 
     Raises:
         InputError: folder missing or without shards, unfinished or damaged packing, truncated shard.
@@ -92,6 +94,9 @@ class ShardSet:
                 f"{self.path}: no such folder of shards; make one with `rdmd pack SOURCE --out {self.path}`"
             )
         packed = (self.path / MANIFEST).is_file()
+        self.classes: list[str] | None = None
+        self._packed_labels: np.ndarray | None = None
+        self._label_members: list[dict[str, TarMember]] | None = None
         self._names, tables = self._read_index() if packed else self._scan_foreign()
         self.keys = [key for keys, _, _ in tables for key in keys]
         self._first = [0, *accumulate(len(keys) for keys, _, _ in tables)]
@@ -125,6 +130,27 @@ class ShardSet:
             )
         return sample
 
+    @cached_property
+    def labels(self) -> np.ndarray | None:
+        """Class of each sample, int64 [len]; None where the set has none. Foreign tars are read when first asked.
+
+        Raises:
+            InputError: a sample of foreign tars has no .cls member beside it, or no whole number >= 0 in it.
+        """
+        if self._packed_labels is not None or not self._label_members or not any(self._label_members):
+            return self._packed_labels
+        return np.array([self._read_label(index) for index in range(len(self))], dtype=np.int64)
+
+    def _read_label(self, index: int) -> int:
+        shard = self._shard(index)
+        member = self._label_members[shard].get(self.keys[index])
+        if member is None:
+            raise InputError(f"{self._where(index)} has no .cls member where others do; label all samples or none")
+        text = self._pread(shard, member.offset, min(member.size, 20)).strip()
+        if not re.fullmatch(rb"[0-9]{1,18}", text):
+            raise InputError(f"{self._where(index)}: .cls holds {text!r}, no class number; write it as decimal text")
+        return int(text)
+
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
@@ -132,15 +158,17 @@ class ShardSet:
         return f"{self.path / self._names[self._shard(index)]}: sample {self.keys[index]!r}"
 
     def _bytes(self, index: int) -> bytes:
-        shard, size, offset = self._shard(index), int(self._sizes[index]), int(self._offsets[index])
-        if self._files is not None:
-            data = os.pread(self._files[shard], size, offset)
-        else:
-            with open(self.path / self._names[shard], "rb") as file:
-                data = os.pread(file.fileno(), size, offset)
+        size = int(self._sizes[index])
+        data = self._pread(self._shard(index), int(self._offsets[index]), size)
         if len(data) < size:
             raise InputError(f"{self._where(index)} is cut short; copy or pack the shard again")
         return data
+
+    def _pread(self, shard: int, offset: int, size: int) -> bytes:
+        if self._files is not None:
+            return os.pread(self._files[shard], size, offset)
+        with open(self.path / self._names[shard], "rb") as file:
+            return os.pread(file.fileno(), size, offset)
 
     def _decode(self, index: int, data: bytes) -> np.ndarray:
         try:
@@ -148,7 +176,7 @@ class ShardSet:
                 return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32, casting="same_kind")
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
                 return np.asarray(to_rgb(image))
-        except (*UNREADABLE, TypeError, zlib.error) as error:
+        except UNREADABLE as error:
             raise InputError(f"{self._where(index)} cannot be decoded ({error}); pack the set again") from error
 
     def _read_index(self) -> tuple[list[str], list[tuple]]:
@@ -169,7 +197,11 @@ class ShardSet:
             sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
             tables = [(shard["keys"], shard["offsets"], shard["sizes"]) for shard in index]
             names = [shard["file"] for shard in index]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.classes = manifest.get("classes")
+            if any("labels" in shard for shard in index):
+                labels = [label for shard in index for label in shard["labels"]]
+                self._packed_labels = np.array(labels, dtype=np.int64)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(f"{self.path / MANIFEST}: unreadable packing ({error!r}); pack the set again") from error
         for name in names:
             self._check_size(name, sizes[name])
@@ -200,6 +232,7 @@ class ShardSet:
                 f"{', '.join(sorted(found)) or 'nothing'}; convert them or pack the images anew"
             )
         self.extension = min(wanted)
+        self._label_members = [{m.key: m for m in members if m.extension == LABEL_EXTENSION} for members in scanned]
         tables = []
         for name, members in zip(names, scanned, strict=True):
             chosen = [member for member in members if member.extension in wanted]

@@ -77,6 +77,21 @@ class SampleStream:
             indices[of_epoch] = self._order(epoch)[places[of_epoch]]
         return indices
 
+    def labels(self, positions: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Class labels of the samples at ``positions``: int64 [N], on the CPU.
+
+        Raises:
+            ValueError: a negative position.
+            InputError: the set has no labels.
+        """
+        labels = self.shards.labels
+        if labels is None:
+            raise InputError(
+                f"{self.shards.path}: its samples carry no class labels; pack them with --labels, "
+                "name data.target_class, or take a network without classes"
+            )
+        return torch.from_numpy(labels[self.indices(positions)])
+
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             self._orders[epoch] = self._philox.permutation(self._order_stream, epoch, self.len).numpy()

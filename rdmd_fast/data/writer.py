@@ -6,12 +6,13 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from rdmd_fast.data.shards import INDEX, MANIFEST, MANIFEST_VERSION, UNFINISHED_MANIFEST, scan_shard
+from rdmd_fast.data.shards import INDEX, LABEL_EXTENSION, MANIFEST, MANIFEST_VERSION, UNFINISHED_MANIFEST, scan_shard
 from rdmd_fast.errors import InputError
 
 
@@ -25,16 +26,21 @@ class ShardWriter:
         content: what the set is made of, JSON types; equal content means an equal set.
         command: the command line that makes it, for the manifest.
         shard_size: samples in each shard.
+        classes: names of the classes that labels count, for the manifest.
     """
 
-    def __init__(self, folder: Path, content: dict, command: str, shard_size: int):
+    def __init__(
+        self, folder: Path, content: dict, command: str, shard_size: int, classes: Sequence[str] | None = None
+    ):
         self._folder, self._content, self._command, self._shard_size = folder, content, command, shard_size
+        self._classes = classes
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("shard-*.tar.partial"):
             leftover.unlink()
         self._names: list[str] = []
         self._file = self._tar = None
         self._form: tuple[tuple[int, ...], str] | None = None
+        self._labels: list[int | None] = []
         self.count = 0
 
     def __enter__(self) -> ShardWriter:
@@ -45,19 +51,25 @@ class ShardWriter:
         for name in self._names:
             (self._folder / f"{name}.partial").unlink(missing_ok=True)
 
-    def write(self, key: str, sample: np.ndarray) -> None:
-        """Append uint8 [H, W, 3] as PNG or a float32 array as .npy.
+    def write(self, key: str, sample: np.ndarray, label: int | None = None) -> None:
+        """Append uint8 [H, W, 3] as PNG or a float32 array as .npy, and the class label, if any, as .cls.
 
         Raises:
-            InputError: the sample's shape differs from that of the first.
+            InputError: the sample's shape differs from that of the first, or only one of the two has a label.
         """
         extension = "png" if sample.dtype == np.uint8 else "npy"
         self._form = self._form or (sample.shape, extension)
         if (sample.shape, extension) != self._form:
             raise InputError(f"{key}: {extension} of shape {sample.shape} in a set of {self._form}; pack it on its own")
+        if self._labels and (label is None) != (self._labels[0] is None):
+            raise InputError(f"{key}: some samples of this set have a class label, some have none; label all of them")
         if self.count % self._shard_size == 0:
             self._open_shard()
-        self._tar.write({"__key__": key, extension: _encode(sample, extension)})
+        members = {extension: _encode(sample, extension)}
+        if label is not None:
+            members[LABEL_EXTENSION] = str(label).encode()
+        self._tar.write({"__key__": key, **members})
+        self._labels.append(label)
         self.count += 1
 
     def commit(self) -> None:
@@ -69,7 +81,7 @@ class ShardWriter:
         if not self.count:
             raise InputError(f"{self._folder}: no samples to pack")
         self._close_shard()
-        shards, index = zip(*map(self._describe, self._names), strict=True)
+        shards, index = zip(*map(self._describe, range(len(self._names))), strict=True)
         index_bytes = (json.dumps(index, separators=(",", ":")) + "\n").encode()
         shape, extension = self._form
         manifest = {
@@ -80,6 +92,7 @@ class ShardWriter:
             "extension": extension,
             "command": self._command,
             "content": self._content,
+            **({"classes": list(self._classes)} if self._classes is not None else {}),
             "shards": shards,
             "index_sha256": hashlib.sha256(index_bytes).hexdigest(),
         }
@@ -115,10 +128,11 @@ class ShardWriter:
             self._file.close()
             self._file = None
 
-    def _describe(self, name: str) -> tuple[dict, dict]:
+    def _describe(self, number: int) -> tuple[dict, dict]:
         """A shard's entries in the manifest and in the index."""
+        name = self._names[number]
         path = self._folder / f"{name}.partial"
-        members = scan_shard(path)
+        members = [member for member in scan_shard(path) if member.extension != LABEL_EXTENSION]
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         index = {
@@ -127,6 +141,8 @@ class ShardWriter:
             "offsets": [member.offset for member in members],
             "sizes": [member.size for member in members],
         }
+        if self._labels[0] is not None:
+            index["labels"] = self._labels[number * self._shard_size :][: self._shard_size]
         return {"file": name, "count": len(members), "bytes": path.stat().st_size, "sha256": digest}, index
 
 

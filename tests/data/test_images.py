@@ -1,8 +1,10 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from rdmd_fast.data.images import image_keys, list_images, load_image, load_images, to_rgb
+from rdmd_fast.data.images import image_keys, list_images, load_image, load_in_order, to_rgb
 from rdmd_fast.errors import InputError
 
 
@@ -108,8 +110,17 @@ def test_images_come_in_order_and_unreadable_ones_as_exceptions(tmp_path):
     (tmp_path / "07.png").write_bytes(b"not an image")
     (tmp_path / "09.png").write_bytes((tmp_path / "09.png").read_bytes()[:50])
     paths = list_images(tmp_path)
-    for i, image in enumerate(load_images(tmp_path, paths, 4, workers=2)):
+    load = partial(load_image, resolution=4)
+    for i, image in enumerate(load_in_order(lambda path: load(tmp_path / path), paths, workers=2)):
         if i in (7, 9):
             assert isinstance(image, Exception)
         else:
             assert image.shape == (4, 4, 3) and (image == i).all()
+
+
+def test_a_given_crop_is_central_and_refused_where_it_does_not_fit(tmp_path):
+    pixels = random_image(30, 20)
+    Image.fromarray(pixels).save(tmp_path / "tall.png")
+    np.testing.assert_array_equal(load_image(tmp_path / "tall.png", 12, crop=12), pixels[9:21, 4:16])
+    with pytest.raises(ValueError, match="20x30 pixels are too few"):
+        load_image(tmp_path / "tall.png", 12, crop=21)

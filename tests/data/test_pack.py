@@ -103,7 +103,7 @@ def test_a_failed_packing_leaves_the_old_set(photos, tmp_path):
     run(photos, "--out", out, "--resolution", 6)
     before = folder_bytes(out)
     (photos / "a" / "broken.png").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"1 of 21 images are unreadable.*broken\.png"):
+    with pytest.raises(InputError, match=r"1 of 21 files are unreadable.*broken\.png"):
         run(photos, "--out", out, "--resolution", 6, "--force")
     assert folder_bytes(out) == before
 
@@ -151,7 +151,7 @@ def test_few_unreadable_images_are_listed_and_skipped(tmp_path, capsys):
     (tmp_path / "photos" / "050.png").write_bytes(b"x")
     run(tmp_path / "photos", "--out", tmp_path / "out", "--resolution", 2)
     captured = capsys.readouterr()
-    assert "050.png" in captured.err and "1 of 200 images skipped" in captured.out
+    assert "050.png" in captured.err and "1 of 200 files skipped" in captured.out
     shards = ShardSet(tmp_path / "out")
     assert len(shards) == 199 and "050" not in shards.keys
     assert [int(shards.read(i)[0, 0, 0]) for i in range(199)] == [int(key) for key in shards.keys]

@@ -202,3 +202,48 @@ def test_an_index_of_another_packing_is_refused(tmp_path):
     (first / "index.json").write_bytes((second / "index.json").read_bytes())
     with pytest.raises(InputError, match="does not belong"):
         ShardSet(first)
+
+
+def test_labels_of_foreign_shards_are_those_that_webdataset_reads(tmp_path):
+    pixels = images(6)
+    for shard in range(2):
+        members = []
+        for i in range(3):
+            label = 5 * shard + i
+            pair = [
+                (f"{shard}/{i}.cls", f"{label}\n".encode()),
+                (f"{shard}/{i}.png", encoded(pixels[label % 6], "PNG")),
+            ]
+            members += pair if i else reversed(pair)
+        write_tar(tmp_path / f"{shard}.tar", members)
+    shards = ShardSet(tmp_path)
+    assert shards.labels.dtype == np.int64 and shards.classes is None
+    assert (
+        shards.labels.tolist() == [0, 1, 2, 5, 6, 7] == [sample["cls"] for sample in from_webdataset(tmp_path, "rgb8")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [([], "'y' has no .cls member"), ([("y.cls", b"cat")], "no class number"), ([("y.cls", b"-1")], "no class number")],
+)
+def test_labels_are_whole_and_read_only_when_asked_for(tmp_path, members, message):
+    good = encoded(images(1)[0], "PNG")
+    write_tar(tmp_path / "a.tar", [("x.png", good), ("x.cls", b"1"), ("y.png", good), *members])
+    shards = ShardSet(tmp_path)
+    np.testing.assert_array_equal(shards.read(1), images(1)[0])
+    with pytest.raises(InputError, match=message):
+        _ = shards.labels
+
+
+def test_shards_without_labels_have_none(tmp_path):
+    write_tar(tmp_path / "a.tar", [("x.png", encoded(images(1)[0], "PNG"))])
+    assert ShardSet(tmp_path).labels is None
+    assert ShardSet(pack(tmp_path / "set", images(3))).labels is None
+
+
+def test_half_labelled_sets_are_refused(tmp_path):
+    with ShardWriter(tmp_path / "set", {}, "test", 4) as writer:
+        writer.write("a", images(1)[0], 3)
+        with pytest.raises(InputError, match="some samples of this set have a class label, some have none"):
+            writer.write("b", images(1)[0])

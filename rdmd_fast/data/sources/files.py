@@ -1,0 +1,284 @@
+"""Images or .npy arrays from a folder, a zip archive or one large .npy file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from rdmd_fast.data.images import (
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    image_keys,
+    is_image,
+    list_files,
+    load_image,
+    load_in_order,
+)
+from rdmd_fast.data.sources import Sample, SampleSet, Unreadable, hold_out
+from rdmd_fast.errors import InputError
+
+ARRAY_SUFFIX = ".npy"
+MAX_FILE_BYTES = 1 << 30  # of one member of a zip archive, unpacked
+
+
+class FolderFiles:
+    """Files below a folder.
+
+    Attributes:
+        origin: the folder, for messages.
+        paths: relative POSIX paths, sorted, hidden files left out.
+    """
+
+    def __init__(self, folder: Path):
+        self.origin, self.paths = str(folder), list_files(folder)
+        self._folder = folder
+
+    def read(self, path: str) -> bytes:
+        return (self._folder / path).read_bytes()
+
+    def fingerprint(self, path: str) -> str:
+        """Size; no file is read."""
+        try:
+            return str((self._folder / path).stat().st_size)
+        except OSError as error:  # a broken link, say; reading it will tell
+            return str(error.errno)
+
+
+class ZipFiles:
+    """Files of a zip archive, or of one folder in it; nothing is written to disk. Same attributes as FolderFiles."""
+
+    def __init__(self, archive: Path, inner: str = ""):
+        self.origin = f"{archive}/{inner}" if inner else str(archive)
+        self._prefix = f"{inner}/" if inner else ""
+        try:
+            self._zip = zipfile.ZipFile(archive)
+        except (zipfile.BadZipFile, *UNREADABLE) as error:
+            raise InputError(f"{archive}: damaged or no zip archive ({error}); download or copy it again") from None
+        names = [info.filename for info in self._zip.infolist() if not info.is_dir()]
+        for name, count in Counter(names).items():
+            if count > 1 or name.startswith("/") or "\\" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+                fault = "is there twice" if count > 1 else "is no plain relative path"
+                raise InputError(f"{archive}: {name!r} {fault}; pack the archive anew, or its unpacked folder")
+        found = [name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix)]
+        if not found:
+            inside = sorted({name.split("/")[0] for name in names if "/" in name})
+            raise InputError(f"{self.origin}: no files there; the archive's folders are {', '.join(inside[:8])}")
+        hidden = (".", "__MACOSX")
+        self.paths = sorted(path for path in found if not any(part.startswith(hidden) for part in path.split("/")))
+
+    def read(self, path: str) -> bytes:
+        """One member, its checksum verified.
+
+        Raises:
+            ValueError, OSError: damaged, encrypted, absurdly large, or compressed in an unknown way.
+        """
+        info = self._zip.getinfo(self._prefix + path)
+        if info.file_size > MAX_FILE_BYTES:
+            raise ValueError(f"unpacks to {info.file_size} bytes, over {MAX_FILE_BYTES}")
+        try:
+            return self._zip.read(info)
+        except (zipfile.BadZipFile, RuntimeError) as error:  # RuntimeError: encrypted, NotImplementedError below it
+            raise ValueError(str(error)) from None
+
+    def fingerprint(self, path: str) -> str:
+        info = self._zip.getinfo(self._prefix + path)
+        return f"{info.file_size} {info.CRC}"
+
+
+Files = FolderFiles | ZipFiles
+
+
+def open_files(source: str | Path) -> Files:
+    """A folder, ``FILE.zip`` or ``FILE.zip/folder/inside``.
+
+    Raises:
+        InputError: there is none, or the archive is damaged.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return FolderFiles(path)
+    for archive in (path, *path.parents):
+        if archive.suffix.lower() == ".zip" and archive.is_file():
+            inner = path.relative_to(archive).as_posix()
+            return ZipFiles(archive, "" if inner == "." else inner)
+    raise InputError(f"{source}: no such folder of images, .zip or .npy file")
+
+
+def file_sets(args) -> list[SampleSet]:
+    """Images or arrays, as the source holds them."""
+    path = Path(args.source)
+    if path.suffix == ARRAY_SUFFIX and path.is_file():
+        return _rows_sets(path, args)
+    files = open_files(args.source)
+    images = [path for path in files.paths if is_image(path)]
+    arrays = [path for path in files.paths if path.lower().endswith(ARRAY_SUFFIX)]
+    if images and arrays:
+        raise InputError(
+            f"{files.origin}: holds {len(images)} images and {len(arrays)} {ARRAY_SUFFIX} files; "
+            "pack each kind from a folder of its own"
+        )
+    if not images and not arrays:
+        suffixes = ", ".join(sorted({ARRAY_SUFFIX, *IMAGE_SUFFIXES}))
+        raise InputError(f"{files.origin}: no images and no arrays below this folder (looked for {suffixes})")
+    if arrays:
+        _refuse_for_arrays(args)
+        return sets_of_files(files, arrays, args, {}, load_array)
+    return image_sets(files, images, args, {})
+
+
+def image_sets(
+    files: Files, paths: list[str], args, content: dict, folder: str = "", keys: list[str] | None = None
+) -> list[SampleSet]:
+    """Sets of the images at ``paths``, cropped and resized as ``args`` says."""
+    if args.resolution is None:
+        raise InputError("packing images needs --resolution, their side in pixels")
+    content = {**content, "resolution": args.resolution, **({"crop": args.crop} if args.crop else {})}
+
+    def load(data: bytes) -> np.ndarray:
+        return load_image(io.BytesIO(data), args.resolution, args.crop)
+
+    return sets_of_files(files, paths, args, content, load, folder, keys)
+
+
+def sets_of_files(
+    files: Files,
+    paths: list[str],
+    args,
+    content: dict,
+    load: Callable[[bytes], np.ndarray],
+    folder: str = "",
+    keys: list[str] | None = None,
+) -> list[SampleSet]:
+    """One set of files below ``folder``, or train and test with --holdout.
+
+    ``load`` decodes a file; ``keys`` are the samples' names, by default their paths.
+    """
+    content = {
+        "source": str(Path(files.origin).resolve()),
+        "listing_sha256": _listing_digest(files, paths),
+        "holdout": args.holdout,
+        "seed": args.seed,
+        "shard_size": args.shard_size,
+        **content,
+    }
+    keys = keys or image_keys(paths)
+    labels, classes = [None] * len(paths), None
+    if args.labels:
+        content["labels"] = True
+        labels, classes = _folder_labels(files.origin, paths)
+    unreadable = Unreadable(files.origin, len(paths))
+
+    def samples(indices: np.ndarray) -> Iterator[Sample]:
+        chosen = [paths[index] for index in indices]
+        loaded = load_in_order(lambda path: load(files.read(path)), chosen)
+        for index, sample in zip(indices, unreadable.readable(chosen, loaded), strict=True):
+            if sample is not None:
+                yield keys[index], sample, labels[index]
+
+    return [
+        SampleSet(
+            "/".join(filter(None, (folder, split))),
+            {**content, "split": split},
+            len(indices),
+            partial(samples, indices),
+            classes,
+        )
+        for split, indices in hold_out(len(paths), args.holdout, args.seed).items()
+    ]
+
+
+def _folder_labels(origin: str, paths: list[str]) -> tuple[list[int], list[str]]:
+    """(label of each path, class names): the classes are the first-level folders in sorted order."""
+    alone = next((path for path in paths if "/" not in path), None)
+    if alone is not None:
+        raise InputError(
+            f"{origin}: {alone} lies in no subfolder; with --labels the first-level subfolder is the class, "
+            "move it into one"
+        )
+    folders = [path.split("/")[0] for path in paths]
+    classes = sorted(set(folders))
+    label_of = {name: label for label, name in enumerate(classes)}
+    return [label_of[name] for name in folders], classes
+
+
+def _listing_digest(files: Files, paths: list[str]) -> str:
+    """Changes when a file is added, removed, renamed or changes size; no file is read."""
+    listing = "".join(f"{path}\0{files.fingerprint(path)}\n" for path in paths)
+    return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------------
+
+
+def load_array(data: bytes) -> np.ndarray:
+    """A .npy file's floats as float32: latents [C, H, W] or a point [D].
+
+    Raises:
+        ValueError: another shape or type, values that are not finite, a damaged or pickled file (``UNREADABLE``).
+    """
+    try:
+        return _checked_array(np.load(io.BytesIO(data), allow_pickle=False))
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from None
+
+
+def _checked_array(array: np.ndarray) -> np.ndarray:
+    if not isinstance(array, np.ndarray):  # numpy opens an .npz of any name
+        raise ValueError("holds several arrays; save one with numpy.save")
+    if array.dtype.kind != "f":
+        raise ValueError(f"holds {array.dtype}; save float32 or float16")
+    if array.ndim not in (1, 3) or not array.size:
+        raise ValueError(f"has shape {array.shape}; a sample is [C, H, W] or [D]")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError("holds values that are not finite in float32")
+    return array
+
+
+def _refuse_for_arrays(args) -> None:
+    for option in ("resolution", "crop", "encoder"):
+        if getattr(args, option) is not None:
+            raise InputError(f"--{option}: is for images, {args.source} holds arrays, which are packed as they are")
+
+
+def _rows_sets(path: Path, args) -> list[SampleSet]:
+    """One .npy file of shape [N, C, H, W] or [N, D]: a sample each row. It is mapped, never read whole."""
+    _refuse_for_arrays(args)
+    if args.labels:
+        raise InputError(f"--labels: {path} is one file, the classes are subfolders")
+    try:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (zipfile.BadZipFile, *UNREADABLE) as error:
+        raise InputError(f"{path}: not a whole .npy file ({error}); save it again") from None
+    if not isinstance(rows, np.ndarray):
+        raise InputError(f"{path}: holds several arrays; save one with numpy.save")
+    if rows.ndim not in (2, 4) or rows.dtype.kind != "f":
+        raise InputError(f"{path}: holds {rows.dtype} {list(rows.shape)}; save floats [N, C, H, W] or [N, D]")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    content = {
+        "source": str(path.resolve()),
+        "sha256": digest,
+        "holdout": args.holdout,
+        "seed": args.seed,
+        "shard_size": args.shard_size,
+    }
+
+    def samples(indices: np.ndarray) -> Iterator[Sample]:
+        for index in indices.tolist():
+            try:
+                yield f"{path.stem.replace('.', '_')}_{index:07d}", _checked_array(rows[index]), None
+            except ValueError as error:
+                raise InputError(f"{path}: row {index} {error}") from None
+
+    return [
+        SampleSet(split, {**content, "split": split}, len(indices), partial(samples, indices))
+        for split, indices in hold_out(len(rows), args.holdout, args.seed).items()
+    ]
