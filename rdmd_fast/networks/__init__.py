@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ..errors import InputError
 from ..options import Options
+from .diffusers_options import DiffusersUNetOptions
 
 
 class MLPOptions(Options):
@@ -73,6 +74,8 @@ def build_network(options: Options, sample_shape: tuple[int, ...], dropout: bool
         from .mlp import AffineMap
 
         return AffineMap(sample_shape[0], scale=options.scale, angle=options.angle)
+    if options.kind == "diffusers_unet":
+        return _build_unet2d(options, sample_shape, dropout)
     if points:
         raise InputError(f"network kind 'song_unet' is for images, the data has shape {sample_shape}: use mlp")
     return _build_song_unet(options, sample_shape, dropout)
@@ -99,3 +102,16 @@ def _build_song_unet(options: SongUNetOptions, sample_shape: tuple[int, ...], dr
         attn_resolutions=options.attn_resolutions,
         dropout=options.dropout if dropout else 0.0,
     )
+
+
+def _build_unet2d(options: DiffusersUNetOptions, sample_shape: tuple[int, ...], dropout: bool) -> torch.nn.Module:
+    from .unet2d import UNet2D
+
+    halvings = 2 ** (len(options.unet.block_out_channels) - 1)
+    channels, *sides = sample_shape
+    if len(sides) != 2 or channels != options.unet.in_channels or any(side % halvings for side in sides):
+        raise InputError(
+            f"the diffusers network takes {options.unet.in_channels} channels and sides that divide by {halvings}, the "
+            f"data has shape {tuple(sample_shape)}: pack it at another --resolution"
+        )
+    return UNet2D(options, dropout)

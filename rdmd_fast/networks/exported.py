@@ -21,6 +21,7 @@ from ..errors import InputError
 from ..options import Options
 from ..runtime import fsync_path, write_atomically
 from . import AffineOptions, MLPOptions, SongUNetOptions, build_network
+from .diffusers_options import DiffusersUNetOptions
 
 FORMAT = 1
 
@@ -30,7 +31,7 @@ class ExportConfig(Options):
 
     format: int = FORMAT
     role: str
-    network: MLPOptions | AffineOptions | SongUNetOptions
+    network: MLPOptions | AffineOptions | SongUNetOptions | DiffusersUNetOptions
     sample_shape: list[int]
     diffusion: DiffusionOptions
     reading: str | None = None
