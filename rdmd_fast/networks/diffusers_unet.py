@@ -10,18 +10,16 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..diffusion import DiffusionOptions
 from ..errors import InputError
 from ..options import Options
+from .diffusers_files import check_class, read_json, read_weights
 from .diffusers_options import DiffusersUNetOptions, FlowSchedule, UNet2DOptions, VPSchedule
 from .exported import ExportConfig
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Samplers of one and the same discrete VP process; they differ in how they walk it, not in what the network is told.
-VP_SCHEDULERS = frozenset(
+VP_SCHEDULERS = tuple(
     f"{name}Scheduler"
     for name in (
         "DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete",
@@ -29,10 +27,8 @@ VP_SCHEDULERS = frozenset(
         "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "UniPCMultistep",
     )
 )  # fmt: skip
-FLOW_SCHEDULERS = frozenset(("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"))
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 PARAMETERIZATIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
-# Names that attention layers had before diffusers 0.16.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def read_diffusers(folder: str | Path) -> tuple[ExportConfig, dict[str, torch.Tensor]]:
@@ -47,14 +43,14 @@ def read_diffusers(folder: str | Path) -> tuple[ExportConfig, dict[str, torch.Te
             prediction type is none that we can read; the line names the file and the key.
     """
     config = read_diffusers_config(folder)
-    return config, _read_weights(_model_folder(Path(folder)))
+    return config, read_weights(_model_folder(Path(folder)))
 
 
 def read_diffusers_config(folder: str | Path) -> ExportConfig:
     """The first half of ``read_diffusers``, from the JSON files alone."""
     path = _model_folder(Path(folder)) / "config.json"
-    values = _read_json(path)
-    _check_class(path, values, "UNet2DModel")
+    values = read_json(path)
+    check_class(path, values, "UNet2DModel")
     if "sample_size" not in values or values["sample_size"] is None:
         raise InputError(f"{path}: sample_size: missing, write the resolution that the network was trained at")
     unet = _validate(path, values, UNet2DOptions)
@@ -105,14 +101,14 @@ def _scheduler_file(model_folder: Path) -> Path:
 
 
 def _read_scheduler(path: Path) -> tuple[VPSchedule | FlowSchedule, DiffusionOptions]:
-    values = _read_json(path)
+    values = read_json(path)
     name = values.get("_class_name")
     if name in FLOW_SCHEDULERS:
         if values.get("invert_sigmas"):
             raise InputError(f"{path}: invert_sigmas: not supported, only t = 1 for pure noise is")
         given = {key: values[key] for key in ("num_train_timesteps",) if key in values}
         return _validate(path, given, FlowSchedule), DiffusionOptions(parameterization="flow")
-    _check_class(path, values, *sorted(VP_SCHEDULERS), *sorted(FLOW_SCHEDULERS))
+    check_class(path, values, *VP_SCHEDULERS, *FLOW_SCHEDULERS)
     prediction = values.get("prediction_type", "epsilon")
     if not isinstance(prediction, str) or prediction not in PARAMETERIZATIONS:
         raise InputError(f"{path}: prediction_type {prediction!r} is not one of {', '.join(PARAMETERIZATIONS)}")
@@ -124,22 +120,6 @@ def _read_scheduler(path: Path) -> tuple[VPSchedule | FlowSchedule, DiffusionOpt
     given = {key: values[key] for key in VPSchedule.model_fields if key in values and key != "kind"}
     schedule = _validate(path, given, VPSchedule)
     return schedule, DiffusionOptions(parameterization=PARAMETERIZATIONS[prediction])
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise InputError(f"{path}: not readable as JSON, copy the folder again") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: not a mapping of keys to values, copy the folder again")
-    return values
-
-
-def _check_class(path: Path, values: dict, *known: str) -> None:
-    name = values.get("_class_name")
-    if name not in known:
-        raise InputError(f"{path}: _class_name is {name!r}, supported: {', '.join(known)}")
 
 
 def _validate(path: Path, values: dict, options: type[Options]):
@@ -155,41 +135,3 @@ def _validate(path: Path, values: dict, options: type[Options]):
         elif where:
             message = f"{message[0].lower() + message[1:]}, found {str(first['input'])[:60]}"
         raise InputError(f"{path}: {where}: {message}" if where else f"{path}: {message}") from None
-
-
-# -- weights -----------------------------------------------------------------------------------------------------------
-
-
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
-    for path in _weight_files(folder):
-        try:
-            part = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{path}: not a whole safetensors file ({reason}), copy it again") from None
-        weights |= {_current_name(name): tensor.float() for name, tensor in part.items()}
-    return weights
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors file, or those that its index lists."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = folder / f"{WEIGHTS}.index.json"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise InputError(f"{index}: weight_map: does not list files of this folder, copy it again")
-        return [folder / name for name in sorted(names)]
-    if (folder / "diffusion_pytorch_model.bin").is_file():
-        raise InputError(
-            f"{folder}/diffusion_pytorch_model.bin: a pickle, which is not loaded: save the model as safetensors "
-            "(save_pretrained with safe_serialization=True)"
-        )
-    raise InputError(f"{folder / WEIGHTS}: missing, copy the model's weights there")
-
-
-def _current_name(name: str) -> str:
-    return ".".join(OLD_NAMES.get(part, part) for part in name.split(".")) if ".attentions." in name else name

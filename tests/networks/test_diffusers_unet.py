@@ -146,6 +146,7 @@ BAD = {
     "groups": (change(MODEL, norm_num_groups=3), "8 does not divide by norm_num_groups = 3"),
     "heads": (change(MODEL, attention_head_dim=5), "8 does not divide by attention_head_dim = 5"),
     "other scheduler": (change(SCHEDULER, _class_name="ScoreSdeVeScheduler"), "_class_name is 'ScoreSdeVeScheduler'"),
+    "no scheduler name": (change(SCHEDULER, _class_name=[1]), "_class_name is [1], supported: DDPMScheduler"),
     "prediction": (change(SCHEDULER, prediction_type="flow_prediction"), "prediction_type 'flow_prediction' is not"),
     "betas": (change(SCHEDULER, beta_schedule="laplace"), "beta_schedule: input should be 'linear'"),
     "no betas": (change(SCHEDULER, beta_start=None), "beta_start: missing"),
