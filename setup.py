@@ -29,6 +29,7 @@ EXTRAS = {
         "tensorboard>=2.18",  # curves beside metrics.jsonl
     ],
     "toy": ["POT>=0.9.5"],  # exact optimal transport in 2-D
+    "diffusers": ["diffusers>=0.30"],  # only for the autoencoder of latents (its networks are read without it)
     "wandb": ["wandb>=0.18"],  # only for telemetry.wandb_project
     "test": [
         "pytest>=8.3",

@@ -26,10 +26,10 @@ Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class DiffusionOptions(Options):
     """How a network's output is read; teacher and fake score share it."""
 
-    parameterization: Literal["edm", "epsilon", "v", "flow"] = Field(
+    parameterization: Literal["edm", "epsilon", "v", "x0", "flow"] = Field(
         "edm",
-        description="what the network predicts: edm (EDM, Table 1), epsilon or v on a variance-preserving process, "
-        "flow (velocity of the straight path x_t = (1-t) x + t ε)",
+        description="what the network predicts: edm (EDM, Table 1), epsilon, v or x0 (the clean sample) on a "
+        "variance-preserving process, flow (velocity of the straight path x_t = (1-t) x + t ε)",
     )
     sigma_data: float = Field(
         0.5,
@@ -52,6 +52,8 @@ def _scalings(s: torch.Tensor, options: DiffusionOptions) -> tuple[torch.Tensor,
     sigma = s * alpha
     if options.parameterization == "epsilon":
         return alpha, sigma, 1 / alpha, -sigma / alpha, one
+    if options.parameterization == "x0":
+        return alpha, sigma, torch.zeros_like(s), one, one
     return alpha, sigma, alpha, -sigma, one
 
 

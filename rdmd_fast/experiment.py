@@ -21,6 +21,7 @@ from .networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
 from .networks.analytic_score import AnalyticScore
 from .networks.exported import ExportConfig, Generator, load_weights, rebuild
 from .networks.teachers import read_teacher, read_teacher_config
+from .pictures import no_picture, picture_writer
 from .randomness import Philox, Stream
 from .rdmd import RDMD
 from .teacher import TeacherStage
@@ -81,6 +82,9 @@ def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Expe
     # Dropout is the one use of torch's own generator; ranks must not drop the same units.
     torch.manual_seed((config.seed + 1 + world.rank) % 2**63)
     telemetry.flops_per_sample = _flops_per_sample(config, experiment)
+    if experiment.picture is no_picture and len(experiment.export.sample_shape) == 3:
+        channels = experiment.export.sample_shape[0]
+        telemetry.say(f"no pictures: samples of {channels} channels are drawn where telemetry.decoder names a decoder")
     return experiment
 
 
@@ -130,6 +134,9 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
 
 
 def _teacher_picture(config, world, export, philox, target, label) -> Picture:
+    write = picture_writer(config.telemetry.decoder, target.shape, world)
+    if write is None:
+        return no_picture
     count = config.telemetry.sample_count
     real = target.batch(torch.arange(count))
     noise = philox.normal(Stream.VALIDATION_NOISE, torch.arange(count), target.shape).to(world.device)
@@ -144,7 +151,7 @@ def _teacher_picture(config, world, export, philox, target, label) -> Picture:
             noise,
             karras_levels(18),
         )
-        _write_picture([("target", real), ("samples", samples)], path)
+        write([("target", real), ("samples", samples)], path)
 
     return picture
 
@@ -264,7 +271,9 @@ def _validation(config: Config, world: World, export: ExportConfig, source):
         targets = held_out_images(config.data.target_holdout, options.count) if config.data.target_holdout else None
         if options.judge and options.judge_label is None:
             raise InputError("validation.judge_label: missing, name the label of the target domain")
-        validator = ImageValidator(options, sources, targets) if sources.ndim == 4 else None
+        validator = None
+        if sources.ndim == 4:
+            validator = ImageValidator(options, sources, targets, latents=source.stream.shards.kind == "array")
         held_out = sources
     else:
         return None, None, source.batch(torch.arange(config.telemetry.sample_count)).cpu()
@@ -288,8 +297,11 @@ def _translator(weights: dict[str, torch.Tensor], export: ExportConfig, device) 
 
 
 def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label) -> Picture:
+    write = picture_writer(config.telemetry.decoder, tuple(export.sample_shape), world)
     if isinstance(held_out, ToyValidator):
         return _toy_picture(config, world, export, held_out)
+    if write is None:
+        return no_picture
     count = min(config.telemetry.sample_count, len(held_out))
     # Spread over the held-out set: neighbours in a shard are often the same motif.
     x = held_out[torch.linspace(0, len(held_out) - 1, count).long()].to(world.device)
@@ -308,7 +320,7 @@ def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, 
         )
         if world.is_main:
             rows = [("source x", x), ("G(x)", y), ("teacher of noised G(x)", real), ("fake score's", fake)]
-            _write_picture(rows, path)
+            write(rows, path)
 
     return picture
 
@@ -331,14 +343,6 @@ def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------
-
-
-def _write_picture(rows: list[tuple[str, torch.Tensor]], path: Path) -> None:
-    """Images of one or three channels as a grid; points and latents have no picture of their own."""
-    from .figures import image_grid
-
-    if rows[0][1].ndim == 4 and rows[0][1].shape[1] in (1, 3):
-        image_grid([(label, images.cpu()) for label, images in rows], path)
 
 
 def _check_shape(folder: str, export: ExportConfig, shape: tuple[int, ...], key: str) -> None:

@@ -40,6 +40,11 @@ class TelemetryOptions(Options):
     sample_sigma: float | None = Field(
         None, gt=0, description="noise level σ̃ of the pictures' denoising rows; unset: generator_sigma (ours)"
     )
+    decoder: str | None = Field(
+        None,
+        description="folder of the diffusers AutoencoderKL that turns latents into pictures, of no effect on training "
+        "(ours)",
+    )
     tensorboard: bool = Field(True, description="write RUN/tensorboard where tensorboard is installed (ours)")
     wandb_project: str | None = Field(None, description="Weights & Biases project; needs the extra `wandb` (ours)")
 

@@ -181,7 +181,8 @@ class Training:
             self.validate(weights)
             self.export(weights, "export")
             self.look("final.png", weights)
-            self.telemetry.say(f"done: {self.run_dir}/export, picture {self.run_dir}/samples/final.png")
+            picture = self.run_dir / "samples/final.png"
+            self.telemetry.say(f"done: {self.run_dir}/export" + (f", picture {picture}" if picture.exists() else ""))
         self.telemetry.close()
         return EXIT_STOPPED if stopped else EXIT_DONE
 
@@ -224,6 +225,8 @@ class Training:
         listing = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.telemetry.say(f"step {self.step}/{self.total}  {listing}")
         best_by = self.experiment.best_by
+        if best_by is None:
+            return False
         if best_by not in values:
             raise InputError(f"validation.best_by: no metric {best_by!r}, one of {', '.join(values)}")
         improved = values[best_by] < self.state.counters.get("best", float("inf"))

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from .data.toys import ToyDistribution
 from .diffusion import omega
+from .errors import InputError
 from .options import Options
 from .randomness import Philox, Stream
 
@@ -29,29 +30,41 @@ class ValidationOptions(Options):
     judge_label: int | None = Field(None, description="label of the target domain for the judge")
     best_by: str | None = Field(
         None,
-        description="metric that keeps RUN/best, lowest wins; unset: frechet with a judge, else sliced_w2, squared_w2",
+        description="metric that keeps RUN/best, lowest wins; unset: frechet with a judge, else sliced_w2 (images, "
+        "latents; none without data.target_holdout) or squared_w2 (toys)",
     )
 
 
 class ImageValidator:
-    """Faithfulness and distance to the target on held-out images [n, C, H, W] in [-1, 1]."""
+    """Faithfulness and distance to the target on held-out images [n, C, H, W] in [-1, 1], or on latents.
 
-    def __init__(self, options: ValidationOptions, source: torch.Tensor, target: torch.Tensor | None):
-        self.source, self.target, self.label = source, target, options.judge_label
+    Latents have neither a data range nor colours: no PSNR, no colour cosine, no judge.
+    """
+
+    def __init__(
+        self, options: ValidationOptions, source: torch.Tensor, target: torch.Tensor | None, latents: bool = False
+    ):
+        self.source, self.target, self.label, self.latents = source, target, options.judge_label, latents
         self.judge = None
+        if options.judge and latents:
+            raise InputError("validation.judge: judges images, data.source holds arrays, remove the key")
         if options.judge:
             from .metrics.judges import DigitJudge
 
             self.judge = DigitJudge(options.judge)
-        self.best_by = options.best_by or ("frechet" if self.judge and target is not None else "sliced_w2")
+        # Faithfulness alone is best in the identity map: without targets no export is the best.
+        by_target = None if target is None else "frechet" if self.judge else "sliced_w2"
+        self.best_by = options.best_by or by_target
 
     def measure(self, translate: Translate) -> dict[str, float]:
         from .metrics.frechet import frechet_distance
         from .metrics.images import l2, mean_colour_cosine, psnr
 
         outputs = translate(self.source).float().cpu()
-        values = {"l2": l2(self.source, outputs), "psnr": psnr(self.source, outputs)}
-        if outputs.shape[1] == 3:
+        values = {"l2": l2(self.source, outputs)}
+        if not self.latents:
+            values["psnr"] = psnr(self.source, outputs)
+        if not self.latents and outputs.shape[1] == 3:
             values["colour_cosine"] = mean_colour_cosine(self.source, outputs)
         if self.target is not None:
             values["sliced_w2"] = sliced_w2(outputs, self.target)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ..errors import InputError
 from ..options import Options
+from .diffusers_options import DiffusersUNetOptions
 
 
 class MLPOptions(Options):
@@ -85,7 +86,8 @@ class DhariwalUNetOptions(Options):
 
 NetworkOptions = Annotated[MLPOptions | SongUNetOptions | DhariwalUNetOptions, Field(discriminator="kind")]
 ExportedNetworkOptions = Annotated[
-    MLPOptions | AffineOptions | SongUNetOptions | DhariwalUNetOptions, Field(discriminator="kind")
+    MLPOptions | AffineOptions | SongUNetOptions | DhariwalUNetOptions | DiffusersUNetOptions,
+    Field(discriminator="kind"),
 ]
 
 
@@ -119,6 +121,8 @@ def build_network(options: Options, sample_shape: tuple[int, ...], dropout: bool
         from .mlp import AffineMap
 
         return AffineMap(sample_shape[0], scale=options.scale, angle=options.angle)
+    if options.kind == "diffusers_unet":
+        return _build_unet2d(options, sample_shape, dropout)
     if points:
         raise InputError(f"network kind {options.kind!r} is for images, the data has shape {sample_shape}: use mlp")
     return _build_unet(options, sample_shape, dropout)
@@ -142,3 +146,16 @@ def _build_unet(
         arguments["dropout"] = 0.0
     build = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet}[options.kind]
     return build(img_resolution=height, in_channels=channels, out_channels=channels, **arguments)
+
+
+def _build_unet2d(options: DiffusersUNetOptions, sample_shape: tuple[int, ...], dropout: bool) -> torch.nn.Module:
+    from .unet2d import UNet2D
+
+    halvings = 2 ** (len(options.unet.block_out_channels) - 1)
+    channels, *sides = sample_shape
+    if len(sides) != 2 or channels != options.unet.in_channels or any(side % halvings for side in sides):
+        raise InputError(
+            f"the diffusers network takes {options.unet.in_channels} channels and sides that divide by {halvings}, the "
+            f"data has shape {tuple(sample_shape)}: pack it at another --resolution"
+        )
+    return UNet2D(options, dropout)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
 from ..errors import InputError
+from .diffusers_unet import is_diffusers_folder, read_diffusers, read_diffusers_config
 from .exported import ExportConfig, read_export, read_export_config
 
 
@@ -27,9 +27,7 @@ def read_teacher(spec: str | Path) -> tuple[ExportConfig, dict[str, torch.Tensor
         return read_edm_pickle(path)
     if not path.is_dir():
         raise InputError(f"teacher {spec}: not there, name a RUN/export folder, an EDM .pkl or a diffusers folder")
-    if _is_diffusers(path):
-        from .diffusers_unet import read_diffusers
-
+    if is_diffusers_folder(path):
         return read_diffusers(path)
     return read_export(path, "teacher")
 
@@ -37,17 +35,6 @@ def read_teacher(spec: str | Path) -> tuple[ExportConfig, dict[str, torch.Tensor
 def read_teacher_config(spec: str | Path) -> ExportConfig:
     """The configuration alone; errors as ``read_teacher``."""
     path = Path(spec)
-    if path.is_dir() and not _is_diffusers(path):
-        return read_export_config(path, "teacher")
+    if path.is_dir():
+        return read_diffusers_config(path) if is_diffusers_folder(path) else read_export_config(path, "teacher")
     return read_teacher(path)[0]
-
-
-def _is_diffusers(folder: Path) -> bool:
-    """diffusers writes a class name into its config.json, and model_index.json beside a pipeline's parts."""
-    if (folder / "model_index.json").is_file():
-        return True
-    try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(values, dict) and "_class_name" in values
