@@ -13,7 +13,8 @@ from .config import Config
 from .data.stream import SampleStream, ToyStream, open_stream
 from .data.toys import ToyDistribution
 from .diffusion import DiffusionOptions, Reading, denoise, heun_sample, karras_levels
-from .distributed import DTYPES, BatchLayout, OptimizerOptions, ShardedEMA, World, freeze, initialize_engine
+from .distributed import DTYPES, BatchLayout, OptimizerOptions, World, freeze, initialize_engine
+from .ema import ShardedEMA
 from .errors import InputError
 from .kernels.image_normalize import image_normalize
 from .networks import build_network

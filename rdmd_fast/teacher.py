@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, SigmaOptions
-from .distributed import BatchLayout, EMAOptions, OptimizerOptions
+from .distributed import BatchLayout, OptimizerOptions, loss_scale, take_step
+from .ema import EMAOptions
 from .kernels.denoising_loss import denoising_gradient
 from .kernels.inject import inject_gradient
 from .kernels.noise_forward import noise_forward
@@ -56,15 +57,16 @@ class TeacherStage:
                 network_input, _ = noise_forward(y, noise, table, self.dtype)
                 output = self.network(network_input, table.c_noise, self.class_labels)
                 rank_batch = self.layout.micro_batch * self.layout.accumulation
-                gradient, losses = denoising_gradient(output, y, noise, table, rank_batch)
+                scale = loss_scale(self.network)
+                gradient, losses = denoising_gradient(output, y, noise, table, rank_batch, scale)
             with self.telemetry.phase("backward"):
-                loss = inject_gradient(output, gradient, not self.network.fp16_enabled())
-                self.network.backward(loss, scale_wrt_gas=False)  # the gradient is of the mean over the rank's batch
+                # The gradient is of the mean over the rank's batch, and holds the loss scale.
+                self.network.backward(inject_gradient(output, gradient, scale), scale_wrt_gas=False)
             self.telemetry.add("loss", losses)
             with self.telemetry.phase("optimizer"):
                 if self.network.is_gradient_accumulation_boundary():
                     self.telemetry.before_step("teacher", self.network)
-                self.network.step()
+                take_step(self.network, "teacher")
 
     def warm_up(self) -> bool:
         """Nothing comes before the first iteration."""
