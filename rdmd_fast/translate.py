@@ -107,11 +107,12 @@ def _batches(samples: Iterator[tuple[str, np.ndarray]], size: int):
 @torch.no_grad()
 def translate_batch(generator: torch.nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
     """uint8 [N, H, W, C] in, uint8 [N, H, W, C] out."""
+    from .figures import to_uint8
     from .kernels.image_normalize import image_normalize
 
     x = image_normalize(torch.from_numpy(images).permute(0, 3, 1, 2).to(device), torch.float32)
     y = generator(x)
-    return ((y + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return to_uint8(y).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _save_png(path: Path, image: np.ndarray) -> None:
