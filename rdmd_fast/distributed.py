@@ -70,7 +70,7 @@ class TrainOptions(Options):
     activation_checkpointing: bool = Field(
         False,
         description="compute activations inside blocks again in the backward pass instead of keeping them: about a "
-        "third more FLOPs, far less memory, the same result (ours)",
+        "third more FLOPs, far less memory, the same result up to rounding (ours)",
     )
 
 

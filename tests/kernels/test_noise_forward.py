@@ -112,3 +112,19 @@ def test_injected_gradient_is_scaled_by_what_arrives_or_refuses_it():
         (inject_gradient(output, gradient, loss_scale=1.0) * 0.25).backward()
     with pytest.raises(ValueError, match="gradient is"):
         inject_gradient(output, gradient.bfloat16())
+
+
+def test_injected_gradient_that_holds_the_loss_scale_is_not_scaled_again():
+    output, gradient = samples(4).half().requires_grad_(), samples(4, seed=1).half()
+    for upstream in (1.0, 2.0**17):  # DeepSpeed's start at ZeRO 0, and elsewhere
+        output.grad = None
+        (inject_gradient(output, gradient, loss_scale=2.0**17) * upstream).backward()
+        assert torch.equal(output.grad, gradient)
+    with pytest.raises(RuntimeError, match="promised"):
+        (inject_gradient(output, gradient, loss_scale=2.0**17) * 2.0**16).backward()
+
+
+def test_a_scale_outside_fp16_is_applied_in_fp32():
+    output, gradient = samples(4).half().requires_grad_(), torch.full_like(samples(4), 2**-10).half()
+    (inject_gradient(output, gradient) * 2.0**17).backward()
+    assert torch.equal(output.grad, torch.full_like(gradient, 2**7))
