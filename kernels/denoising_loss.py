@@ -122,7 +122,12 @@ def _dispatch(output, clean, table, noise, factor) -> tuple[Tensor, Tensor]:
 
 
 def denoising_gradient(
-    output: Tensor, clean: Tensor, noise: CounterNoise, table: Coefficients, batch_size: int | None = None
+    output: Tensor,
+    clean: Tensor,
+    noise: CounterNoise,
+    table: Coefficients,
+    batch_size: int | None = None,
+    loss_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the mean loss, and each sample's loss, in one pass. No gradient flows.
 
@@ -132,11 +137,13 @@ def denoising_gradient(
         noise: the noise that made y_t.
         table: coefficients of the N samples.
         batch_size: B, the samples that the loss is the mean of; N if None.
+        loss_scale: factor of the gradient, applied in fp32 before it is rounded: in fp16 a mean's gradient
+            would else vanish.
 
     Returns:
-        (dL/dF [N, ...] in the dtype of F, images in channels_last; losses float32 [N], sums over elements).
+        (loss_scale dL/dF [N, ...] in the dtype of F, images in channels_last; losses float32 [N], sums over elements).
     """
-    gradient, losses = _dispatch(output, clean, table, noise, 2.0 / (batch_size or output.shape[0]))
+    gradient, losses = _dispatch(output, clean, table, noise, 2.0 * loss_scale / (batch_size or output.shape[0]))
     return gradient, add_chunks(losses)
 
 

@@ -12,30 +12,33 @@ from torch import Tensor
 
 class _InjectGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, output, gradient, unit_upstream):
+    def forward(ctx, output, gradient, loss_scale):
         ctx.save_for_backward(gradient)
-        ctx.unit_upstream = unit_upstream
+        ctx.loss_scale = loss_scale
         return torch.zeros((), dtype=torch.float32, device=output.device)
 
     @staticmethod
     def backward(ctx, upstream):
         (gradient,) = ctx.saved_tensors
-        if not ctx.unit_upstream:
-            return gradient * upstream.to(gradient.dtype), None, None
+        if ctx.loss_scale is None:
+            # In fp32: a loss scale may lie outside the gradient's own range.
+            return (gradient.float() * upstream).to(gradient.dtype), None, None
         # On a GPU to look would be to wait for the device; the CPU's tests see the same callers.
-        if not upstream.is_cuda and not torch.compiler.is_compiling() and float(upstream) != 1:
-            raise RuntimeError(f"unit_upstream was promised, but the backward pass arrives with {float(upstream)}")
+        visible = not upstream.is_cuda and not torch.compiler.is_compiling()
+        if visible and float(upstream) not in (1.0, ctx.loss_scale):
+            raise RuntimeError(f"loss scale {ctx.loss_scale} was promised, {float(upstream)} arrives")
         return gradient, None, None
 
 
-def inject_gradient(output: Tensor, gradient: Tensor, unit_upstream: bool = False) -> Tensor:
+def inject_gradient(output: Tensor, gradient: Tensor, loss_scale: float | None = None) -> Tensor:
     """A scalar whose backward pass hands ``gradient`` to ``output``.
 
     Args:
         output: [N, ...], part of an autograd graph.
         gradient: dL/d output, of its shape, dtype and device.
-        unit_upstream: promise that ``backward`` starts with 1, no scale of losses or accumulation: the gradient
-            is passed on as it is. Otherwise it is multiplied first, a pass over memory.
+        loss_scale: promise that ``gradient`` holds this factor already: it is passed on as it is. ``backward`` may
+            start with it or with 1 (DeepSpeed 0.19 forgets fp16's at ZeRO 0), but with no other number.
+            None: the gradient is multiplied by what arrives, a pass over memory.
 
     Returns:
         float32 zero, 0-d.
@@ -49,4 +52,4 @@ def inject_gradient(output: Tensor, gradient: Tensor, unit_upstream: bool = Fals
             f"gradient is {gradient.dtype} {list(gradient.shape)} on {gradient.device}, the output "
             f"{output.dtype} {list(output.shape)} on {output.device}"
         )
-    return _InjectGradient.apply(output, gradient.detach(), unit_upstream)
+    return _InjectGradient.apply(output, gradient.detach(), loss_scale)

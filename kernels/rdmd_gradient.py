@@ -232,7 +232,7 @@ class _Options(NamedTuple):
     weighting: str
     cost: str
     delta: float
-    factor: float  # of the whole: 1/B, and the generator's scale
+    factor: float  # of the whole: 1/B, the generator's scale and the loss scale
 
 
 def _empty_outputs(clean, dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,6 +334,7 @@ def generator_gradient(
     extra: Tensor | None = None,
     batch_size: int | None = None,
     y: Tensor | None = None,
+    loss_scale: float = 1.0,
 ) -> tuple[Tensor, GradientStatistics]:
     """dL/dF_G = scale dL/dy for the generator y = skip x + scale F_G, in the dtype of F_G.
 
@@ -341,9 +342,10 @@ def generator_gradient(
         f_generator: raw output of the generator's network [N, ...]; y is formed again from it and x.
         y: the generator's output, if it is at hand: the first launch of ``dmd`` reads it with fewer bytes.
         skip, scale: how that network is read as a generator.
+        loss_scale: factor of the gradient, applied in fp32 before it is rounded to the dtype of F_G.
         others: as ``rdmd_gradient``.
     """
-    options = _Options(transport_weight, weighting, cost, delta, scale / (batch_size or x.shape[0]))
+    options = _Options(transport_weight, weighting, cost, delta, scale * loss_scale / (batch_size or x.shape[0]))
     return _dispatch(f_real, f_fake, f_generator, x, y, extra, table, noise, [skip, scale], options, f_generator.dtype)
 
 

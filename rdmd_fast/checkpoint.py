@@ -22,7 +22,8 @@ import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 
-from .distributed import ShardedEMA, World, zero_stage
+from .distributed import World, zero_stage
+from .ema import ShardedEMA
 from .errors import InputError
 from .options import Options
 from .runtime import fsync_path, write_atomically

@@ -1,4 +1,4 @@
-"""Processes, DeepSpeed engines for the three networks, and the sharded EMA."""
+"""Processes, and DeepSpeed engines for the three networks."""
 
 from __future__ import annotations
 
@@ -16,10 +16,20 @@ import torch.distributed as dist
 from pydantic import Field, ValidationError
 
 from .errors import InputError
-from .kernels.ema_update import ema_update
 from .options import Options
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# DeepSpeed's defaults, but for a hysteresis of 1: its ZeRO 0 has none, and all stages shall do the same.
+LOSS_SCALING = {
+    "enabled": True,
+    "loss_scale": 0,  # dynamic
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 1,
+}
+# DeepSpeed's floor is a whole number, but losses here are sums over a sample: large images may need a scale below 1.
+LOSS_SCALE_FLOOR = 2.0**-16
 
 
 class OptimizerOptions(Options):
@@ -52,8 +62,15 @@ class TrainOptions(Options):
     micro_batch_size: int | None = Field(
         None, ge=1, description="samples a rank holds at once; unset: global_batch_size / ranks (ours)"
     )
-    dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="dtype of weights and activations; masters are fp32 (ours)"
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32",
+        description="dtype of weights and activations; masters are fp32. fp16, with dynamic loss scaling, is for GPUs "
+        "without bf16 (ours)",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="compute activations inside blocks again in the backward pass instead of keeping them: about a "
+        "third more FLOPs, far less memory, the same result up to rounding (ours)",
     )
 
 
@@ -187,6 +204,7 @@ def _deepspeed_config(section: dict, layout: BatchLayout, dtype: str, grad_clip:
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": grad_clip,
         "bf16": {"enabled": dtype == "bf16"},
+        "fp16": LOSS_SCALING if dtype == "fp16" else {"enabled": False},
     }
 
 
@@ -197,10 +215,19 @@ def initialize_engine(
     train: TrainOptions,
     section: dict,
 ):
-    """A DeepSpeed engine that trains ``network`` (consumed: its parameters may be sharded in place)."""
+    """A DeepSpeed engine that trains ``network`` (consumed: its parameters may be sharded in place).
+
+    Raises:
+        InputError: this device or network cannot do what ``train`` asks for, or DeepSpeed refuses ``section``.
+    """
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfigError
 
+    _check_dtype(train.dtype)
+    if train.activation_checkpointing:
+        if not hasattr(network, "checkpointing"):
+            raise InputError(f"train.activation_checkpointing: {type(network).__name__} cannot do it, remove the key")
+        network.checkpointing = True
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     family = torch.optim.AdamW if optimizer.weight_decay else torch.optim.Adam
     adam = family(
@@ -221,7 +248,34 @@ def initialize_engine(
     except (ValidationError, DeepSpeedConfigError) as error:
         raise InputError(f"deepspeed: {_first_line(error)}") from None
     _clear_padding(engine)
+    if hasattr(engine.optimizer, "fp32_groups"):
+        _undo_empty_step(engine.optimizer)
+    if train.dtype == "fp16":
+        _lower_loss_scale_floor(engine.optimizer)
     return engine
+
+
+def _undo_empty_step(optimizer) -> None:
+    """In bf16 and fp16 at ZeRO 0 DeepSpeed has stepped on zero gradients: bias correction and decay would count it."""
+    optimizer.optimizer.state.clear()
+    optimizer.refresh_fp32_params()
+
+
+def _lower_loss_scale_floor(optimizer) -> None:
+    if hasattr(optimizer, "loss_scale_config"):  # ZeRO 0
+        optimizer.loss_scale_config.min_loss_scale = LOSS_SCALE_FLOOR
+    else:
+        optimizer.loss_scaler.min_scale = LOSS_SCALE_FLOOR
+
+
+def _check_dtype(dtype: str) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if dtype == "fp16" and not accelerator.is_fp16_supported():
+        raise InputError("train.dtype: fp16 is not supported on this device, use bf16 or fp32")
+    if dtype == "bf16" and not accelerator.is_bf16_supported():
+        raise InputError("train.dtype: bf16 is not supported on this device, use fp16 or fp32")
 
 
 def _first_line(error: Exception) -> str:
@@ -272,80 +326,29 @@ def set_learning_rate(engine, options: OptimizerOptions, update: int, total: int
     return rate
 
 
-def master_shards(engine) -> list[torch.Tensor]:
-    """This rank's share of the fp32 parameters: flat shards under ZeRO, the parameters themselves at stage 0."""
-    for name in (
-        "fp32_partitioned_groups_flat",  # ZeRO 3
-        "single_partition_of_fp32_groups",  # ZeRO 1 and 2
-        "fp32_groups_flat_partition",  # bf16 with fp32 gradient accumulation
-        "fp32_groups_flat",  # bf16 at ZeRO 0
-    ):
-        shards = getattr(engine.optimizer, name, None)
-        if shards:
-            return [shard.detach() for shard in shards]
-    return [parameter.detach() for parameter in engine.module.parameters()]
+def loss_scale(engine) -> float:
+    """The factor of fp16's gradients at this update; 1 for other dtypes. No synchronisation."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
 
 
-@torch.no_grad()
-def gather_parameters(engine, shards: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The whole fp32 state dict on the CPU of every rank; a collective call.
+def take_step(engine, name: str) -> None:
+    """``engine.step()``. In fp16 an update whose gradients overflow is skipped and the loss scale halved.
 
-    Args:
-        shards: values to gather in place of the engine's own masters (an EMA), shaped as ``master_shards``.
+    DeepSpeed doubles the scale again before it divides by it: one update in 1,000 takes half its gradient.
+
+    Raises:
+        InputError: gradients overflow at any loss scale, on every rank alike.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    masters = master_shards(engine)
-    kept = None
-    if shards is not None:
-        # DeepSpeed knows how its shards map to parameters: lend them the other values while it reads.
-        kept = [master.clone() for master in masters]
-        torch._foreach_copy_(masters, [shard.to(master.device) for shard, master in zip(shards, masters, strict=True)])
-    whole = {}
-    flat_groups = getattr(engine.optimizer, "fp32_groups_flat", None)
-    if flat_groups:
-        for flat, group in zip(flat_groups, engine.optimizer.fp16_groups, strict=True):
-            names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-            sizes = [parameter.numel() for parameter in group]
-            for parameter, values in zip(group, flat.detach()[: sum(sizes)].split(sizes), strict=True):
-                whole[names[id(parameter)]] = values.view(parameter.shape).cpu().clone()
-    else:
-        for name, parameter in engine.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
-            whole[name] = (parameter if full is None else full).detach().float().cpu().clone().contiguous()
-    if kept is not None:
-        torch._foreach_copy_(masters, kept)
-    for prefix, module in engine.module.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                whole[f"{prefix}.{name}" if prefix else name] = buffer.detach().float().cpu().clone()
-    return whole
+    engine.step()
+    if engine.fp16_enabled() and engine.optimizer.overflow and loss_scale(engine) <= LOSS_SCALE_FLOOR:
+        raise InputError(
+            f"train.dtype: gradients of {name} overflow fp16 at every loss scale: lower its lr, or use bf16 or fp32"
+        )
 
 
-class EMAOptions(Options):
-    """Exponential moving average of the weights that are exported."""
-
-    half_life: float = Field(
-        5_000, gt=0, description="samples after which a weight's share halves (ours; EDM: 500,000)"
-    )
-    ramp: float = Field(0.05, gt=0, description="the half-life is at most this share of the samples seen (EDM)")
-
-
-class ShardedEMA:
-    """EMA of an engine's fp32 masters on each rank's own shard: no gather, 1/world of the memory under ZeRO."""
-
-    def __init__(self, engine, options: EMAOptions, global_batch: int):
-        self.engine, self.options, self.global_batch = engine, options, global_batch
-        self.shards = [shard.clone() for shard in master_shards(engine)]
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Fold in the weights after iteration ``step``: decay = 0.5^(batch / half-life), half-life in samples."""
-        seen = (step + 1) * self.global_batch
-        half_life = min(self.options.half_life, seen * self.options.ramp)
-        decay = 0.5 ** (self.global_batch / half_life)
-        ema_update(self.shards, master_shards(self.engine), 1 - decay)
-
-    def gather(self) -> dict[str, torch.Tensor]:
-        """The averaged state dict on the CPU of every rank; a collective call."""
-        return gather_parameters(self.engine, self.shards)
+def loss_scaling_metrics(engines: dict[str, object]) -> dict[str, float]:
+    """For metrics.jsonl: loss scale and skipped updates of each fp16 engine; nothing for other dtypes."""
+    scaled = {name: engine for name, engine in engines.items() if engine.fp16_enabled()}
+    return {f"loss_scale/{name}": loss_scale(engine) for name, engine in scaled.items()} | {
+        f"skipped_updates/{name}": engine.skipped_steps for name, engine in scaled.items()
+    }

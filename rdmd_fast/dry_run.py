@@ -58,12 +58,12 @@ def parameter_counts(config: Config) -> dict[str, int]:
 
 
 def model_state_bytes(counts: dict[str, int], stage: int, ranks: int, dtype: str) -> float:
-    """Bytes a rank holds besides activations (ZeRO, arXiv 1910.02054, Section 3; masters only where weights are bf16).
+    """Bytes a rank holds besides activations (ZeRO, arXiv 1910.02054, Section 3; masters where weights have 16 bits).
 
     The frozen teacher of the rdmd stage is replicated below stage 3; G's (or the trained teacher's) EMA is as large
     as the masters' shard.
     """
-    weight = 2 if dtype == "bf16" else 4
+    weight = 4 if dtype == "fp32" else 2
     trained = {name: count for name, count in counts.items() if name != "teacher" or len(counts) == 1}
     averaged = counts.get("generator", counts.get("teacher", 0))
     parameters = sum(trained.values())
@@ -71,7 +71,7 @@ def model_state_bytes(counts: dict[str, int], stage: int, ranks: int, dtype: str
         part: 1 / ranks if stage >= first else 1.0
         for part, first in (("optimizer", 1), ("gradients", 2), ("weights", 3))
     }
-    masters = 4 if dtype == "bf16" or stage > 0 else 0
+    masters = 4 if dtype != "fp32" or stage > 0 else 0
     total = parameters * (weight * share["weights"] + weight * share["gradients"] + (8 + masters) * share["optimizer"])
     total += averaged * 4 * share["optimizer"]
     if len(counts) > 1:

@@ -131,5 +131,7 @@ def evaluate_digits(arguments: argparse.Namespace) -> dict:
 @torch.no_grad()
 def _translate(generator: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """As a user receives them: clipped to [-1, 1] and rounded to 8 bits."""
+    from .figures import to_uint8
+
     outputs = torch.cat([generator(part) for part in images.split(256)])
-    return ((outputs + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+    return to_uint8(outputs).float() / 127.5 - 1

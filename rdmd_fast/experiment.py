@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from .checkpoint import TrainingState
+from .conditioning import target_class_row, training_labels, varied_labels
 from .config import Config
-from .data.stream import SampleStream, ToyStream, open_stream
+from .data.device import open_domain
 from .data.toys import ToyDistribution
 from .diffusion import DiffusionOptions, Reading, denoise, heun_sample, karras_levels
-from .distributed import DTYPES, BatchLayout, OptimizerOptions, ShardedEMA, World, freeze, initialize_engine
+from .distributed import DTYPES, BatchLayout, OptimizerOptions, World, freeze, initialize_engine
+from .ema import ShardedEMA
 from .errors import InputError
-from .kernels.image_normalize import image_normalize
 from .networks import build_network
 from .networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
 from .networks.analytic_score import AnalyticScore
@@ -55,25 +56,6 @@ class Experiment:
     parameters: dict[str, int] = field(default_factory=dict)
 
 
-class DeviceStream:
-    """A stream whose batches arrive on the device as float32 in data units."""
-
-    def __init__(self, stream: SampleStream | ToyStream, device: torch.device):
-        self.stream, self.device, self.shape = stream, device, tuple(stream.shape)
-
-    def batch(self, positions: torch.Tensor) -> torch.Tensor:
-        samples = self.stream.batch(positions)
-        if self.device.type == "cuda":
-            samples = samples.pin_memory().to(self.device, non_blocking=True)
-        return image_normalize(samples, torch.float32) if samples.dtype == torch.uint8 else samples
-
-
-def open_domain(config: Config, role: str, philox: Philox, device: torch.device) -> DeviceStream:
-    """The source's or the target's stream."""
-    cache_bytes = int(config.data.cache_gib * 2**30)
-    return DeviceStream(open_stream(getattr(config.data, role), philox, role, cache_bytes), device)
-
-
 def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Experiment:
     """Everything that a run needs, freshly initialised."""
     torch.manual_seed(config.seed)
@@ -92,18 +74,20 @@ def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Expe
 
 
 def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment:
-    target = open_domain(config, "target", philox, world.device)
+    target = open_domain(config.data, "target", philox, world.device)
     if config.teacher is not None:
         start, weights = read_teacher(config.teacher)
         _check_shape(config.teacher, start, target.shape, "data.target")
         network_options, diffusion = start.network, start.diffusion
     else:
         network_options, diffusion, weights = config.network, config.diffusion or DiffusionOptions(), None
+    network_options = _with_dropout(network_options, config.teacher_stage.dropout)
     network = build_network(network_options, target.shape)
     if weights is not None:
         load_weights(network, weights, config.teacher)
     parameters = {"teacher": count_parameters(network)}
-    label = _class_label(config, network_options, world.device)
+    classes, target_class = getattr(network_options, "label_dim", 0), config.data.target_class
+    labels = training_labels(classes, target_class, target, world.device)
     options = config.teacher_stage
     engine = initialize_engine(network.to(world.device), options.optimizer, layout, config.train, config.deepspeed)
     stage = TeacherStage(
@@ -116,7 +100,7 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
         world.device,
         DTYPES[config.train.dtype],
         telemetry,
-        label,
+        labels,
     )
     export = ExportConfig(
         role="teacher", network=network_options, sample_shape=list(target.shape), diffusion=diffusion,
@@ -128,16 +112,27 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
         TrainingState({"teacher": engine}, ema),
         {"teacher": options.optimizer},
         export,
-        _teacher_picture(config, world, export, philox, target, label),
+        _teacher_picture(config, world, export, philox, target),
         parameters=parameters,
     )
 
 
-def _teacher_picture(config, world, export, philox, target, label) -> Picture:
+def _with_dropout(network_options, dropout: float | None):
+    """The options of a network with teacher_stage.dropout in place of its own; None keeps that."""
+    if dropout is None:
+        return network_options
+    if not hasattr(network_options, "dropout"):
+        raise InputError(f"teacher_stage.dropout: a network of kind {network_options.kind} has none, remove the key")
+    return network_options.model_copy(update={"dropout": dropout})
+
+
+def _teacher_picture(config, world, export, philox, target) -> Picture:
     write = picture_writer(config.telemetry.decoder, target.shape, world)
     if write is None:
         return no_picture
     count = config.telemetry.sample_count
+    classes = getattr(export.network, "label_dim", 0)
+    labels = varied_labels(classes, config.data.target_class, count, world.device)
     real = target.batch(torch.arange(count))
     noise = philox.normal(Stream.VALIDATION_NOISE, torch.arange(count), target.shape).to(world.device)
 
@@ -145,7 +140,6 @@ def _teacher_picture(config, world, export, philox, target, label) -> Picture:
         if not world.is_main:
             return
         network = rebuild(export, weights, "EMA").to(world.device)
-        labels = None if label is None else label.expand(count, -1)
         samples = heun_sample(
             lambda state, sigma: denoise(network, state, sigma, export.diffusion, labels),
             noise,
@@ -161,7 +155,7 @@ def _teacher_picture(config, world, export, philox, target, label) -> Picture:
 
 def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
     options = config.rdmd
-    source = open_domain(config, "source", philox, world.device)
+    source = open_domain(config.data, "source", philox, world.device)
     if config.teacher == "analytic":
         networks = _analytic_networks(config, source, world)
     else:
@@ -184,7 +178,7 @@ def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
         engines["fake_score"], optimizers["fake_score"] = fake_score, options.fake_optimizer
     else:
         fake_score = _closed_form_fake_score(generator.module, config.data.source, export.diffusion)
-    label = _class_label(config, export.network, world.device)
+    label = target_class_row(getattr(export.network, "label_dim", 0), config.data.target_class, world.device)
     reading = Reading.of(export.reading, export.diffusion, options.generator_sigma)
     stage = RDMD(
         options, export.diffusion, reading, generator, fake_score, teacher, source, philox, layout,
@@ -351,18 +345,6 @@ def _check_shape(folder: str, export: ExportConfig, shape: tuple[int, ...], key:
             f"teacher {folder}: is for samples of shape {tuple(export.sample_shape)}, {key} has {tuple(shape)}: "
             "pack the data at the teacher's resolution or train another teacher"
         )
-
-
-def _class_label(config: Config, network_options, device) -> torch.Tensor | None:
-    """One-hot row [1, classes] of data.target_class, or None for a network without classes."""
-    classes, target = getattr(network_options, "label_dim", 0), config.data.target_class
-    if not classes:
-        if target is not None:
-            raise InputError("data.target_class: the network has no classes, remove the key")
-        return None
-    if target is None or target >= classes:
-        raise InputError(f"data.target_class: the network has {classes} classes, name one from 0 to {classes - 1}")
-    return torch.nn.functional.one_hot(torch.tensor([target], device=device), classes).float()
 
 
 def _flops_per_sample(config: Config, experiment: Experiment) -> float:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -21,28 +22,33 @@ GREEK = str.maketrans({"λ": "lambda", "σ": "sigma", "α": "alpha", "ω": "omeg
 SOURCE_COLOUR, OUTPUT_COLOUR, TARGET_COLOUR = "#5b6b7d", "#d1495b", "#2a7f9e"
 
 
-def _write_png(path: str | Path, save: Callable[[Path], None]) -> None:
+def replace_file(path: str | Path, save: Callable[[IO[bytes]], None]) -> None:
     """Let ``save`` write a temporary file beside ``path``, then rename it: readers never see half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save(temporary)
+        with open(temporary, "wb") as file:
+            save(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _to_uint8(images) -> np.ndarray:
-    """Images [N, C, H, W] in [-1, 1] as RGB uint8 [N, H, W, 3]; one channel becomes grey.
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to the nearest of {0, ..., 255}, values outside cut off; same shape and device.
 
-    NaN is drawn as mid grey: a picture must not stop a training run.
+    NaN becomes mid grey: a picture must not stop a training run.
     """
-    images = torch.as_tensor(images).detach().float().cpu()
+    return ((images.detach().float().nan_to_num() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def _rgb_tiles(images) -> np.ndarray:
+    """Images [N, C, H, W] in [-1, 1] as RGB uint8 [N, H, W, 3]; one channel becomes grey."""
+    images = torch.as_tensor(images).cpu()
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise InputError(f"images have shape {list(images.shape)}: a grid takes [N, 1 or 3, H, W]")
-    pixels = ((images.nan_to_num() + 1) * 127.5).round().clamp(0, 255).byte()
-    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    return to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
 def image_grid(rows: Sequence[tuple[str, torch.Tensor]], path: str | Path, upscale: int | None = None) -> None:
@@ -52,7 +58,7 @@ def image_grid(rows: Sequence[tuple[str, torch.Tensor]], path: str | Path, upsca
     smoothing (by default so that the shorter side has at least 48 pixels). The file appears under its name
     only when complete. Raises InputError for no rows, differing sizes, and channels other than 1 or 3.
     """
-    labels, tiles = [label.translate(GREEK) for label, _ in rows], [_to_uint8(images) for _, images in rows]
+    labels, tiles = [label.translate(GREEK) for label, _ in rows], [_rgb_tiles(images) for _, images in rows]
     sizes = {batch.shape[1:3] for batch in tiles}
     if len(sizes) != 1:
         raise InputError(f"rows of a grid have image sizes {sorted(sizes)}: give at least one row, all of one size")
@@ -76,7 +82,7 @@ def image_grid(rows: Sequence[tuple[str, torch.Tensor]], path: str | Path, upsca
         enlarged = batch.repeat(upscale, axis=1).repeat(upscale, axis=2)
         for column, tile in enumerate(enlarged):
             canvas.paste(Image.fromarray(tile), (left + column * (width + GUTTER), top))
-    _write_png(path, lambda file: canvas.save(file, format="PNG"))
+    replace_file(path, lambda file: canvas.save(file, format="PNG"))
 
 
 def _label_width(label: str, font) -> int:
@@ -119,7 +125,7 @@ def toy_picture(source, output, target, path: str | Path, title: str = "", segme
     _frame(panels, *_common_limits([source, output, target]))
     if title:
         figure.suptitle(title, fontsize=14)
-    _write_png(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
 def _scatter(axes, points: np.ndarray, colour: str, title: str) -> None:

@@ -27,13 +27,16 @@ class Stream(enum.IntEnum):
     FAKE_NOISE = 7
     TEACHER_SIGMA = 8
     TEACHER_NOISE = 9
-    FLIP = 10
+    SOURCE_FLIP = 10
     HUE = 11
     SAMPLER = 12
     VALIDATION_SIGMA = 13
     VALIDATION_NOISE = 14
     EVALUATION = 15
     SPLIT = 16
+    TARGET_FLIP = 17
+    SAMPLER_CHURN = 18
+    SAMPLER_CLASS = 19
 
 
 class Philox:

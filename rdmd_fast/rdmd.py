@@ -16,7 +16,8 @@ from pydantic import Field
 
 from .costs import CostOptions
 from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, Reading, SigmaOptions
-from .distributed import BatchLayout, EMAOptions, OptimizerOptions
+from .distributed import BatchLayout, OptimizerOptions, loss_scale, take_step
+from .ema import EMAOptions
 from .kernels.denoising_loss import denoising_gradient
 from .kernels.inject import inject_gradient
 from .kernels.noise_forward import generator_noise_forward, noise_forward
@@ -140,6 +141,7 @@ class RDMD:
                     f_real, f_fake, f_generator, x, reading.skip, reading.scale, noise, table,
                     self.options.transport_weight, self.options.weighting,
                     self.options.cost.kind, self.options.cost.delta, batch_size=self.rank_batch, y=y,
+                    loss_scale=loss_scale(self.generator),
                 )  # fmt: skip
             outputs.append(y)
             with self.telemetry.phase("generator_backward"):
@@ -164,7 +166,9 @@ class RDMD:
                 network_input, _ = noise_forward(y, noise, table, self.dtype)
             with self.telemetry.phase("fake_forward"):
                 f_fake = self.fake_score(network_input, table.c_noise, self.class_labels)
-                gradient, losses = denoising_gradient(f_fake, y, noise, table, self.rank_batch)
+                gradient, losses = denoising_gradient(
+                    f_fake, y, noise, table, self.rank_batch, loss_scale(self.fake_score)
+                )
             with self.telemetry.phase("fake_backward"):
                 self._backward(self.fake_score, f_fake, gradient)
             self.telemetry.add("fake_loss", losses)
@@ -172,14 +176,14 @@ class RDMD:
         self.fake_updates_done += 1
 
     def _backward(self, engine, output: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Backpropagate a gradient that is known at the network's output, a mean over this rank's whole batch."""
-        engine.backward(inject_gradient(output, gradient, not engine.fp16_enabled()), scale_wrt_gas=False)
+        """Backpropagate a gradient known at the network's output: the loss scale times a mean over the rank's batch."""
+        engine.backward(inject_gradient(output, gradient, loss_scale(engine)), scale_wrt_gas=False)
 
     def _step(self, engine, name: str) -> None:
         with self.telemetry.phase("optimizer"):
             if engine.is_gradient_accumulation_boundary():
                 self.telemetry.before_step(name, engine)
-            engine.step()
+            take_step(engine, name)
 
     def _sources(self, micro: int) -> torch.Tensor:
         """Sources of the coming fake update: the generator's update shares them, and fresh rollouts follow on."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from .distributed import World
+from .distributed import World, loss_scale
 from .options import Options
 from .runtime import write_atomically
 
@@ -96,7 +96,8 @@ class Telemetry:
             self._norms[name] = engine
             return
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        self._norms[name] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norms = torch._foreach_norm(gradients, dtype=torch.float32)
+        self._norms[name] = torch.linalg.vector_norm(torch.stack(norms)) / loss_scale(engine)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -128,7 +129,8 @@ class Telemetry:
         line = {"step": step + 1, "samples": (step + 1) * self.global_batch, **self._means(), **extra}
         for name, norm in self._norms.items():
             value = norm.get_global_grad_norm() if hasattr(norm, "get_global_grad_norm") else norm
-            if value is not None:
+            # An update that is skipped for overflowing has none.
+            if value is not None and math.isfinite(value):
                 line[f"grad_norm/{name}"] = float(value)
         self._norms.clear()
         line |= self._times(step)

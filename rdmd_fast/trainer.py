@@ -145,7 +145,7 @@ class Training:
 
     def train(self) -> bool:
         """Iterate to the end; True if a signal came first."""
-        from .distributed import set_learning_rate
+        from .distributed import loss_scaling_metrics, set_learning_rate
 
         options, engines = self.config, self.state.engines
         stopped = self.stopping()
@@ -159,7 +159,7 @@ class Training:
             }
             self.stage.iteration(self.step)
             self.state.ema.update(self.step)
-            self.telemetry.end_iteration(self.step, rates)
+            self.telemetry.end_iteration(self.step, rates | loss_scaling_metrics(engines))
             self.step += 1
             if self.due(options.telemetry.sample_every):
                 self.look(f"step_{self.step:08d}.png", self.state.ema.gather())

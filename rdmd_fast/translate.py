@@ -218,7 +218,9 @@ def _write_arrays(folder: Path, names: list[str], latents: torch.Tensor) -> None
 
 
 def _write_images(folder: Path, names: list[str], images: torch.Tensor) -> None:
-    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    from .figures import to_uint8
+
+    pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     for name, image in zip(names, pixels, strict=True):
         picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
         _replace(folder / f"{name}.png", lambda file, picture=picture: picture.save(file, format="PNG"))

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -6,12 +7,14 @@ import torch
 from scipy import stats
 
 from rdmd_fast.diffusion import (
+    Churn,
     DiffusionOptions,
     ForwardProcess,
     KarrasUniformSigma,
     LogNormalSigma,
     LogUniformSigma,
     Reading,
+    churn_noise,
     coefficients,
     denoise,
     heun_sample,
@@ -179,3 +182,83 @@ def test_generator_reads_the_teacher_as_its_denoiser_at_generator_sigma():
         options = DiffusionOptions(parameterization=kind)
         expected = denoise(network, x, torch.tensor(1.0), options)
         torch.testing.assert_close(Reading.of("teacher", options, 1.0)(network, x), expected, rtol=1e-6, atol=1e-6)
+
+
+# -- stochastic sampling -----------------------------------------------------------------------------------------------
+
+MEAN, DEVIATION = 0.5, 0.8
+STOCHASTIC = Churn(amount=5.0, sigma_min=2.0, sigma_max=10.0, noise=1.2)
+
+
+def gaussian_denoiser(state, sigma):
+    """Exact for data N(MEAN, DEVIATION²): linear in the state, so that a sampler keeps it Gaussian."""
+    share = float(DEVIATION**2 / (DEVIATION**2 + sigma**2))
+    return MEAN + share * (state - MEAN)
+
+
+def stochastic_heun(positions, steps=12, churn=STOCHASTIC, seed=3):
+    philox, shape = Philox(seed), (2, 3)
+    noise = philox.normal(Stream.SAMPLER, positions, shape)
+    return heun_sample(gaussian_denoiser, noise, karras_levels(steps), churn, churn_noise(philox, positions, shape))
+
+
+def moments_of_algorithm_2(levels, churn):
+    """Mean and variance after EDM's Algorithm 2 for ``gaussian_denoiser``, by the affine map that each step is."""
+    steps, mean, variance = len(levels) - 1, 0.0, levels[0] ** 2
+    for now, following in itertools.pairwise(levels):
+        gamma = min(churn.amount / steps, 2**0.5 - 1) if churn.sigma_min <= now <= churn.sigma_max else 0.0
+        raised = now + gamma * now
+        variance += (raised**2 - now**2) * churn.noise**2
+
+        def slope(x, sigma):
+            return (x - MEAN) * (1 - DEVIATION**2 / (DEVIATION**2 + sigma**2)) / sigma
+
+        def step(x, raised=raised, following=following, slope=slope):
+            euler = x + (following - raised) * slope(x, raised)
+            if following == 0:
+                return euler
+            return x + (following - raised) * (slope(x, raised) + slope(euler, following)) / 2
+
+        gain = step(1.0) - step(0.0)
+        mean, variance = step(mean), gain**2 * variance
+    return mean, variance
+
+
+def test_stochastic_heun_has_the_moments_of_algorithm_2():
+    samples = stochastic_heun(torch.arange(20_000)).double()
+    mean, variance = moments_of_algorithm_2(karras_levels(12).tolist(), STOCHASTIC)
+    count = samples.numel()
+    assert abs(samples.mean() - mean) < 4 * math.sqrt(variance / count)
+    assert abs(samples.var() / variance - 1) < 4 * math.sqrt(2 / count)
+    # The test tells the options apart: without S_noise or either bound the variance is another one.
+    for other in (Churn(5.0, 2.0, 10.0, 1.0), Churn(5.0, 0.0, 10.0, 1.2), Churn(5.0, 2.0, math.inf, 1.2), Churn()):
+        assert abs(moments_of_algorithm_2(karras_levels(12).tolist(), other)[1] / variance - 1) > 0.06
+
+
+def test_stochastic_heun_samples_the_data_distribution():
+    """As the steps get small, fresh noise and its removal cancel (S_noise = 1)."""
+    samples = stochastic_heun(torch.arange(8_000), steps=256, churn=Churn(amount=40.0)).double()
+    count = samples.numel()
+    assert abs(samples.mean() - MEAN) < 4 * DEVIATION / math.sqrt(count)
+    assert abs(samples.var() / DEVIATION**2 - 1) < 4 * math.sqrt(2 / count) + 4e-3  # what 256 steps leave
+
+
+def test_stochastic_samples_depend_on_seed_and_position_alone():
+    whole = stochastic_heun(torch.arange(10))
+    parts = [stochastic_heun(part) for part in torch.arange(10).split(3)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(stochastic_heun(torch.arange(10), seed=4), whole)
+
+
+def test_no_churn_is_the_deterministic_sampler():
+    noise = Philox(3).normal(Stream.SAMPLER, torch.arange(10), (2, 3))
+    plain = heun_sample(gaussian_denoiser, noise, karras_levels(12))
+    assert torch.equal(stochastic_heun(torch.arange(10), churn=Churn()), plain)
+    outside = Churn(amount=6.0, sigma_min=100.0)  # no level lies there
+    assert torch.equal(stochastic_heun(torch.arange(10), churn=outside), plain)
+
+
+def test_fresh_noise_differs_from_step_to_step():
+    fresh = churn_noise(Philox(3), torch.arange(2000), (2,))
+    first, second = fresh(0).flatten(), fresh(1).flatten()
+    assert abs(torch.corrcoef(torch.stack((first, second)))[0, 1]) < 4 / math.sqrt(4000)

@@ -12,8 +12,8 @@ def test_stream_values_are_fixed_and_distinct():
     # Any change here changes every run that was ever recorded.
     names = """
         SOURCE_ORDER TARGET_ORDER SOURCE_POINTS TARGET_POINTS GENERATOR_SIGMA GENERATOR_NOISE FAKE_SIGMA
-        FAKE_NOISE TEACHER_SIGMA TEACHER_NOISE FLIP HUE SAMPLER VALIDATION_SIGMA VALIDATION_NOISE
-        EVALUATION SPLIT
+        FAKE_NOISE TEACHER_SIGMA TEACHER_NOISE SOURCE_FLIP HUE SAMPLER VALIDATION_SIGMA VALIDATION_NOISE
+        EVALUATION SPLIT TARGET_FLIP SAMPLER_CHURN SAMPLER_CLASS
     """
     for value, name in enumerate(names.split()):
         assert Stream[name] == value
@@ -40,7 +40,7 @@ def test_empty_batches_keep_their_shape():
 
 
 def test_uniform_is_fp64_in_the_open_interval():
-    u = Philox(3).uniform(Stream.FLIP, range(1000), 4)
+    u = Philox(3).uniform(Stream.SPLIT, range(1000), 4)
     assert u.shape == (1000, 4) and u.dtype == torch.float64
     assert 0 < u.min() < 0.01 and 0.99 < u.max() < 1
 

@@ -21,6 +21,11 @@ class DataOptions(Options):
     target_class: int | None = Field(
         None, ge=0, description="class of the target domain, for a class-conditional teacher"
     )
+    flip: bool = Field(
+        False,
+        description="mirror training samples of both domains left to right with probability 1/2, held-out ones never "
+        "(EDM: on for FFHQ and AFHQv2; ours: off, since digits, text and asymmetric objects must not be)",
+    )
     cache_gib: float = Field(
         4.0,
         ge=0,

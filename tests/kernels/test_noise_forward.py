@@ -98,7 +98,7 @@ def test_chunk_sums_follow_element_order():
 def test_injected_gradient_does_what_backpropagation_would(dtype):
     weight = samples(4).to(dtype).requires_grad_()
     gradient = samples(4, seed=1).to(dtype)
-    objective = inject_gradient(weight * 2, gradient, unit_upstream=True)
+    objective = inject_gradient(weight * 2, gradient, loss_scale=1.0)
     assert objective.item() == 0 and objective.ndim == 0
     objective.backward()
     assert torch.equal(weight.grad, 2 * gradient)
@@ -109,6 +109,22 @@ def test_injected_gradient_is_scaled_by_what_arrives_or_refuses_it():
     (inject_gradient(output, gradient) * 0.25).backward()
     torch.testing.assert_close(output.grad, gradient / 4)
     with pytest.raises(RuntimeError, match="promised"):
-        (inject_gradient(output, gradient, unit_upstream=True) * 0.25).backward()
+        (inject_gradient(output, gradient, loss_scale=1.0) * 0.25).backward()
     with pytest.raises(ValueError, match="gradient is"):
         inject_gradient(output, gradient.bfloat16())
+
+
+def test_injected_gradient_that_holds_the_loss_scale_is_not_scaled_again():
+    output, gradient = samples(4).half().requires_grad_(), samples(4, seed=1).half()
+    for upstream in (1.0, 2.0**17):  # DeepSpeed's start at ZeRO 0, and elsewhere
+        output.grad = None
+        (inject_gradient(output, gradient, loss_scale=2.0**17) * upstream).backward()
+        assert torch.equal(output.grad, gradient)
+    with pytest.raises(RuntimeError, match="promised"):
+        (inject_gradient(output, gradient, loss_scale=2.0**17) * 2.0**16).backward()
+
+
+def test_a_scale_outside_fp16_is_applied_in_fp32():
+    output, gradient = samples(4).half().requires_grad_(), torch.full_like(samples(4), 2**-10).half()
+    (inject_gradient(output, gradient) * 2.0**17).backward()
+    assert torch.equal(output.grad, torch.full_like(gradient, 2**7))

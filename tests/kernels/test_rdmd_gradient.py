@@ -116,6 +116,22 @@ def test_generator_form_is_the_chain_rule_through_its_reading(weighting):
     torch.testing.assert_close(by_y - without, 0.3 * extra / 9, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "dmd"])
+def test_loss_scale_enters_before_the_gradient_is_rounded_to_fp16(weighting):
+    f_real, f_fake, f_generator, x, noise = batch((3, 20, 20))
+    table = coefficients(SIGMAS, DiffusionOptions(), weighting)
+    arguments = 0.8, -0.4, noise, table, 0.3, weighting
+    exact, _ = generator_gradient(f_real, f_fake, f_generator, x, *arguments, batch_size=2**28)
+    lost, _ = generator_gradient(f_real, f_fake, f_generator.half(), x, *arguments, batch_size=2**28)
+    kept, _ = generator_gradient(
+        f_real, f_fake, f_generator.half(), x, *arguments, batch_size=2**28, loss_scale=2.0**20
+    )
+    assert lost.dtype == kept.dtype == torch.float16
+    assert (lost == 0).float().mean() > 0.5
+    # f_generator itself is rounded to fp16, which reaches the transport cost.
+    torch.testing.assert_close(kept.float() / 2**20, exact, rtol=2e-3, atol=2e-3 * float(exact.abs().mean()))
+
+
 def test_unknown_weighting_and_cost_are_refused():
     f_real, f_fake, y, x, noise = batch((4,))
     table = coefficients(SIGMAS, DiffusionOptions())
