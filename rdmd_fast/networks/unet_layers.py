@@ -109,7 +109,7 @@ class Conv2d(nn.Module):
 
     def repeat_and_convolve(self, x: Tensor) -> Tensor:
         """Nearest repetition and a 3x3 convolution as one transposed 4x4 convolution: 4 products for 9."""
-        kernel = self.weight.transpose(0, 1).flatten(2) @ self.taps_to_transposed
+        kernel = self.weight.transpose(0, 1).flatten(2) @ self.taps_to_transposed.to(self.weight.dtype)
         return F.conv_transpose2d(x, kernel.unflatten(2, (4, 4)), self.bias, stride=2, padding=1)
 
     def upsample(self, x: Tensor) -> Tensor:
