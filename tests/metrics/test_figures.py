@@ -61,7 +61,7 @@ def test_a_failed_write_leaves_the_old_picture_and_no_scraps(tmp_path, monkeypat
     before = path.read_bytes()
 
     def interrupted(self, file, **_):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", interrupted)
