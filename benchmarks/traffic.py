@@ -46,6 +46,8 @@ class TorchTraffic(TorchDispatchMode):
         kwargs = kwargs or {}
         launches = self.traffic.launches
         result = function(*args, **kwargs)
+        if function.namespace == "prim":
+            return result  # a question to a fake tensor, such as its device
         if function.namespace != "aten":
             # An operation of ours: its Triton launches were counted. Had there been none, its cost would be missed.
             if self.traffic.launches == launches and self._large((args, kwargs, result)):

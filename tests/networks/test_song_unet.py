@@ -12,6 +12,8 @@ from rdmd_fast.kernels.group_norm_silu import group_norm_silu
 from rdmd_fast.networks.song_unet import SongUNet
 from rdmd_fast.networks.unet_layers import Conv2d, UNetBlock
 
+from .unet_reference import PlainSongUNet, assert_gradients_match_finite_differences, inputs, randomised, silu
+
 DDPMPP = dict(
     img_resolution=16,
     in_channels=3,
@@ -26,6 +28,8 @@ DDPMPP = dict(
 NCSNPP = DDPMPP | dict(
     embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=[1, 3, 3, 1]
 )
+# The shrunken image enters every level, and every level adds to the output.
+SKIPPING = DDPMPP | dict(encoder_type="skip", decoder_type="skip", resample_filter=[1, 3, 3, 1])
 SMALL = dict(img_resolution=8, model_channels=8, channel_mult=[1, 2, 2], attn_resolutions=[4], label_dim=3)
 
 
@@ -34,133 +38,21 @@ def seeded():
     torch.manual_seed(0)
 
 
-def randomised(config: dict, dtype=torch.float64) -> SongUNet:
-    """A network whose every parameter matters: none is near zero."""
-    generator = torch.Generator().manual_seed(0)
-    network = SongUNet(**config).to(dtype)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            fan_in = max(1, parameter[0].numel())
-            parameter.copy_(0.3 * noise + 1 if parameter.ndim == 1 else noise / math.sqrt(fan_in))
-    return network.eval()
-
-
-def inputs(config: dict, batch: int = 3) -> dict:
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    size = config["img_resolution"]
-    call = dict(x=normal(batch, 3, size, size), c_noise=normal(batch))
-    if config.get("label_dim"):
-        call["class_labels"] = torch.eye(config["label_dim"], dtype=torch.float64)[:batch]
-    if config.get("augment_dim"):
-        call["augment_labels"] = normal(batch, config["augment_dim"])
-    return call
-
-
-class Plain:
-    """SongUNet as the papers describe it, read off a state dict: explicit filters, moments and softmax."""
-
-    def __init__(self, network: SongUNet, config: dict):
-        self.state = network.state_dict()
-        self.taps = torch.tensor(config.get("resample_filter", [1, 1]), dtype=torch.float64)
-        self.fourier = config.get("embedding_type") == "fourier"
-
-    def linear(self, name, x):
-        return x @ self.state[f"{name}.weight"].T + self.state.get(f"{name}.bias", 0)
-
-    def conv(self, name, x, padding=None):
-        weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
-        padding = weight.shape[-1] // 2 if padding is None else padding
-        return F.conv2d(x, weight, padding=padding) + bias[:, None, None]
-
-    def smooth(self, x, padding):
-        kernel = self.taps.outer(self.taps) / self.taps.sum() ** 2
-        return F.conv2d(x, kernel.repeat(x.shape[1], 1, 1, 1), padding=padding, groups=x.shape[1])
-
-    def down(self, x):
-        return self.smooth(x, (len(self.taps) - 1) // 2)[:, :, ::2, ::2]
-
-    def up(self, x):
-        """Insert zeros between the pixels, then smooth, keeping the mean."""
-        zeros = x.new_zeros(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
-        zeros[:, :, ::2, ::2] = x
-        return 4 * self.smooth(F.pad(zeros, (1, 0, 1, 0)), (len(self.taps) - 2) // 2)
-
-    def norm(self, name, x):
-        weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
-        grouped = x.reshape(len(x), min(32, x.shape[1] // 4), -1)
-        mean, var = grouped.mean(2, keepdim=True), grouped.var(2, keepdim=True, correction=0)
-        normed = ((grouped - mean) / (var + 1e-6).sqrt()).reshape(x.shape)
-        return normed * weight[:, None, None] + bias[:, None, None]
-
-    def attend(self, name, x):
-        """One head; channel 3 c + i of qkv is channel c of query, key or value."""
-        batch, channels = x.shape[:2]
-        qkv = self.conv(f"{name}.qkv", self.norm(f"{name}.norm2", x)).reshape(batch, channels, 3, -1)
-        q, k, v = qkv.unbind(2)
-        logits = torch.einsum("ncq,nck->nqk", q, k) / math.sqrt(channels)
-        weights = logits.exp() / logits.exp().sum(2, keepdim=True)
-        attended = torch.einsum("nqk,nck->ncq", weights, v).reshape(x.shape)
-        return (x + self.conv(f"{name}.proj", attended)) / math.sqrt(2)
-
-    def block(self, name, x, embedding):
-        resample = self.up if name.endswith("_up") else self.down if name.endswith("_down") else lambda y: y
-        h = self.conv(f"{name}.conv0", resample(silu(self.norm(f"{name}.norm0", x))))
-        h = h + self.linear(f"{name}.affine", embedding)[:, :, None, None]
-        h = self.conv(f"{name}.conv1", silu(self.norm(f"{name}.norm1", h)))
-        if f"{name}.skip.weight" in self.state:
-            x = self.conv(f"{name}.skip", resample(x))
-        h = (h + x) / math.sqrt(2)
-        return self.attend(name, h) if f"{name}.qkv.weight" in self.state else h
-
-    def embed(self, c_noise, class_labels, augment_labels):
-        half = self.state["map_layer0.weight"].shape[1] // 2
-        if self.fourier:
-            freqs = 2 * math.pi * self.state["map_noise.freqs"].double()
-        else:
-            freqs = torch.tensor([10000 ** (-i / (half - 1)) for i in range(half)], dtype=torch.float64)
-        phase = c_noise[:, None] * freqs
-        embedding = torch.cat([phase.sin(), phase.cos()], dim=1)
-        if class_labels is not None:
-            embedding = embedding + self.linear("map_label", class_labels * math.sqrt(class_labels.shape[1]))
-        if augment_labels is not None:
-            embedding = embedding + self.linear("map_augment", augment_labels)
-        return silu(self.linear("map_layer1", silu(self.linear("map_layer0", embedding))))
-
-    def __call__(self, x, c_noise, class_labels=None, augment_labels=None):
-        embedding = self.embed(c_noise, class_labels, augment_labels)
-        names = list(dict.fromkeys(".".join(key.split(".")[:2]) for key in self.state if key[:3] in ("enc", "dec")))
-        skips, aux = [], x
-        for name in (name for name in names if name.startswith("enc")):
-            if name.endswith("aux_residual"):  # convolve on a padded image, then smooth and keep every other pixel
-                padding = 1 + (len(self.taps) - 1) // 2
-                x = aux = skips[-1] = (x + self.smooth(self.conv(name, aux, padding), 0)[:, :, ::2, ::2]) / math.sqrt(2)
-                continue
-            x = self.conv(name, x) if name.endswith("_conv") else self.block(name, x, embedding)
-            skips.append(x)
-        for name in (name for name in names if name.startswith("dec") and "aux" not in name):
-            x = torch.cat([x, skips.pop()], dim=1) if "block" in name else x
-            x = self.block(name, x, embedding)
-        assert not skips
-        return self.conv(names[-1], silu(self.norm(names[-2], x)))
-
-
-def silu(x):
-    return x / (1 + torch.exp(-x))
+def song(config: dict, dtype=torch.float64) -> SongUNet:
+    return randomised(SongUNet(**config), dtype)
 
 
 @pytest.mark.parametrize(
     "config",
-    [DDPMPP, NCSNPP, DDPMPP | SMALL, NCSNPP | SMALL],
-    ids=["ddpmpp", "ncsnpp", "ddpmpp-class", "ncsnpp-class"],
-)
+    [
+        DDPMPP, NCSNPP, DDPMPP | SMALL, NCSNPP | SMALL, SKIPPING, SKIPPING | SMALL | dict(resample_filter=[1, 1]),
+        SKIPPING | SMALL | dict(encoder_type="residual"), NCSNPP | SMALL | dict(encoder_type="skip"),
+    ],
+    ids=["ddpmpp", "ncsnpp", "ddpmpp-class", "ncsnpp-class", "skip", "skip-box", "residual-to-skip", "skip-in-only"],
+)  # fmt: skip
 def test_network_equals_plain_formulation(config):
-    network, call = randomised(config), inputs(config)
-    expected = Plain(network, config)(**call)
+    network, call = song(config), inputs(config)
+    expected = PlainSongUNet(network, config)(**call)
     with torch.no_grad():
         actual = network(**call)
     # Frequencies are fp32 whatever the network's dtype, hence not 1e-12.
@@ -191,6 +83,27 @@ def test_ncsnpp_state_dict_has_edm_names_and_shapes():
         "enc.8x8_aux_residual.resample_filter": (1, 1, 4, 4),
     }
     assert {name: tuple(value.shape) for name, value in SongUNet(**NCSNPP).state_dict().items()} == expected
+
+
+def test_skip_state_dict_has_edm_names_and_shapes():
+    """aux_down and aux_up only resample; each level above the innermost has them, and every level its own output."""
+    config = dict(img_resolution=16, in_channels=3, out_channels=2, model_channels=8, channel_mult=[1, 2, 2])
+    network = SongUNet(**config, encoder_type="skip", decoder_type="skip", resample_filter=[1, 3, 3, 1])
+    expected = {}
+    for size, entering in ((8, 8), (4, 16)):
+        expected[f"enc.{size}x{size}_aux_down.resample_filter"] = (1, 1, 4, 4)
+        expected[f"enc.{size}x{size}_aux_skip.weight"] = (entering, 3, 1, 1)
+        expected[f"enc.{size}x{size}_aux_skip.bias"] = (entering,)
+    for size, width in ((4, 16), (8, 16), (16, 8)):
+        if size > 4:
+            expected[f"dec.{size}x{size}_aux_up.resample_filter"] = (1, 1, 4, 4)
+        expected |= {f"dec.{size}x{size}_aux_norm.{part}": (width,) for part in ("weight", "bias")}
+        expected[f"dec.{size}x{size}_aux_conv.weight"] = (2, width, 3, 3)
+        expected[f"dec.{size}x{size}_aux_conv.bias"] = (2,)
+    state = network.state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items() if "aux" in name} == expected
+    names = [name.removeprefix("16x16_") for name in network.dec if name.startswith("16x16_")]
+    assert names[0] == "up" and names[-3:] == ["aux_up", "aux_norm", "aux_conv"]
 
 
 def test_edm_64_pixel_configuration_has_its_published_size():
@@ -237,26 +150,13 @@ def test_resampling_convolutions_equal_explicit_filters(kernel, taps, way):
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)  # the filter buffer is fp32
 
 
-@pytest.mark.parametrize("config", [DDPMPP | SMALL, NCSNPP | SMALL], ids=["ddpmpp", "ncsnpp"])
+@pytest.mark.parametrize("config", [DDPMPP | SMALL, NCSNPP | SMALL, SKIPPING | SMALL], ids=["ddpmpp", "ncsnpp", "skip"])
 def test_gradients_match_finite_differences(config):
-    network, call = randomised(config), inputs(config, batch=2)
-    weights = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    tensors = [call["x"].requires_grad_(), *network.parameters()]
-    gradients = torch.autograd.grad((network(**call) * weights).sum(), tensors)
-    for tensor, gradient in zip(tensors, gradients, strict=True):
-        direction, step = torch.randn_like(tensor), 1e-5
-        with torch.no_grad():
-            values = []
-            for sign in (1, -2):
-                tensor += sign * step * direction
-                values.append((network(**call) * weights).sum())
-            tensor += step * direction
-        numeric = (values[0] - values[1]) / (2 * step)
-        torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-5, atol=1e-5)
+    assert_gradients_match_finite_differences(song(config), inputs(config, batch=2))
 
 
 def test_samples_do_not_influence_each_other():
-    network, call = randomised(NCSNPP | SMALL), inputs(NCSNPP | SMALL)
+    network, call = song(NCSNPP | SMALL), inputs(NCSNPP | SMALL)
     with torch.no_grad():
         together = network(**call)
         alone = [network(**{name: value[i : i + 1] for name, value in call.items()}) for i in range(3)]
@@ -281,7 +181,7 @@ def test_initial_output_is_near_zero_and_residual_branches_are_almost_closed():
 
 
 def test_no_class_means_zero_labels_and_label_dropout_only_acts_in_training():
-    network = randomised(DDPMPP | SMALL | dict(label_dropout=1.0))
+    network = song(DDPMPP | SMALL | dict(label_dropout=1.0))
     call = inputs(DDPMPP | SMALL)
     labelled, unlabelled = network(**call), network(**call | dict(class_labels=None))
     torch.testing.assert_close(unlabelled, network(**call | dict(class_labels=torch.zeros(3, 3))))
@@ -291,7 +191,7 @@ def test_no_class_means_zero_labels_and_label_dropout_only_acts_in_training():
 
 @pytest.mark.parametrize("config", [DDPMPP, NCSNPP], ids=["ddpmpp", "ncsnpp"])
 def test_bf16_network_keeps_input_dtype_and_exact_frequencies(config):
-    network = randomised(config, torch.float32)
+    network = song(config, torch.float32)
     x, c_noise = torch.randn(2, 3, 16, 16), torch.randn(2)
     with torch.no_grad():
         expected, frequencies = network(x, c_noise), network.map_noise.freqs.clone()
@@ -302,7 +202,7 @@ def test_bf16_network_keeps_input_dtype_and_exact_frequencies(config):
 
 
 def test_memory_format_of_input_and_weights_does_not_matter():
-    network, call = randomised(NCSNPP, torch.float32), inputs(NCSNPP)
+    network, call = song(NCSNPP, torch.float32), inputs(NCSNPP)
     call = {name: value.float() for name, value in call.items()}
     expected = network(**call)
     assert expected.is_contiguous(memory_format=torch.channels_last)
@@ -312,7 +212,7 @@ def test_memory_format_of_input_and_weights_does_not_matter():
 
 
 def test_traces_into_one_graph():
-    network, call = randomised(NCSNPP | SMALL), inputs(NCSNPP | SMALL)
+    network, call = song(NCSNPP | SMALL), inputs(NCSNPP | SMALL)
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(**call), network(**call))
 
