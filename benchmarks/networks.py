@@ -4,7 +4,8 @@
 
 Both compute the same function of the same weights: outputs and gradients are compared before anything is timed. Rounds
 are taken in turn and each side's best counts, since machines are shared. A row "against plain fp32" sets ours in bf16
-beside the plain formulation in fp32, as a user meets it who leaves everything at its default.
+beside the plain formulation in fp32, as a user meets it who leaves everything at its default. MFU is of the plain
+formulation's FLOPs against a matrix product measured in the same run.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import json
+import math
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from rdmd_fast.networks.dhariwal_unet import DhariwalUNet
 from rdmd_fast.networks.song_unet import SongUNet
@@ -131,6 +135,30 @@ def resident(field: str) -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
 
 
+@functools.cache
+def matmul_peak(dtype: str) -> float:
+    """FLOP/s of the best of a few large square matrix products: what this machine can do at all."""
+    size = 8192 if CUDA else 2048
+    a, b = (torch.randn(size, size, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
+    best = math.inf
+    for _ in range(10 if CUDA else 4):
+        start = time.perf_counter()
+        a @ b
+        if CUDA:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+@functools.cache
+def flops_per_image(case: str) -> int:
+    """Of the plain formulation's forward and backward pass, so that both sides are credited with the same work."""
+    step = steps(case, 1, "fp32")[1]
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def measure(case: str, batch: int, rounds: int, compiled: bool) -> list[dict]:
     """A row for each dtype, and one of bf16 against plain fp32."""
     rows, plain_fp32 = [], None
@@ -149,19 +177,21 @@ def measure(case: str, batch: int, rounds: int, compiled: bool) -> list[dict]:
             min(column) for column in zip(*([seconds(side) for side in sides] for _ in range(rounds)), strict=True)
         ]
         name = f"{case}, batch {batch}" + (", compiled" if compiled else "")
-        rows.append(row(name, dtype, times[0], times[1], peaks[0], peaks[1]))
-        if len(sides) == 3:
-            rows.append(row(f"{name}, against plain fp32", dtype, times[0], times[2], peaks[0], peaks[2]))
+        for other, suffix, other_dtype in ((1, "", dtype), (2, ", against plain fp32", "fp32"))[: len(sides) - 1]:
+            pair = [(times[side], peaks[side]) for side in (0, other)]
+            rows.append(row(case, name + suffix, (dtype, other_dtype), batch, *pair))
         del ours, plain, sides
     return rows
 
 
-def row(case: str, dtype: str, mine: float, plain: float, peak: int, plain_peak: int) -> dict:
-    device = torch.cuda.get_device_name() if CUDA else "cpu"
-    return {
-        "case": case, "dtype": dtype, "device": device, "seconds": mine, "plain_seconds": plain, "ratio": plain / mine,
-        "peak_bytes": peak, "plain_peak_bytes": plain_peak,
-    }  # fmt: skip
+def row(case: str, name: str, dtypes: tuple[str, str], batch: int, ours: tuple, plain: tuple) -> dict:
+    """One line of the results from (seconds, peak bytes) of both sides."""
+    entry = {"case": name, "dtype": dtypes[0], "device": torch.cuda.get_device_name() if CUDA else "cpu"}
+    for prefix, dtype, (duration, peak) in (("", dtypes[0], ours), ("plain_", dtypes[1], plain)):
+        entry[f"{prefix}seconds"], entry[f"{prefix}peak_bytes"] = duration, peak
+        entry[f"{prefix}images_per_second"] = batch / duration
+        entry[f"{prefix}mfu"] = batch * flops_per_image(case) / duration / matmul_peak(dtype)
+    return entry | {"ratio": plain[0] / ours[0]}
 
 
 def traffic_rows(case: str) -> dict:
@@ -204,7 +234,9 @@ def format_row(entry: dict) -> str:
     mebi = entry["peak_bytes"] / 2**20, entry["plain_peak_bytes"] / 2**20
     return (
         f"{entry['case']:<48} {entry['dtype']}  {entry['seconds']:9.4f} s    plain {entry['plain_seconds']:9.4f} s    "
-        f"ratio {entry['ratio']:.2f}  peak {mebi[0]:.0f} MiB, plain {mebi[1]:.0f} MiB"
+        f"ratio {entry['ratio']:.2f}  images/s {entry['images_per_second']:.1f}, plain "
+        f"{entry['plain_images_per_second']:.1f}  MFU {entry['mfu']:.0%}, plain {entry['plain_mfu']:.0%}  "
+        f"peak {mebi[0]:.0f} MiB, plain {mebi[1]:.0f} MiB"
     )
 
 

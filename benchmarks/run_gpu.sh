@@ -26,3 +26,4 @@ unset RDMD_KERNELS TRITON_INTERPRET
 "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_kernels.py \
   --benchmark-json "$results/kernels.json" --benchmark-columns=median --benchmark-quiet
 "$PYTHON" -m benchmarks.report "$results/kernels.json" --out "$results/kernels.png"
+"$PYTHON" -m benchmarks.networks --case songunet64 adm64 --batch 32 --compile --json "$results/networks.json"

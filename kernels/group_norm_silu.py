@@ -421,7 +421,7 @@ def static_cases() -> list:
         modulation = dict.fromkeys(("weight", "bias", "scale", "shift", "addend", "modulation"), dtype)
         floats = dict.fromkeys(("table", "partials", "contributions", "slopes"), "fp32")
         pointers = {name: f"*{of}" for name, of in {**pointers, **modulation, **floats}.items()}
-        absent = ("addend",) if modulated else ("scale", "shift")
+        absent = ("addend", "branch") if modulated else ("scale", "shift")
         signature = {}
         for name in kernel.arg_names:
             if name in absent or name in constants or name.isupper():
@@ -440,7 +440,7 @@ def static_cases() -> list:
     resident += [(512, 64, 32, True, "bf16"), (256, 256, 32, False, "bf16")]
     for channels, pixels, groups, last, dtype in resident:
         shape = f"{channels}x{pixels}{'' if last else '/contiguous'}"
-        sharing = sizes[dtype]
+        sharing = 2 if channels == 128 else sizes[dtype]  # the modulated norm has no other branch
         for tensors, kernel in ((1, kernels.resident_forward_kernel), (sharing, kernels.resident_backward_kernel)):
             plan = plan_resident((8, channels, pixels), groups, sizes[dtype], last, tensors)
             cases.append(case(kernel, plan, shape, dtype, channels == 128, SILU=True))
