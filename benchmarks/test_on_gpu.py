@@ -19,10 +19,11 @@ from rdmd_fast.kernels import _dispatch, philox
 from rdmd_fast.kernels.coefficients import Coefficients
 from rdmd_fast.kernels.denoising_loss import denoising_gradient
 from rdmd_fast.kernels.ema_update import ema_update
-from rdmd_fast.kernels.group_norm_silu import group_norm_silu
+from rdmd_fast.kernels.group_norm_silu import branching_group_norm_silu, group_norm_silu
 from rdmd_fast.kernels.image_normalize import image_normalize
 from rdmd_fast.kernels.noise_forward import CounterNoise, generator_noise_forward, noise_forward
 from rdmd_fast.kernels.rdmd_gradient import COSTS, WEIGHTINGS, generator_gradient, rdmd_gradient
+from rdmd_fast.kernels.scaled_residual import scaled_residual
 
 pytestmark = pytest.mark.skipif(not (CUDA or _dispatch.INTERPRETED), reason="no GPU, and no interpreter")
 
@@ -144,6 +145,33 @@ def test_normalization_forward_and_backward(monkeypatch, shape, modulated, chann
 
     inputs = x, random((channels,), 3), random((channels,), 4), *modulation, *addend
     assert_close(*both(monkeypatch, forward_and_backward, dy, *inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 16, 4, 4), (2, 32, 7, 9)] + [(2, 128, 64, 64)] * CUDA)
+def test_residual_block_ways(monkeypatch, shape, dtype):
+    """The norm with another branch, and the residual sum, also for the gradient of a slice of channels."""
+    channels = shape[1]
+
+    def forward_and_backward(x, weight, bias, gradient):
+        x = x.detach().requires_grad_()
+        y, past = branching_group_norm_silu(x, weight, bias, channels // 4, 1e-5)
+        total = torch.cat([scaled_residual(y * 1, past, 0.5**0.5), past], dim=1)
+        return total.detach(), torch.autograd.grad(total, x, gradient)
+
+    n, _, height, width = shape
+    arguments = random(shape, 1, dtype), random((channels,), 2), random((channels,), 3)
+    gradient = random((n, 2 * channels, height, width), 4, dtype)
+    assert_close(*both(monkeypatch, forward_and_backward, *arguments, gradient))
+
+
+@pytest.mark.skipif(not CUDA, reason="whole networks are slow under the interpreter")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", ["digits", "songunet64", "adm64"])
+def test_networks_equal_their_plain_formulation(case, dtype):
+    from benchmarks.networks import check_equal
+
+    check_equal(case, dtype)
 
 
 def test_averaging(monkeypatch):
