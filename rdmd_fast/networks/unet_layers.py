@@ -213,11 +213,11 @@ class UNetBlock(nn.Module):
         return self.attend(h) if self.heads else h
 
     def attend(self, x: Tensor) -> Tensor:
-        height_width = x.shape[2:]
+        n, _, height, width = x.shape
         q, k, v = self.qkv(to_tokens(self.norm2(x)))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        tokens = scaled_residual(self.proj(attended), to_tokens(x), self.skip_scale)
-        return tokens.unflatten(1, height_width).permute(0, 3, 1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
+        tokens = scaled_residual(self.proj(attended), to_tokens(x).flatten(0, 1), self.skip_scale)
+        return tokens.unflatten(0, (n, height, width)).permute(0, 3, 1, 2)
 
 
 def to_tokens(x: Tensor) -> Tensor:
