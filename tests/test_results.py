@@ -5,8 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from rdmd_fast import cli
+from rdmd_fast import cli, load_denoiser
+from rdmd_fast.diffusion import heun_sample, karras_levels
+from rdmd_fast.metrics.judges import DigitJudge
+from rdmd_fast.randomness import Philox, Stream
 from rdmd_fast.trainer import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -20,6 +24,15 @@ def digits(tmp_path_factory):
     arguments = [f"run_dir={folder}/teacher", f"data.target={folder}/shards/3/train"]
     assert main(["--config", str(CONFIGS / "digits/teacher_3.yaml"), *arguments]) == 0
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_samples_of_the_teacher_are_its_digit(digits, seed):
+    judge, denoiser = DigitJudge(digits / "shards"), load_denoiser(digits / "teacher/export")
+    noise = Philox(seed).normal(Stream.SAMPLER, torch.arange(512), (3, 8, 8))
+    labels = judge.knn_labels(heun_sample(denoiser, noise, karras_levels(18)))
+    assert np.mean(labels == 3) >= 0.98
 
 
 @pytest.fixture(scope="module")
