@@ -65,7 +65,7 @@ def check_sets(folders: list[Path], fast: bool, workers: int, other: OtherSet | 
         faults += found
         for fault in found:
             print(fault)
-        state = f"{len(found)} faults" if found else "whole"
+        state = f"faults: {len(found)}" if found else "whole"
         print(f"{folder}: {count} samples, {state}{', none decoded' if fast else ''}")
         if other is not None and not found:
             shared = other.shared_with(folder)["samples"]
@@ -75,7 +75,7 @@ def check_sets(folders: list[Path], fast: bool, workers: int, other: OtherSet | 
     if faults:
         more = f" (the first of {len(faults)} faults in {len(sets)} sets)" if len(faults) > 1 else ""
         raise InputError(
-            f"{faults[0]}{more}; copy what is listed again, or delete it and run the manifest's command again"
+            f"{faults[0]}{more}; copy what is listed again, or delete it and run the same `rdmd pack` command"
         )
 
 
@@ -100,7 +100,7 @@ def check_set(folder: Path, fast: bool, workers: int) -> tuple[list[Fault], int]
     """(faults, samples that the headers tell) of one set."""
     if not (folder / MANIFEST).is_file():
         if (folder / UNFINISHED_MANIFEST).exists():
-            return [Fault(str(folder), "packing was interrupted, run the same `rdmd pack` command again")], 0
+            return [Fault(str(folder), "packing was interrupted")], 0
         manifest, index, faults = None, {}, []
     else:
         manifest, index, faults = _read_manifest(folder)

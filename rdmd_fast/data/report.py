@@ -61,13 +61,15 @@ def digest_of(sample: np.ndarray) -> str:
 
 def build_report(keys: Sequence[str], traits: Sequence[Traits], unreadable: Iterable[Sequence[str]]) -> dict:
     """report.json of a set: ``traits`` of each sample of ``keys``, and (path, reason) of what could not be read."""
+    near_empty = [
+        key for key, each in zip(keys, traits, strict=True) if each.spread is not None and each.spread < NEAR_EMPTY
+    ]
+    unlike = unlike_the_rest(keys, [each.histogram for each in traits])
     return {
         "unreadable": [{"file": path, "reason": reason} for path, reason in unreadable],
-        "near_empty": [
-            key for key, each in zip(keys, traits, strict=True) if each.spread is not None and each.spread < NEAR_EMPTY
-        ],
+        "near_empty": near_empty,
         "duplicates": [group for group in _by_digest(keys, traits).values() if len(group) > 1],
-        "unlike_the_rest": unlike_the_rest(keys, [each.histogram for each in traits]),
+        "unlike_the_rest": [entry for entry in unlike if entry["key"] not in set(near_empty)],
         "statistic": STATISTIC,
     }
 
