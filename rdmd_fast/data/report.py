@@ -64,12 +64,13 @@ def build_report(keys: Sequence[str], traits: Sequence[Traits], unreadable: Iter
     near_empty = [
         key for key, each in zip(keys, traits, strict=True) if each.spread is not None and each.spread < NEAR_EMPTY
     ]
+    listed = set(near_empty)
     unlike = unlike_the_rest(keys, [each.histogram for each in traits])
     return {
         "unreadable": [{"file": path, "reason": reason} for path, reason in unreadable],
         "near_empty": near_empty,
         "duplicates": [group for group in _by_digest(keys, traits).values() if len(group) > 1],
-        "unlike_the_rest": [entry for entry in unlike if entry["key"] not in set(near_empty)],
+        "unlike_the_rest": [entry for entry in unlike if entry["key"] not in listed],
         "statistic": STATISTIC,
     }
 
