@@ -78,12 +78,13 @@ def _write_sets(sets, present, other: OtherSet | None, command: str, args) -> No
             _write(each, folder, writer, unreadable, args)
             writers.append((folder, each, writer))
         for folder, each, writer in writers:
-            report = _report(folder, writer, other)
+            report = None if each.generated and other is None else _report(folder, writer, other)
             writer.commit(report)
             skipped = each.count - writer.count
             note = f"; {skipped} of {each.count} files skipped as unreadable" if skipped else ""
             print(f"{folder}: {writer.count} samples{note}")
-            _print_summary(folder, report)
+            if report is not None:
+                _print_summary(folder, report)
 
 
 def _present_set(folder: Path, content: dict) -> dict | None:

@@ -47,7 +47,8 @@ def traits_of(sample: np.ndarray) -> Traits:
     pixels = sample.reshape(-1, sample.shape[-1])
     channel = np.arange(sample.shape[-1], dtype=np.uint8) * BINS
     histogram = np.bincount((pixels // (256 // BINS) + channel).ravel(), minlength=BINS * len(channel))
-    spread = float(pixels.std(axis=0, dtype=np.float64).max()) / 255
+    channels = np.ascontiguousarray(pixels.T)  # sums along the last axis are several times faster
+    spread = float(channels.std(axis=1, dtype=np.float64).max()) / 255
     return Traits(digest_of(sample), round(spread, 6), histogram.tolist())
 
 

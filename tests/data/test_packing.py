@@ -317,3 +317,8 @@ def test_arrays_are_reported_without_colours(tmp_path):
     found = report(tmp_path / "out")
     assert found["duplicates"] == [["latents_0000005", "latents_0000006"]]
     assert (found["near_empty"], found["unlike_the_rest"]) == (["latents_0000009"], [])
+
+
+def test_generated_samples_are_not_doubted(tmp_path, capsys):
+    pack("digits", "--out", tmp_path / "digits", "--hues", 4)  # some digits get two hues that round to the same pixels
+    assert not list(tmp_path.rglob("report.json")) and "duplicates" not in capsys.readouterr().out

@@ -30,6 +30,7 @@ class SampleSet:
             cannot be read.
         classes: names of the classes that labels count.
         paths: the file at each position, for messages; needed only where ``load`` meets unreadable files.
+        generated: made here and not read: there is nothing to doubt, so no report is written unless --other asks.
         encode: turns a list of up to ``CHUNK`` arrays into as many others, from one thread; None leaves them.
     """
 
@@ -39,6 +40,7 @@ class SampleSet:
     load: Callable[[int], Sample]
     classes: list[str] | None = None
     paths: Sequence[str] | None = None
+    generated: bool = False
     encode: Callable[[list[np.ndarray]], Iterable[np.ndarray]] | None = None
 
 

@@ -34,7 +34,9 @@ def digit_sets(args) -> list[SampleSet]:
                 "hues": args.hues,
                 "shard_size": args.shard_size,
             }
-            sets.append(SampleSet(f"{digit}/{split}", content, len(coloured), partial(sample, coloured)))
+            sets.append(
+                SampleSet(f"{digit}/{split}", content, len(coloured), partial(sample, coloured), generated=True)
+            )
     return sets
 
 
@@ -51,4 +53,4 @@ def toy_sets(args) -> list[SampleSet]:
         return f"{name}_{position:07d}", points[position], None
 
     content = {"source": args.source, "count": args.count, "seed": args.seed, "shard_size": args.shard_size}
-    return [SampleSet("", content, args.count, sample)]
+    return [SampleSet("", content, args.count, sample, generated=True)]
