@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,8 @@ A killed packing goes on after its last finished shard when the same command is 
 deleted from a complete set are made again. DIR/report.json lists unreadable, near-empty and duplicate samples and
 images unlike the rest in colour; none but the unreadable is left out.
 """
+
+EXIT_INTERRUPTED = 128 + 2  # as shells report SIGINT
 
 DEFAULTS = {
     "resolution": None,
@@ -143,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pack, or check, what ``args`` asks for; returns the exit status 0.
+    """Pack, or check, what ``args`` asks for; returns the exit status: 0, or 130 where Ctrl-C ended it.
 
     Raises:
         InputError: bad options or source, unreadable files, another set in the way, or a fault found by --check.
@@ -163,7 +166,11 @@ def run(args: argparse.Namespace) -> int:
     sets = source.sets(args)
     if args.encoder is not None:
         sets = encoded(sets, args.encoder, args.device or "auto")
-    pack_sets(sets, _command(args), args)
+    try:
+        pack_sets(sets, _command(args), args)
+    except KeyboardInterrupt:
+        print(f"{args.out}: interrupted; the same command goes on after the last finished shard", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 

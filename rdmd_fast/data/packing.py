@@ -26,6 +26,7 @@ from rdmd_fast.data.writer import (
     ShardWriter,
     encode_sample,
     folder_lock,
+    remove_leftovers,
     shard_name,
     write_report,
 )
@@ -120,6 +121,8 @@ def _complete(folder: Path, each: SampleSet, manifest: dict, args) -> None:
         for number, shard in enumerate(manifest["shards"])
         if not (folder / shard["file"]).is_file() or (folder / shard["file"]).stat().st_size != shard["bytes"]
     ]
+    if not (folder / UNFINISHED_MANIFEST).exists():  # else a replacement is under way, which --force may resume
+        remove_leftovers(folder)
     if not missing:
         print(f"{folder}: already complete")
         return

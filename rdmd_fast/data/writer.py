@@ -18,7 +18,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,7 +186,9 @@ class ShardWriter:
         identity = json.dumps([MANIFEST_VERSION, PIL.__version__, content], sort_keys=True)
         self._identity = hashlib.sha256(identity.encode()).hexdigest()
         self.records: dict[int, ShardRecord] = self._finished_shards() if resume else {}
-        self._remove_leftovers(keep=self.records)
+        remove_leftovers(
+            folder, {name for n in self.records for name in (f"{shard_name(n)}.partial", self._record_path(n).name)}
+        )
         self._form = next((record.form for record in self.records.values() if record.form), None)
         self._number = -1
         self._shard: ShardFile | None = None
@@ -212,7 +214,7 @@ class ShardWriter:
         if self._shard is not None:
             self._shard.discard()
         if not self._committed and (kind is None or issubclass(kind, InputError)):
-            self._remove_leftovers(keep={})
+            remove_leftovers(self._folder)
             (self._folder / UNFINISHED_MANIFEST).unlink(missing_ok=True)
 
     def write(self, key: str, sample: np.ndarray, label: int | None = None) -> None:
@@ -300,7 +302,7 @@ class ShardWriter:
         os.replace(self._folder / UNFINISHED_MANIFEST, self._folder / MANIFEST)
         _sync_folder(self._folder)
         self._committed = True
-        self._remove_leftovers(keep={})
+        remove_leftovers(self._folder)
 
     def _record_path(self, number: int) -> Path:
         return self._folder / f"{Path(shard_name(number)).stem}.json.partial"
@@ -323,16 +325,17 @@ class ShardWriter:
                 records[number] = record
         return records
 
-    def _remove_leftovers(self, keep) -> None:
-        kept = {f"{shard_name(number)}.partial" for number in keep} | {self._record_path(n).name for n in keep}
-        for leftover in (*self._folder.glob("shard-*.tmp"), *self._folder.glob("shard-*.partial")):
-            if leftover.name not in kept:
-                leftover.unlink()
-
 
 def shard_name(number: int) -> str:
     """File name of a shard."""
     return f"shard-{number:06d}.tar"
+
+
+def remove_leftovers(folder: Path, keep: Collection[str] = ()) -> None:
+    """Remove what an interrupted writer left, but for the names in ``keep``."""
+    for leftover in (*folder.glob("shard-*.tmp"), *folder.glob("shard-*.partial")):
+        if leftover.name not in keep:
+            leftover.unlink()
 
 
 @contextmanager

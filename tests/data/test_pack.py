@@ -183,6 +183,7 @@ def test_digits_are_packed_by_digit_and_split(tmp_path):
     ]
     train, test = ShardSet(tmp_path / "2" / "train"), ShardSet(tmp_path / "2" / "test")
     assert (train.shape, len(train), len(test)) == ((8, 8, 3), 2 * 141, 2 * 36)
+    assert not list(tmp_path.rglob("report.json"))  # made here: there is nothing to doubt
     with pytest.raises(InputError, match="name one of the sets inside: test, train"):
         ShardSet(tmp_path / "2")
 
