@@ -6,7 +6,7 @@ import os
 import struct
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -24,7 +24,8 @@ UNREADABLE = (
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 
-Loaded = TypeVar("Loaded")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -130,24 +131,26 @@ def image_keys(paths: Sequence[str]) -> list[str]:
     return keys
 
 
-def load_in_order(
-    load: Callable[[str], Loaded], paths: Sequence[str], workers: int | None = None
-) -> Iterator[Loaded | Exception]:
-    """``load(path)`` of each path in order, on a few threads; an unreadable file yields its exception instead."""
+def map_in_order(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+    """``function(job)`` of each job in order, computed ahead on ``workers`` threads.
 
-    def attempt(path: str) -> Loaded | Exception:
-        try:
-            return load(path)
-        except UNREADABLE as error:
-            return error
-
-    workers = workers or min(16, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque = deque()
-        for path in paths:
-            pending.append(pool.submit(attempt, path))
-            # A bounded window: pool.map would hold every decoded image of the folder at once.
-            if len(pending) > 4 * workers:
+    Threads, not processes: Pillow decodes, resizes and encodes outside Python's lock. On two busy cores two threads
+    gave 1.54 times the images/s of one, two forked processes 1.52 times; spawned ones take two seconds to start.
+    """
+    pool = ThreadPoolExecutor(workers)
+    pending: deque = deque()
+    try:
+        for job in jobs:
+            pending.append(pool.submit(function, job))
+            # A bounded window: pool.map would hold every result at once.
+            if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def default_workers() -> int:
+    """One thread a core that this process may use, 16 at most."""
+    return min(16, len(os.sched_getaffinity(0)))

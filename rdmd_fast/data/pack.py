@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
+import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
-from rdmd_fast.data.shards import MANIFEST, UNFINISHED_MANIFEST
+from rdmd_fast.data.check import OtherSet, check_sets
+from rdmd_fast.data.images import default_workers
+from rdmd_fast.data.packing import pack_sets
 from rdmd_fast.data.sources import SampleSet
 from rdmd_fast.data.sources.celeba import PREFIX as CELEBA_PREFIX
 from rdmd_fast.data.sources.celeba import celeba_sets
@@ -21,7 +20,6 @@ from rdmd_fast.data.sources.generated import TOY_PREFIX, digit_sets, toy_sets
 from rdmd_fast.data.sources.latents import encoded
 from rdmd_fast.data.sources.mnist import PREFIX as MNIST_PREFIX
 from rdmd_fast.data.sources.mnist import mnist_sets
-from rdmd_fast.data.writer import ShardWriter
 from rdmd_fast.errors import InputError
 
 EPILOG = """\
@@ -37,7 +35,16 @@ examples:
   rdmd pack mnist:mnist --out shards/mnist --resolution 32 --digits 2 3   (DIR/2/train ... DIR/3/test, coloured)
   rdmd pack digits --out shards/digits                   (DIR/0/train ... DIR/9/test, each digit in 8 hues)
   rdmd pack toy:8gaussians --count 5000 --out shards/8gaussians
+  rdmd pack shards/cats256 --out shards/cats64 --resolution 64            (resizes a shard set, ours or another's)
+  rdmd pack photos/wild --out shards/wild --resolution 64 --other shards/cats   (reports images that both hold)
+  rdmd pack --check shards/cats shards/wild             (hashes, index and every image; exit status 2 on a fault)
+
+A killed packing goes on after its last finished shard when the same command is run again, and shards that were
+deleted from a complete set are made again. DIR/report.json lists unreadable, near-empty and duplicate samples and
+images unlike the rest in colour; none but the unreadable is left out.
 """
+
+EXIT_INTERRUPTED = 128 + 2  # as shells report SIGINT
 
 DEFAULTS = {
     "resolution": None,
@@ -52,6 +59,7 @@ DEFAULTS = {
     "count": 10000,
     "seed": 0,
     "shard_size": 4096,
+    "other": None,
 }
 
 
@@ -74,56 +82,6 @@ PREFIXED = {
     ),
     MNIST_PREFIX: Source("MNIST", mnist_sets, ("digits", "resolution", "seed")),
 }
-
-
-def _is_complete(folder: Path, content: dict, force: bool) -> bool:
-    """Whether the folder already holds exactly this set.
-
-    Raises:
-        InputError: it holds another set, or tars of unknown origin, and ``force`` is off.
-    """
-    if force:
-        return False
-    if not (folder / MANIFEST).is_file():
-        if any(folder.glob("*.tar")) and not (folder / UNFINISHED_MANIFEST).exists():
-            raise InputError(f"{folder}: holds .tar files without {MANIFEST}; choose another --out or pass --force")
-        return False
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        present, command = manifest["content"], manifest["command"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / MANIFEST}: unreadable ({error!r}); pass --force to replace the set") from error
-    if present != json.loads(json.dumps(content)):
-        raise InputError(
-            f"{folder}: already holds another set, made by `{command}`; choose another --out or pass --force"
-        )
-    return True
-
-
-def _pack(sets: list[SampleSet], args) -> None:
-    """Write the sets that are not there yet; all appear together, at the end."""
-    for each in sets:
-        if each.count == 0:
-            raise InputError(f"{args.out / each.folder}: {args.source} holds no samples for it; choose otherwise")
-    # Every set in the way is looked at before anything is written.
-    complete = [_is_complete(args.out / each.folder, each.content, args.force) for each in sets]
-    with ExitStack() as stack:
-        written = []
-        for each, done in zip(sets, complete, strict=True):
-            folder = args.out / each.folder
-            if done:
-                print(f"{folder}: already complete")
-                continue
-            writer = ShardWriter(folder, each.content, _command(args), args.shard_size, each.classes)
-            stack.enter_context(writer)
-            for sample in tqdm(each.samples(), desc=str(folder), total=each.count, unit="sample", disable=None):
-                writer.write(*sample)
-            written.append((folder, each, writer))
-        for folder, each, writer in written:
-            writer.commit()
-            skipped = (each.count or writer.count) - writer.count
-            note = f"; {skipped} of {each.count} files skipped as unreadable" if skipped else ""
-            print(f"{folder}: {writer.count} samples{note}")
 
 
 def _command(args) -> str:
@@ -154,11 +112,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "source",
+        nargs="?",
         metavar="SOURCE",
         help="folder of images or .npy files (searched through), FILE.zip, FILE.zip/FOLDER, FILE.npy of shape "
-        "[N, C, H, W] or [N, D], celeba:FOLDER, mnist:FOLDER, digits or toy:NAME; a folder of that name is ./digits",
+        "[N, C, H, W] or [N, D], a folder of shards, celeba:FOLDER, "
+        "mnist:FOLDER, digits or toy:NAME; a folder of that name is ./digits",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the shards go")
     add("resolution", "images: side in pixels, after a central square crop", type=int, metavar="N")
     add("crop", "images: side of the central square, pixels of the file (default: the largest)", type=int, metavar="N")
     add(
@@ -176,21 +136,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("count", "toys: points to draw (default: %(default)s)", type=int, metavar="N")
     add("seed", "of the hold-out choice, of MNIST's hues and of a toy's points (default: %(default)s)", type=int)
     add("shard_size", "samples in each shard (default: %(default)s)", type=int, metavar="N")
+    add("other", "report the samples that are also in this shard set, the other domain", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads that decode and resize (default: one a core, 16 at most)"
+    )
     parser.add_argument("--force", action="store_true", help="replace whatever set DIR holds")
+    parser.add_argument("--check", type=Path, nargs="+", metavar="DIR", help="verify sets of shards; packs nothing")
+    parser.add_argument("--fast", action="store_true", help="with --check: hashes and headers, decodes nothing")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Pack what ``args`` asks for; returns the exit status 0.
+    """Pack, or check, what ``args`` asks for; returns the exit status: 0, or 130 where Ctrl-C ended it.
 
     Raises:
-        InputError: bad options or source, unreadable files, or another set in the way.
+        InputError: bad options or source, unreadable files, another set in the way, or a fault found by --check.
     """
+    if args.workers is None:
+        args.workers = default_workers()
+    if args.workers < 1:
+        raise InputError(f"--workers {args.workers} must be at least 1")
+    if args.check:
+        return _check(args)
+    if args.source is None or args.out is None:
+        raise InputError("name a SOURCE and --out DIR, or --check DIR; `rdmd pack --help` shows examples")
+    if args.fast:
+        raise InputError("--fast: is for --check, which packs nothing")
     source = _source(args.source)
     _check_options(source, args)
     sets = source.sets(args)
     if args.encoder is not None:
         sets = encoded(sets, args.encoder, args.device or "auto")
-    _pack(sets, args)
+    try:
+        pack_sets(sets, _command(args), args)
+    except KeyboardInterrupt:
+        print(f"{args.out}: interrupted; the same command goes on after the last finished shard", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _check(args) -> int:
+    packing = [_flag(option) for option in DEFAULTS if option != "other" and getattr(args, option) != DEFAULTS[option]]
+    packing += ["--force"] * args.force + ["--out"] * (args.out is not None) + ["SOURCE"] * (args.source is not None)
+    if packing:
+        raise InputError(f"{packing[0]}: does nothing with --check, which takes --fast, --other and --workers")
+    check_sets(args.check, args.fast, args.workers, OtherSet(args.other, args.workers) if args.other else None)
     return 0
 
 
@@ -202,9 +191,11 @@ def _source(name: str) -> Source:
 
 def _check_options(source: Source, args) -> None:
     for option, default in DEFAULTS.items():
-        if option not in (*source.options, "shard_size") and getattr(args, option) != default:
+        if option not in (*source.options, "shard_size", "other") and getattr(args, option) != default:
             taken = ", ".join(map(_flag, source.options))
-            raise InputError(f"{_flag(option)}: does nothing for {source.name}, which take {taken} and --shard-size")
+            raise InputError(
+                f"{_flag(option)}: does nothing for {source.name}, which take {taken}, --shard-size and --other"
+            )
     for option in ("resolution", "crop", "hues", "count", "shard_size"):
         value = getattr(args, option)
         if value is not None and value < 1:

@@ -1,10 +1,8 @@
-from functools import partial
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from rdmd_fast.data.images import image_keys, list_images, load_image, load_in_order, to_rgb
+from rdmd_fast.data.images import image_keys, list_images, load_image, map_in_order, to_rgb
 from rdmd_fast.errors import InputError
 
 
@@ -104,18 +102,28 @@ def test_keys_are_paths_without_dots_and_unique():
         image_keys(["a.b.png", "a_b.png"])
 
 
-def test_images_come_in_order_and_unreadable_ones_as_exceptions(tmp_path):
-    for i in range(40):
-        Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
-    (tmp_path / "07.png").write_bytes(b"not an image")
-    (tmp_path / "09.png").write_bytes((tmp_path / "09.png").read_bytes()[:50])
-    paths = list_images(tmp_path)
-    load = partial(load_image, resolution=4)
-    for i, image in enumerate(load_in_order(lambda path: load(tmp_path / path), paths, workers=2)):
-        if i in (7, 9):
-            assert isinstance(image, Exception)
-        else:
-            assert image.shape == (4, 4, 3) and (image == i).all()
+def test_results_come_in_order_whatever_job_ends_first(tmp_path):
+    import time
+
+    def double(job):
+        time.sleep(0.002 * (job % 3 == 0))
+        return 2 * job
+
+    assert list(map_in_order(double, range(40), workers=3)) == list(range(0, 80, 2))
+
+
+def test_a_failing_job_raises_in_its_place_and_ends_the_rest():
+    started = []
+
+    def invert(job):
+        started.append(job)
+        return 1 / (5 - job)
+
+    results = map_in_order(invert, range(1000), workers=2)
+    assert [next(results) for _ in range(5)] == [1 / (5 - job) for job in range(5)]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert len(started) < 20
 
 
 def test_a_given_crop_is_central_and_refused_where_it_does_not_fit(tmp_path):

@@ -80,7 +80,7 @@ def test_a_complete_set_is_kept_unless_forced(photos, tmp_path, capsys):
     assert folder_bytes(out) == before
     run(photos, "--out", out, "--resolution", 4, "--force")
     assert ShardSet(out).shape == (4, 4, 3)
-    assert sorted(folder_bytes(out)) == ["index.json", "manifest.json", "shard-000000.tar"]
+    assert sorted(folder_bytes(out)) == ["index.json", "manifest.json", "report.json", "shard-000000.tar"]
 
 
 def test_a_changed_source_folder_is_another_set(photos, tmp_path):
@@ -108,7 +108,7 @@ def test_a_failed_packing_leaves_the_old_set(photos, tmp_path):
     assert folder_bytes(out) == before
 
 
-@pytest.mark.parametrize("calls", range(1, 8))
+@pytest.mark.parametrize("calls", range(1, 22))
 def test_a_commit_cut_short_reads_as_unfinished_or_complete(tmp_path, monkeypatch, calls):
     """Die at each file operation of a commit that replaces another set, then run the same packing again."""
     out = tmp_path / "out"
@@ -130,7 +130,7 @@ def test_a_commit_cut_short_reads_as_unfinished_or_complete(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr("rdmd_fast.data.writer.os.replace", dying(__import__("os").replace))
-        patch.setattr("rdmd_fast.data.writer._write_file", dying(pack.ShardWriter.commit.__globals__["_write_file"]))
+        patch.setattr("rdmd_fast.data.writer._write_file", dying(ShardWriter.commit.__globals__["_write_file"]))
         patch.setattr(ShardWriter, "__exit__", lambda *_: None)
         try:
             run("toy:circles", "--out", out, "--count", 12, "--shard-size", 4, "--force")
@@ -183,6 +183,7 @@ def test_digits_are_packed_by_digit_and_split(tmp_path):
     ]
     train, test = ShardSet(tmp_path / "2" / "train"), ShardSet(tmp_path / "2" / "test")
     assert (train.shape, len(train), len(test)) == ((8, 8, 3), 2 * 141, 2 * 36)
+    assert not list(tmp_path.rglob("report.json"))  # made here: there is nothing to doubt
     with pytest.raises(InputError, match="name one of the sets inside: test, train"):
         ShardSet(tmp_path / "2")
 

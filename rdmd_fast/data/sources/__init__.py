@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ Sample = tuple[str, np.ndarray, int | None]
 """Key, uint8 [H, W, 3] or float32 array, class label or None."""
 
 MAX_UNREADABLE = 0.01  # share of a source's files
+CHUNK = 16  # samples that a worker loads, and an encoder encodes, at a time
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,23 @@ class SampleSet:
     Attributes:
         folder: where below --out, "" for --out itself.
         content: what the set is made of, JSON types; equal content means an equal set.
-        count: samples in it where known; fewer come where some cannot be read.
-        samples: starts the iteration over them.
+        count: positions in it; fewer samples come where some cannot be read.
+        load: the sample at a position in [0, count), from any thread; raises ``images.UNREADABLE`` for a file that
+            cannot be read.
         classes: names of the classes that labels count.
+        paths: the file at each position, for messages; needed only where ``load`` meets unreadable files.
+        generated: made here and not read: there is nothing to doubt, so no report is written unless --other asks.
+        encode: turns a list of up to ``CHUNK`` arrays into as many others, from one thread; None leaves them.
     """
 
     folder: str
     content: dict
-    count: int | None
-    samples: Callable[[], Iterator[Sample]]
+    count: int
+    load: Callable[[int], Sample]
     classes: list[str] | None = None
+    paths: Sequence[str] | None = None
+    generated: bool = False
+    encode: Callable[[list[np.ndarray]], Iterable[np.ndarray]] | None = None
 
 
 class Unreadable:
@@ -42,29 +50,19 @@ class Unreadable:
     def __init__(self, source: str, count: int):
         self._source, self._count, self._unreadable = source, count, 0
 
-    def skip(self, path: str, error: Exception) -> None:
+    def skip(self, path: str, reason: str) -> None:
         """Note one of them.
 
         Raises:
             InputError: they are more than ``MAX_UNREADABLE`` of the source by now.
         """
         self._unreadable += 1
-        reason = " ".join(str(error).split()) or type(error).__name__
         print(f"skipped, unreadable: {self._source}: {path} ({reason})", file=sys.stderr)
         if self._unreadable > MAX_UNREADABLE * self._count:
             raise InputError(
                 f"{self._source}: {self._unreadable} of {self._count} files are unreadable (the last is {path}: "
                 f"{reason}), over {MAX_UNREADABLE:.0%}; mend or remove the files listed above"
             )
-
-    def readable(self, paths: Iterable[str], loaded: Iterable[np.ndarray | Exception]) -> Iterator[np.ndarray | None]:
-        """What was loaded of each path, None for one that is to be skipped."""
-        for path, sample in zip(paths, loaded, strict=True):
-            if isinstance(sample, Exception):
-                self.skip(path, sample)
-                yield None
-            else:
-                yield sample
 
 
 def hold_out(count: int, share: float, seed: int) -> dict[str, np.ndarray]:

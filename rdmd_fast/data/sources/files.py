@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import stat
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +20,13 @@ from rdmd_fast.data.images import (
     is_image,
     list_files,
     load_image,
-    load_in_order,
 )
-from rdmd_fast.data.sources import Sample, SampleSet, Unreadable, hold_out
+from rdmd_fast.data.sources import Sample, SampleSet, hold_out
+from rdmd_fast.data.sources.shards import ShardFiles, is_packed
 from rdmd_fast.errors import InputError
 
 ARRAY_SUFFIX = ".npy"
-MAX_FILE_BYTES = 1 << 30  # of one member of a zip archive, unpacked
+MAX_FILE_BYTES = 1 << 30  # of one file, unpacked where it is in a zip archive
 
 
 class FolderFiles:
@@ -41,7 +42,18 @@ class FolderFiles:
         self._folder = folder
 
     def read(self, path: str) -> bytes:
-        return (self._folder / path).read_bytes()
+        """One file.
+
+        Raises:
+            ValueError, OSError: gone, absurdly large, or a pipe or device, which might never end.
+        """
+        whole = self._folder / path
+        status = whole.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("no regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"has {status.st_size} bytes, over {MAX_FILE_BYTES}")
+        return whole.read_bytes()
 
     def fingerprint(self, path: str) -> str:
         """Size; no file is read."""
@@ -92,7 +104,7 @@ class ZipFiles:
         return f"{info.file_size} {info.CRC}"
 
 
-Files = FolderFiles | ZipFiles
+Files = FolderFiles | ZipFiles | ShardFiles
 
 
 def open_files(source: str | Path) -> Files:
@@ -112,13 +124,15 @@ def open_files(source: str | Path) -> Files:
 
 
 def file_sets(args) -> list[SampleSet]:
-    """Images or arrays, as the source holds them."""
+    """Images or arrays, as the source holds them; those of shards are packed anew, say at another size."""
     path = Path(args.source)
     if path.suffix == ARRAY_SUFFIX and path.is_file():
         return _rows_sets(path, args)
-    files = open_files(args.source)
+    files = ShardFiles(path) if is_packed(path) else open_files(args.source)
+    if path.is_dir() and not any(map(_is_sample, files.paths)) and any(path.glob("*.tar")):
+        files = ShardFiles(path)
     images = [path for path in files.paths if is_image(path)]
-    arrays = [path for path in files.paths if path.lower().endswith(ARRAY_SUFFIX)]
+    arrays = [path for path in files.paths if is_array(path)]
     if images and arrays:
         raise InputError(
             f"{files.origin}: holds {len(images)} images and {len(arrays)} {ARRAY_SUFFIX} files; "
@@ -131,6 +145,15 @@ def file_sets(args) -> list[SampleSet]:
         _refuse_for_arrays(args)
         return sets_of_files(files, arrays, args, {}, load_array)
     return image_sets(files, images, args, {})
+
+
+def is_array(path: str) -> bool:
+    """Whether a path has the suffix of an array file."""
+    return path.lower().endswith(ARRAY_SUFFIX)
+
+
+def _is_sample(path: str) -> bool:
+    return is_image(path) or is_array(path)
 
 
 def image_sets(
@@ -169,26 +192,28 @@ def sets_of_files(
         **content,
     }
     keys = keys or image_keys(paths)
-    labels, classes = [None] * len(paths), None
-    if args.labels:
+    labels: list[int | None] = [None] * len(paths)
+    classes = None
+    if isinstance(files, ShardFiles):
+        if args.labels:
+            raise InputError(f"--labels: {files.origin} holds shards, whose own labels are kept; leave the option out")
+        labels, classes = files.labels(paths), files.classes
+    elif args.labels:
         content["labels"] = True
         labels, classes = _folder_labels(files.origin, paths)
-    unreadable = Unreadable(files.origin, len(paths))
 
-    def samples(indices: np.ndarray) -> Iterator[Sample]:
-        chosen = [paths[index] for index in indices]
-        loaded = load_in_order(lambda path: load(files.read(path)), chosen)
-        for index, sample in zip(indices, unreadable.readable(chosen, loaded), strict=True):
-            if sample is not None:
-                yield keys[index], sample, labels[index]
+    def sample(indices: np.ndarray, position: int) -> Sample:
+        index = indices[position]
+        return keys[index], load(files.read(paths[index])), labels[index]
 
     return [
         SampleSet(
             "/".join(filter(None, (folder, split))),
             {**content, "split": split},
             len(indices),
-            partial(samples, indices),
+            partial(sample, indices),
             classes,
+            [paths[index] for index in indices],
         )
         for split, indices in hold_out(len(paths), args.holdout, args.seed).items()
     ]
@@ -271,14 +296,14 @@ def _rows_sets(path: Path, args) -> list[SampleSet]:
         "shard_size": args.shard_size,
     }
 
-    def samples(indices: np.ndarray) -> Iterator[Sample]:
-        for index in indices.tolist():
-            try:
-                yield f"{path.stem.replace('.', '_')}_{index:07d}", _checked_array(rows[index]), None
-            except ValueError as error:
-                raise InputError(f"{path}: row {index} {error}") from None
+    def sample(indices: np.ndarray, position: int) -> Sample:
+        index = int(indices[position])
+        try:
+            return f"{path.stem.replace('.', '_')}_{index:07d}", _checked_array(rows[index]), None
+        except ValueError as error:
+            raise InputError(f"{path}: row {index} {error}") from None
 
     return [
-        SampleSet(split, {**content, "split": split}, len(indices), partial(samples, indices))
+        SampleSet(split, {**content, "split": split}, len(indices), partial(sample, indices))
         for split, indices in hold_out(len(rows), args.holdout, args.seed).items()
     ]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import get_args
 
+import numpy as np
 import torch
 
 from rdmd_fast.data import digits
@@ -20,13 +20,13 @@ TOY_PREFIX = "toy:"
 def digit_sets(args) -> list[SampleSet]:
     """``digits``: a set for each digit and split."""
 
-    def samples(digit: int, split: str) -> Iterator[Sample]:
-        for key, image in digits.coloured_digits(digit, split, args.hues):
-            yield key, image, None
+    def sample(coloured: list[tuple[str, np.ndarray]], position: int) -> Sample:
+        return *coloured[position], None
 
     sets = []
     for digit in range(10):
         for split in digits.SPLITS:
+            coloured = list(digits.coloured_digits(digit, split, args.hues))
             content = {
                 "source": "digits",
                 "digit": digit,
@@ -34,7 +34,9 @@ def digit_sets(args) -> list[SampleSet]:
                 "hues": args.hues,
                 "shard_size": args.shard_size,
             }
-            sets.append(SampleSet(f"{digit}/{split}", content, None, partial(samples, digit, split)))
+            sets.append(
+                SampleSet(f"{digit}/{split}", content, len(coloured), partial(sample, coloured), generated=True)
+            )
     return sets
 
 
@@ -45,11 +47,10 @@ def toy_sets(args) -> list[SampleSet]:
     if name not in names:
         raise InputError(f"{args.source}: no such toy; choose from {', '.join(TOY_PREFIX + name for name in names)}")
 
-    def samples() -> Iterator[Sample]:
-        toy = ToyDistribution(toy=name)
-        points = toy.sample(Philox(args.seed), Stream.EVALUATION, torch.arange(args.count)).numpy()
-        for index, point in enumerate(points):
-            yield f"{name}_{index:07d}", point, None
+    points = ToyDistribution(toy=name).sample(Philox(args.seed), Stream.EVALUATION, torch.arange(args.count)).numpy()
+
+    def sample(position: int) -> Sample:
+        return f"{name}_{position:07d}", points[position], None
 
     content = {"source": args.source, "count": args.count, "seed": args.seed, "shard_size": args.shard_size}
-    return [SampleSet("", content, args.count, samples)]
+    return [SampleSet("", content, args.count, sample, generated=True)]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
-from functools import cache, partial
-from itertools import islice
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rdmd_fast.data.sources import Sample, SampleSet
+from rdmd_fast.data.sources import SampleSet
 from rdmd_fast.errors import InputError
 from rdmd_fast.kernels.image_normalize import image_normalize
-
-BATCH = 16  # images at a time
 
 
 def encoded(sets: list[SampleSet], folder: str, device: str) -> list[SampleSet]:
@@ -30,7 +27,7 @@ def encoded(sets: list[SampleSet], folder: str, device: str) -> list[SampleSet]:
     digest = _digest(Path(folder))
 
     @cache
-    def encode() -> Callable[[torch.Tensor], np.ndarray]:
+    def encoder() -> Callable[[torch.Tensor], np.ndarray]:
         from rdmd_fast.latents import Autoencoder
         from rdmd_fast.translate import pick_device
 
@@ -38,23 +35,18 @@ def encoded(sets: list[SampleSet], folder: str, device: str) -> list[SampleSet]:
         autoencoder = Autoencoder(folder).to(on)
         return lambda images: autoencoder.encode(images.to(on)).float().cpu().numpy()
 
+    def encode_images(images: list[np.ndarray]) -> np.ndarray:
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+        return encoder()(image_normalize(pixels, torch.float32))
+
     return [
         dataclasses.replace(
             each,
             content={**each.content, "encoder_sha256": digest},
-            samples=partial(_encoded_samples, each.samples, encode),
+            encode=encode_images,
         )
         for each in sets
     ]
-
-
-def _encoded_samples(images: Callable[[], Iterator[Sample]], encode: Callable) -> Iterator[Sample]:
-    samples = images()
-    while batch := list(islice(samples, BATCH)):
-        pixels = torch.from_numpy(np.stack([image for _, image, _ in batch])).permute(0, 3, 1, 2)
-        latents = encode()(image_normalize(pixels, torch.float32))
-        for (key, _, label), latent in zip(batch, latents, strict=True):
-            yield key, latent, label
 
 
 def _digest(folder: Path) -> str:

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -59,18 +58,19 @@ def mnist_sets(args) -> list[SampleSet]:
             }
             start = TEST_POSITIONS if split == "test" else 0
             hues = Philox(args.seed).uniform(Stream.HUE, start + torch.from_numpy(indices))[:, 0].numpy()
-            samples = partial(_coloured, digit, images, indices, hue_to_rgb(hues), args.resolution)
-            sets.append(SampleSet(f"{digit}/{split}", content, len(indices), samples))
+            sample = partial(_coloured, digit, images, indices, hue_to_rgb(hues), args.resolution)
+            sets.append(SampleSet(f"{digit}/{split}", content, len(indices), sample))
     return sets
 
 
-def _coloured(digit: int, images: np.ndarray, indices: np.ndarray, colours: np.ndarray, side: int) -> Iterator[Sample]:
-    for index, colour in zip(indices, colours, strict=True):
-        grey = Image.fromarray(images[index])
-        if grey.size != (side, side):
-            grey = grey.resize((side, side), Image.Resampling.LANCZOS)
-        painted = np.rint(np.asarray(grey)[..., None] * colour).astype(np.uint8)
-        yield f"digit{digit}_{index:05d}", painted, None
+def _coloured(
+    digit: int, images: np.ndarray, indices: np.ndarray, colours: np.ndarray, side: int, position: int
+) -> Sample:
+    grey = Image.fromarray(images[indices[position]])
+    if grey.size != (side, side):
+        grey = grey.resize((side, side), Image.Resampling.LANCZOS)
+    painted = np.rint(np.asarray(grey)[..., None] * colours[position]).astype(np.uint8)
+    return f"digit{digit}_{indices[position]:05d}", painted, None
 
 
 def _read_split(folder: Path, stem: str) -> tuple[np.ndarray, np.ndarray]:
