@@ -64,7 +64,7 @@ def open_domain(
     Raises:
         InputError: no data there, or flips of something that has no left and right.
     """
-    stream = open_stream(getattr(options, role), philox, role, int(options.cache_gib * 2**30))
+    stream = open_stream(getattr(options, role), philox, role, options)
     if not options.flip:
         return DeviceStream(stream, device)
     if len(stream.shape) != 3:
