@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 
 import numpy as np
 
-from rdmd_fast.data.store import BAD, GOOD, Store
+from rdmd_fast.data.store import BAD, GOOD, Store, forget_users
 from rdmd_fast.errors import InputError
 
 _CHUNK = 16  # samples a message asks for at most
@@ -141,6 +141,7 @@ def _work(connection: Connection, read, store: Store, parent: int) -> None:
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
+        forget_users()
         while os.getppid() == parent:
             if connection.poll(_ORPHAN_SECONDS):
                 ticket, indices, rows = connection.recv()

@@ -18,6 +18,7 @@ UNKNOWN, GOOD, BAD = 0, 1, 2
 """What is known of a sample: nothing, that it was read, that it cannot be read."""
 
 SHARED_FOLDER = Path("/dev/shm")
+_held: set[int] = set()  # descriptors whose locks say that this process uses their files
 
 
 class Store:
@@ -60,6 +61,9 @@ def shared_store(identity: str, rows: int, shape: tuple[int, ...], dtype, folder
         with _lock(folder):
             _sweep(folder)
             descriptor = _open(path, size)
+            # Mapped by a descriptor of its own: a map keeps its file open, and with it the lock that leaving gives up.
+            with open(path, "r+b") as file:
+                memory = mmap.mmap(file.fileno(), size)
     except OSError as error:
         print(
             f"warning: {folder} cannot hold {size / 2**20:.0f} MiB of decoded samples ({error.strerror}): each process "
@@ -67,10 +71,17 @@ def shared_store(identity: str, rows: int, shape: tuple[int, ...], dtype, folder
             file=sys.stderr,
         )
         return private_store(rows, shape, dtype)
-    memory = mmap.mmap(descriptor, size)
     store = Store(memory, rows, shape, dtype, shared=True)
+    _held.add(descriptor)
     weakref.finalize(store, _leave, path, descriptor, os.getpid())
     return store
+
+
+def forget_users() -> None:
+    """In a forked worker: it uses stores as long as its parent does, whose locks it must not keep alive."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
 
 
 def _prefix() -> str:
@@ -119,6 +130,7 @@ def _sweep(folder: Path) -> None:
 def _leave(path: Path, descriptor: int, owner: int) -> None:
     if os.getpid() != owner:  # a forked child leaves nothing
         return
+    _held.discard(descriptor)
     os.close(descriptor)
     with contextlib.suppress(OSError), _lock(path.parent):
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
