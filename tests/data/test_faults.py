@@ -1,5 +1,6 @@
 """Real damage to real tars: every readable sample comes, positions do not shift, drops are counted by shard."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.data.writer import ShardWriter
 from rdmd_fast.distributed import World
 from rdmd_fast.errors import InputError
+from rdmd_fast.trainer import main
 
 sys.path.insert(0, str(Path(__file__).parent))
 from damaged import COUNT, EACH, flip, foreign, members, packed, picture, served, stream_of, write_tar
 
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
 SHARD = "shard-000001.tar"
 OF_SHARD = list(range(EACH, 2 * EACH))
 ALONE = World(0, 1, torch.device("cpu"))
@@ -244,3 +247,25 @@ def test_strict_opening_refuses_what_training_tolerates(tmp_path):
         damage(folder / SHARD)
         with pytest.raises(InputError, match=SHARD):
             ShardSet(folder)
+
+
+def test_a_run_tells_its_drops_and_stops_when_they_are_too_many(tmp_path, capsys):
+    folder = packed(tmp_path / "set")
+    flip_data(folder / SHARD)
+    network = "network={kind: song_unet, model_channels: 8, channel_mult: [1], num_blocks: 1, attn_resolutions: []}"
+    common = ["--config", str(CONFIGS / "digits/teacher_3.yaml"), f"data.target={folder}", network]
+    common += ["train.steps=6", "train.global_batch_size=10", "telemetry.log_every=2", "telemetry.tensorboard=false"]
+    common += ["telemetry.sample_count=1"]  # the picture is read before training
+    assert main([*common, f"run_dir={tmp_path}/run", "data.max_dropped=0.05", "data.workers=1"]) == 0
+    lines = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert [line["dropped_samples"] for line in lines] == [{"target": {SHARD: 1}}] * 3
+    assert all(0 <= line["data_wait_share"] <= 1 for line in lines)
+    truncate(folder / "shard-000003.tar")  # known at opening
+    capsys.readouterr()
+    assert main([*common, f"run_dir={tmp_path}/cut", "data.max_dropped=0.05"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: data.target") and "3 of 20 samples cannot be read" in error
+    assert "shard-000003.tar (3)" in error and not list((tmp_path / "cut").glob("metrics*"))
+    assert main([*common, f"run_dir={tmp_path}/run", "train.steps=20", "data.max_dropped=0.19"]) == 2
+    assert "4 of 20 samples" in capsys.readouterr().err.splitlines()[-1]  # met while training
