@@ -20,7 +20,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for row in sorted(config.data_rows, key=lambda row: (row["format"], row["workers"])):
         reference = plain.get((row["format"], row["workers"]))
         ratio = f"{row['samples_per_second'] / reference['samples_per_second']:.2f}" if reference else "-"
+        speed, added = f"{row['samples_per_second']:,.0f}", f"{row['added_MiB']:.0f}"
         terminalreporter.write_line(
-            f"{row['format']:6} {row['workers']:>7} {row['pipeline']:20} {row['samples_per_second']:>10,.0f} {ratio:>12} "
-            f"{row['added_MiB']:>10.0f}"
+            f"{row['format']:6} {row['workers']:>7} {row['pipeline']:20} {speed:>10} {ratio:>12} {added:>10}"
         )

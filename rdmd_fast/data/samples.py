@@ -25,6 +25,7 @@ class CachedSamples:
 
     Attributes:
         status: of each sample, uint8 [len] (see ``store``); shared with the node's other processes if ``share``.
+        complete: whether every sample is known to have been read or found unreadable.
         decoder: who decodes.
     """
 
@@ -34,6 +35,7 @@ class CachedSamples:
         self.status = self._store.status
         self.status[shards.cut & (self.status == UNKNOWN)] = BAD
         self._workers = workers
+        self.complete = False
         self.decoder = Decoder(lambda index: shards.read(index), self._store, workers)
         self._tickets: dict[int, int] = {}  # of samples that are being decoded
 
@@ -46,9 +48,13 @@ class CachedSamples:
 
     def ahead(self, indices: np.ndarray) -> None:
         """Start decoding what will be asked for."""
-        missing = self._missing(indices) if self._workers else indices[:0]
+        if not self._workers:
+            return
+        missing = self._missing(indices)
         if len(missing):
             self._submit(missing)
+        else:
+            self.complete = bool((self.status != UNKNOWN).all())
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Samples that have been loaded, a copy."""
@@ -72,9 +78,11 @@ class WindowedSamples:
 
     Attributes:
         status: of each sample, uint8 [len]: GOOD and BAD say how its last reading went.
+        complete: False, samples come and go.
         decoder: who decodes.
     """
 
+    complete = False
     _ROWS = 64  # at first
 
     def __init__(self, shards: ShardSet, dtype, workers: int, batches: int):

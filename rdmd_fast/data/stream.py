@@ -154,7 +154,7 @@ class SampleStream:
         raise InputError(f"{self.shards.path}: none of its {self.len} samples can be read ({known}); pack it again")
 
     def _look_ahead(self, positions: np.ndarray) -> None:
-        if not self._prefetch or not len(positions):
+        if not self._prefetch or not len(positions) or self._samples.complete:
             return
         step = 0
         if self._last is not None and len(self._last) == len(positions):
