@@ -89,7 +89,8 @@ class StreamReport:
         stream = self._streams[role]
         for index in np.flatnonzero(dropped & ~self._dropped[role]).tolist():
             shard = int(stream.shards.shard_of(index))
-            self._warn(role, stream.shards.shard_names[shard], stream.fault(index) or "another process found it so")
+            if fault := stream.fault(index):  # else the process that has met it tells
+                self._warn(role, stream.shards.shard_names[shard], fault)
 
     def _warn(self, role: str, shard: str, fault: str) -> None:
         if (role, shard) not in self._warned:
