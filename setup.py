@@ -10,6 +10,7 @@ REQUIRED = [
     "triton>=3.6; platform_system == 'Linux'",  # the CPU build of torch installs none
     "deepspeed>=0.19.6",  # earlier ZeRO-2 gradients were wrong (microsoft/DeepSpeed#7718)
     "webdataset>=1.0.2",
+    "braceexpand>=0.1.7",  # brace patterns of shards; WebDataset depends on it too
     "safetensors>=0.5",
     "numpy>=2.0",
     "pydantic>=2.10",  # typed options; DeepSpeed depends on it too
@@ -31,6 +32,7 @@ EXTRAS = {
     "toy": ["POT>=0.9.5"],  # exact optimal transport in 2-D
     "diffusers": ["diffusers>=0.30"],  # only for the autoencoder of latents (its networks are read without it)
     "wandb": ["wandb>=0.18"],  # only for telemetry.wandb_project
+    "bench": ["mosaicml-streaming>=0.8"],  # only to be compared with in benchmarks/test_data.py
     "test": [
         "pytest>=8.3",
         "pytest-benchmark>=5.0",

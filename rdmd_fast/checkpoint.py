@@ -216,6 +216,11 @@ def load_checkpoint(
 
 # Sections and keys that may change between a stop and its continuation without making it another experiment.
 _FREE = {"run_dir", "telemetry", "checkpoint", "validation"}
+# How data come, not which; and how long.
+_FREE_KEYS = {
+    "train.steps",
+    *(f"data.{key}" for key in ("cache_gib", "cache_dir", "workers", "prefetch", "max_dropped")),
+}
 
 
 def _check_compatible(path: Path, manifest: dict, config: dict, world: World) -> None:
@@ -235,7 +240,7 @@ def _check_compatible(path: Path, manifest: dict, config: dict, world: World) ->
         if section in _FREE or saved.get(section) == config[section]:
             continue
         key = next(_differences(saved.get(section), config[section], section), None)
-        if key and key[0] not in ("train.steps",):
+        if key:
             raise InputError(
                 f"checkpoint {path}: was trained with {key[0]} = {key[1]!r}, the config says {key[2]!r}; "
                 "set it back, or choose another run_dir"
@@ -246,5 +251,5 @@ def _differences(saved, now, key: str):
     if isinstance(saved, dict) and isinstance(now, dict):
         for name in {**saved, **now}:
             yield from _differences(saved.get(name), now.get(name), f"{key}.{name}")
-    elif saved != now and key != "train.steps":
+    elif saved != now and key not in _FREE_KEYS:
         yield key, saved, now

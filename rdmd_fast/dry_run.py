@@ -41,7 +41,9 @@ def parameter_counts(config: Config) -> dict[str, int]:
     from .networks.teachers import read_teacher_config
 
     domain = config.data.target if config.stage == "teacher" else config.data.source
-    shape = (2,) if isinstance(domain, ToyDistribution) else channels_first(ShardSet(domain))
+    shape = (2,)
+    if not isinstance(domain, ToyDistribution):
+        shape = channels_first(ShardSet(domain, cache_dir=config.data.cache_dir))
     options = config.network
     if config.teacher not in (None, "analytic"):
         options = read_teacher_config(config.teacher).network

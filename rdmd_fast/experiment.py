@@ -12,6 +12,8 @@ from .checkpoint import TrainingState
 from .conditioning import target_class_row, training_labels, varied_labels
 from .config import Config
 from .data.device import open_domain
+from .data.faults import StreamReport
+from .data.stream import SampleStream
 from .data.toys import ToyDistribution
 from .diffusion import DiffusionOptions, Reading, denoise, heun_sample, karras_levels
 from .distributed import DTYPES, BatchLayout, OptimizerOptions, World, freeze, initialize_engine
@@ -64,10 +66,22 @@ def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Expe
     # Dropout is the one use of torch's own generator; ranks must not drop the same units.
     torch.manual_seed((config.seed + 1 + world.rank) % 2**63)
     telemetry.flops_per_sample = _flops_per_sample(config, experiment)
+    telemetry.at_log += _stream_reports(config, experiment.stage, world)
     if experiment.picture is no_picture and len(experiment.export.sample_shape) == 3:
         channels = experiment.export.sample_shape[0]
         telemetry.say(f"no pictures: samples of {channels} channels are drawn where telemetry.decoder names a decoder")
     return experiment
+
+
+def _stream_reports(config: Config, stage, world: World) -> list[StreamReport]:
+    """What a line of metrics tells of the data; none of toys. Sets that are damaged too much end the run here."""
+    streams = {role: getattr(stage, role).stream for role in ("source", "target") if hasattr(stage, role)}
+    streams = {role: stream for role, stream in streams.items() if isinstance(stream, SampleStream)}
+    if not streams:
+        return []
+    report = StreamReport(streams, config.data.max_dropped, world)
+    report.check()
+    return [report]
 
 
 # -- teacher stage -----------------------------------------------------------------------------------------------------
@@ -256,13 +270,16 @@ def _validation(config: Config, world: World, export: ExportConfig, source):
         validator = ToyValidator(options, config.data.source, config.data.target, config.seed, config.rdmd)
         held_out = validator
     elif config.data.source_holdout:
-        sources = held_out_images(config.data.source_holdout, options.count)
+        cache = config.data.cache_dir
+        sources = held_out_images(config.data.source_holdout, options.count, cache)
         if tuple(sources.shape[1:]) != tuple(source.shape):
             raise InputError(
                 f"data.source_holdout: samples of shape {tuple(sources.shape[1:])}, data.source has {source.shape}: "
                 "pack both alike"
             )
-        targets = held_out_images(config.data.target_holdout, options.count) if config.data.target_holdout else None
+        targets = None
+        if config.data.target_holdout:
+            targets = held_out_images(config.data.target_holdout, options.count, cache)
         if options.judge and options.judge_label is None:
             raise InputError("validation.judge_label: missing, name the label of the target domain")
         validator = None

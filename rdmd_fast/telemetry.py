@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -64,6 +64,8 @@ class Telemetry:
         self.flops_per_sample: float | None = None
         self._writers = []
         self._bar = None
+        # Called by every rank for a due line with the interval's seconds; what they return joins the line.
+        self.at_log: list[Callable[[float], dict]] = []
 
     # -- recording, no host synchronisation ------------------------------------------------------------------------
 
@@ -134,6 +136,8 @@ class Telemetry:
                 line[f"grad_norm/{name}"] = float(value)
         self._norms.clear()
         line |= self._times(step)
+        for report in self.at_log:
+            line |= report(line["seconds"]["interval"])
         self.write(line)
         self._announce(line)
 
@@ -236,8 +240,8 @@ class Telemetry:
         return times
 
 
-TIME_KEYS = ("images_per_second", "eta_seconds", "seconds", "mfu")
-"""Keys of a metrics line that differ between two runs of the same bits."""
+TIME_KEYS = ("images_per_second", "eta_seconds", "seconds", "mfu", "data_wait_share", "dropped_samples")
+"""Keys of a metrics line that differ between two runs of the same bits: times, and damage that was met so far."""
 
 
 def device_peak(device: torch.device) -> float | None:

@@ -157,12 +157,12 @@ def sliced_w2(outputs: torch.Tensor, target: torch.Tensor, projections: int = 12
     return float((quantiles[0] - quantiles[1]).square().mean().sqrt())
 
 
-def held_out_images(folder: str | Path, count: int) -> torch.Tensor:
+def held_out_images(folder: str | Path, count: int, cache_dir: str | None = None) -> torch.Tensor:
     """The first ``count`` samples of a shard set as float32 [n, C, H, W] in [-1, 1] (arrays [n, D] as they are)."""
     from .data.shards import ShardSet
     from .kernels.image_normalize import image_normalize
 
-    shards = ShardSet(folder)
+    shards = ShardSet(folder, cache_dir=cache_dir)
     samples = torch.from_numpy(np.stack([shards.read(index) for index in range(min(count, len(shards)))]))
     if shards.kind != "image":
         return samples

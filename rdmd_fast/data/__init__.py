@@ -9,12 +9,16 @@ from .toys import ToyDistribution
 
 
 class DataOptions(Options):
-    """Two domains, each a folder of shards or a toy, streamed independently of one another."""
+    """Two domains, each a set of shards or a toy, streamed independently of one another."""
 
-    source: str | ToyDistribution | None = Field(None, description="source domain: a shard folder or {toy: name}")
-    target: str | ToyDistribution | None = Field(
+    source: str | list[str] | ToyDistribution | None = Field(
         None,
-        description="target domain: a shard folder or {toy: name}; the rdmd stage only validates against it",
+        description="source domain: {toy: name}, or shards: a folder, a glob, a brace pattern as "
+        "shards/{000..099}.tar, http(s) URLs of tars or of a packed folder, pipe:COMMAND (a shell command of your own "
+        "that writes a tar), several as a list or joined by ::",
+    )
+    target: str | list[str] | ToyDistribution | None = Field(
+        None, description="target domain, as source; the rdmd stage only validates against it"
     )
     source_holdout: str | None = Field(None, description="shards of sources that training never sees, for validation")
     target_holdout: str | None = Field(None, description="shards of targets that training never sees, for validation")
@@ -29,5 +33,36 @@ class DataOptions(Options):
     cache_gib: float = Field(
         4.0,
         ge=0,
-        description="decoded samples of one stream are kept in memory up to this size, GiB per rank (ours)",
+        description="decoded samples of one stream are kept in memory up to this size, GiB per node: its ranks share "
+        "them in /dev/shm; larger sets are decoded anew each epoch (ours)",
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="folder for copies of remote shards and for indexes of foreign ones; unset: "
+        "$XDG_CACHE_HOME/rdmd_fast or ~/.cache/rdmd_fast (ours)",
+    )
+    shuffle_shards: int = Field(
+        256,
+        ge=1,
+        description="shards whose samples are shuffled together; sets of no more shards are permuted as a whole. Part "
+        "of the order: a change gives other batches (ours)",
+    )
+    workers: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="processes of a rank that decode one stream, 0 to decode in line; unset: the rank's cores, at most "
+        "8. The samples do not depend on it (ours)",
+    )
+    prefetch: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="micro-batches that workers decode ahead of the step; without effect at workers: 0 (ours)",
+    )
+    max_dropped: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of a set's samples that may be unreadable; beyond it the run stops with the list (ours)",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Literal
 
 import torch
@@ -64,10 +66,23 @@ def open_domain(
     Raises:
         InputError: no data there, or flips of something that has no left and right.
     """
-    stream = open_stream(getattr(options, role), philox, role, int(options.cache_gib * 2**30))
+    stream = open_stream(getattr(options, role), philox, role, options)
+    if isinstance(stream, SampleStream):
+        _warn_of_crowding(role, len(stream.shards.shards), options.workers)
     if not options.flip:
         return DeviceStream(stream, device)
     if len(stream.shape) != 3:
         raise InputError(f"data.flip: mirrors images, data.{role} has samples of shape {tuple(stream.shape)}")
     number = {"source": Stream.SOURCE_FLIP, "target": Stream.TARGET_FLIP}[role]
     return DeviceStream(stream, device, (philox.seed, int(number)))
+
+
+def _warn_of_crowding(role: str, shards: int, workers: int | None) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if max(ranks, workers or 0) > shards and int(os.environ.get("RANK", 0)) == 0:
+        crowd = f"{ranks} ranks of {workers} workers" if workers else f"{ranks} ranks"
+        print(
+            f"warning: data.{role}: {crowd} read {shards} shards; the samples are the same, but they read the same "
+            "files: smaller shards spread that (rdmd pack --shard-size)",
+            file=sys.stderr,
+        )

@@ -1,4 +1,4 @@
-"""Reading sample i of a folder of WebDataset tars by its byte offset, without walking the tar.
+"""Reading sample i of a set of WebDataset tars by its byte offset, without walking the tars.
 
 A packed folder holds ``shard-*.tar``, ``index.json`` (keys, offsets, sizes and class labels) and
 ``manifest.json``, which is written last: a folder with a manifest is complete. Foreign WebDataset tars work too;
@@ -9,106 +9,85 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import re
-import tarfile
 import weakref
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from rdmd_fast.data.images import UNREADABLE, to_rgb
+from rdmd_fast.data.locate import locate
+from rdmd_fast.data.parts import (  # noqa: F401 (the names of a packing's files belong to its readers' interface)
+    ARRAY_EXTENSION,
+    IMAGE_EXTENSIONS,
+    INDEX,
+    LABEL_EXTENSION,
+    MANIFEST,
+    MANIFEST_VERSION,
+    UNFINISHED_MANIFEST,
+    Part,
+)
+from rdmd_fast.data.tar import TarMember, scan_shard  # noqa: F401
 from rdmd_fast.errors import InputError
 
-MANIFEST = "manifest.json"
-UNFINISHED_MANIFEST = "manifest.json.partial"
-INDEX = "index.json"
-MANIFEST_VERSION = 1
-IMAGE_EXTENSIONS = frozenset(("png", "jpg", "jpeg", "webp"))
-ARRAY_EXTENSION = "npy"
-LABEL_EXTENSION = "cls"  # WebDataset's: the class as decimal text
-
-_BLOCK = 512  # bytes of a tar block
 _MAX_OPEN = 256  # sets of more shards open a file for each read instead of holding them all
 
 
-class TarMember(NamedTuple):
-    """One regular file of a tar: WebDataset key and extension, and where its bytes lie."""
-
-    key: str
-    extension: str
-    offset: int
-    size: int
-
-
-def scan_shard(path: Path) -> list[TarMember]:
-    """List a shard's members by walking its headers.
-
-    Raises:
-        InputError: not a plain tar, or cut short.
-    """
-    members, end = [], 0
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + (member.size + _BLOCK - 1) // _BLOCK * _BLOCK
-                # WebDataset's naming: the key ends at the first dot of the file name, an extension follows.
-                split = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, flags=re.DOTALL)
-                if member.isreg() and split:
-                    members.append(TarMember(split[1], split[2].lower(), member.offset_data, member.size))
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{path}: truncated or not an uncompressed tar ({error}); copy or pack it again") from error
-    if path.stat().st_size < end + _BLOCK:
-        raise InputError(f"{path}: truncated, the end-of-archive block is missing; copy or pack it again")
-    return members
-
-
 class ShardSet:
-    """The samples of a folder of shards in one fixed order: shards by name, samples as they stand in them.
+    """The samples of a set of shards in one fixed order: shards as named, samples as they stand in them.
 
     Args:
         path: folder with ``manifest.json`` (from ``rdmd pack``) or with WebDataset .tar files of png, jpg,
-            jpeg, webp or npy samples, .cls class labels beside them or not. Other members are ignored.
+            jpeg, webp or npy samples, .cls class labels beside them or not; or anything else that ``locate`` opens,
+            several in one included. Other members are ignored.
+        tolerant: damaged shards are opened; what cannot be read of them is in ``cut`` and ``faults``.
+        cache_dir: where remote shards and, if ``tolerant``, indexes of foreign ones are kept (locate.default_cache).
 
     Attributes:
-        path: the folder.
+        path: the folder, or the text that names the set.
         kind: "image" or "array".
         shape: of one sample, (H, W, 3) or as stored, (D,) for points.
         extension: of the samples.
         keys: WebDataset keys, list of len(self) strings.
         classes: names of the classes that ``labels`` count, where the manifest tells them.
+        shards: list of parts.Shard.
+        cut: bool [len], samples whose bytes are not all there; all False unless ``tolerant``.
+        faults: what is wrong with each damaged shard, by its name.
 
     Raises:
         InputError: folder missing or without shards, unfinished or damaged packing, truncated shard.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise InputError(
-                f"{self.path}: no such folder of shards; make one with `rdmd pack SOURCE --out {self.path}`"
-            )
-        packed = (self.path / MANIFEST).is_file()
-        self.classes: list[str] | None = None
-        self._packed_labels: np.ndarray | None = None
-        self._label_members: list[dict[str, TarMember]] | None = None
-        self._names, tables = self._read_index() if packed else self._scan_foreign()
-        self.keys = [key for keys, _, _ in tables for key in keys]
-        self._first = [0, *accumulate(len(keys) for keys, _, _ in tables)]
-        self._offsets = np.concatenate([np.asarray(offsets, dtype=np.int64) for _, offsets, _ in tables])
-        self._sizes = np.concatenate([np.asarray(sizes, dtype=np.int64) for _, _, sizes in tables])
-        self._files: list[int] | None = None
-        if len(self._names) <= _MAX_OPEN:
-            self._files = [os.open(self.path / name, os.O_RDONLY | os.O_CLOEXEC) for name in self._names]
+    def __init__(self, path: str | Path | Sequence[str], tolerant: bool = False, cache_dir: str | Path | None = None):
+        parts = locate(path, tolerant, cache_dir)
+        self.path = Path(path) if isinstance(path, str | Path) else Path("::".join(path))
+        self.shards = [shard for part in parts for shard in part.shards]
+        self.keys = [key for shard in self.shards for key in shard.keys]
+        if not self.keys:
+            raise InputError(f"{self.path}: holds no samples{_first_fault(self.shards)}; pack it again")
+        self.extension, self.kind, self.shape = parts[0].extension, parts[0].kind, parts[0].shape
+        self.classes = parts[0].classes if all(part.classes == parts[0].classes for part in parts) else None
+        self._first = [0, *accumulate(len(shard.keys) for shard in self.shards)]
+        self._offsets = np.concatenate([np.asarray(shard.offsets, dtype=np.int64) for shard in self.shards])
+        self._sizes = np.concatenate([np.asarray(shard.sizes, dtype=np.int64) for shard in self.shards])
+        self._names = _names([shard.path for shard in self.shards])
+        self.faults = {
+            name: shard.faults[0] for name, shard in zip(self._names, self.shards, strict=True) if shard.faults
+        }
+        self._files: list[int | None] | None = None
+        if len(self.shards) <= _MAX_OPEN:
+            self._files = [_open(shard.path) for shard in self.shards]
             weakref.finalize(self, _close, self._files)
-        if not packed:
-            self.kind = "array" if self.extension == ARRAY_EXTENSION else "image"
-            self.shape = self._decode(0, self._bytes(0)).shape
+        self.cut = self._find_cut()
+        for part in parts[1:]:
+            self._check_alike(parts[0], part)
+        if self.shape is None:
+            self.shape = self._first_shape(tolerant)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -137,13 +116,49 @@ class ShardSet:
         Raises:
             InputError: a sample of foreign tars has no .cls member beside it, or no whole number >= 0 in it.
         """
-        if self._packed_labels is not None or not self._label_members or not any(self._label_members):
-            return self._packed_labels
-        return np.array([self._read_label(index) for index in range(len(self))], dtype=np.int64)
+        if not any(shard.labels is not None or shard.label_members for shard in self.shards):
+            return None
+        labels = np.empty(len(self), dtype=np.int64)
+        for shard, first, end in zip(self.shards, self._first, self._first[1:], strict=False):
+            if shard.labels is not None:
+                labels[first:end] = shard.labels
+            else:
+                labels[first:end] = [self._read_label(index) for index in range(first, end)]
+        return labels
+
+    @property
+    def shard_names(self) -> list[str]:
+        """What messages and metrics call the shards: file names, with folders where those are not unique."""
+        return self._names
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [len(shard.keys) for shard in self.shards]
+
+    @property
+    def lost(self) -> int:
+        """Samples that damage has taken from the set before they were counted, an estimate."""
+        return sum(shard.lost for shard in self.shards)
+
+    @cached_property
+    def identity(self) -> str:
+        """Text that differs between sets, and between states of the files of one."""
+        digest = hashlib.sha256(np.concatenate([self._offsets, self._sizes]).tobytes())
+        for shard in self.shards:
+            digest.update(str(shard.path.absolute()).encode(errors="surrogateescape"))
+            if shard.path.exists():
+                state = shard.path.stat()
+                digest.update(f" {state.st_size} {state.st_mtime_ns} {state.st_ino}".encode())
+        return digest.hexdigest()
+
+    def shard_of(self, indices: int | np.ndarray) -> np.ndarray:
+        """Which shard holds a sample, by its number."""
+        return np.searchsorted(self._first, indices, side="right") - 1
 
     def _read_label(self, index: int) -> int:
-        shard = self._shard(index)
-        member = self._label_members[shard].get(self.keys[index])
+        shard = int(self.shard_of(index))
+        member = (self.shards[shard].label_members or {}).get(self.keys[index])
         if member is None:
             raise InputError(f"{self._where(index)} has no .cls member where others do; label all samples or none")
         text = self._pread(shard, member.offset, min(member.size, 20)).strip()
@@ -151,23 +166,23 @@ class ShardSet:
             raise InputError(f"{self._where(index)}: .cls holds {text!r}, no class number; write it as decimal text")
         return int(text)
 
-    def _shard(self, index: int) -> int:
-        return int(np.searchsorted(self._first, index, side="right")) - 1
-
     def _where(self, index: int) -> str:
-        return f"{self.path / self._names[self._shard(index)]}: sample {self.keys[index]!r}"
+        return f"{self.shards[int(self.shard_of(index))].path}: sample {self.keys[index]!r}"
 
     def _bytes(self, index: int) -> bytes:
         size = int(self._sizes[index])
-        data = self._pread(self._shard(index), int(self._offsets[index]), size)
+        try:
+            data = self._pread(int(self.shard_of(index)), int(self._offsets[index]), size)
+        except OSError as error:
+            raise InputError(f"{self._where(index)} cannot be read ({error.strerror}); copy the shard again") from error
         if len(data) < size:
             raise InputError(f"{self._where(index)} is cut short; copy or pack the shard again")
         return data
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        if self._files is not None:
+        if self._files is not None and self._files[shard] is not None:
             return os.pread(self._files[shard], size, offset)
-        with open(self.path / self._names[shard], "rb") as file:
+        with open(self.shards[shard].path, "rb") as file:
             return os.pread(file.fileno(), size, offset)
 
     def _decode(self, index: int, data: bytes) -> np.ndarray:
@@ -179,77 +194,50 @@ class ShardSet:
         except UNREADABLE as error:
             raise InputError(f"{self._where(index)} cannot be decoded ({error}); pack the set again") from error
 
-    def _read_index(self) -> tuple[list[str], list[tuple]]:
-        """Shard names and (keys, offsets, sizes) of each, from the manifest and the index beside it."""
-        try:
-            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["version"] != MANIFEST_VERSION:
-                raise InputError(
-                    f"{self.path / MANIFEST}: version {manifest['version']} where this program reads "
-                    f"{MANIFEST_VERSION}; pack the set again"
-                )
-            self.kind, self.shape = manifest["kind"], tuple(manifest["shape"])
-            self.extension = manifest["extension"]
-            index_bytes = (self.path / INDEX).read_bytes()
-            if hashlib.sha256(index_bytes).hexdigest() != manifest["index_sha256"]:
-                raise InputError(f"{self.path / INDEX}: does not belong to {MANIFEST}; copy both again or pack again")
-            index = json.loads(index_bytes)
-            sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
-            tables = [(shard["keys"], shard["offsets"], shard["sizes"]) for shard in index]
-            names = [shard["file"] for shard in index]
-            self.classes = manifest.get("classes")
-            if any("labels" in shard for shard in index):
-                labels = [label for shard in index for label in shard["labels"]]
-                self._packed_labels = np.array(labels, dtype=np.int64)
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            raise InputError(f"{self.path / MANIFEST}: unreadable packing ({error!r}); pack the set again") from error
-        for name in names:
-            self._check_size(name, sizes[name])
-        return names, tables
+    def _find_cut(self) -> np.ndarray:
+        cut = np.zeros(len(self), dtype=bool)
+        for shard, first, end in zip(self.shards, self._first, self._first[1:], strict=False):
+            if shard.faults:
+                size = shard.path.stat().st_size if shard.path.is_file() else 0
+                cut[first:end] = self._offsets[first:end] + self._sizes[first:end] > size
+        return cut
 
-    def _check_size(self, name: str, expected: int) -> None:
-        path = self.path / name
-        if not path.is_file():
-            raise InputError(f"{path}: shard is missing though {MANIFEST} lists it; copy or pack the set again")
-        size = path.stat().st_size
-        if size != expected:
-            fault = "truncated" if size < expected else "too long"
-            raise InputError(f"{path}: {fault}, {size} bytes of {expected}; copy or pack the set again")
+    def _first_shape(self, tolerant: bool) -> tuple[int, ...]:
+        """Shape of the first sample, of the first readable one if ``tolerant``."""
+        for index in range(len(self)):
+            try:
+                return self._decode(index, self._bytes(index)).shape
+            except InputError:
+                if not tolerant or index == len(self) - 1:
+                    raise
+        raise AssertionError("a set has samples")
 
-    def _scan_foreign(self) -> tuple[list[str], list[tuple]]:
-        """Shard names and (keys, offsets, sizes) of each, from the tars' own headers; sets ``extension``."""
-        if (self.path / UNFINISHED_MANIFEST).exists():
-            raise InputError(f"{self.path}: packing was interrupted; run the same `rdmd pack` command again")
-        names = sorted(entry.name for entry in self.path.glob("*.tar"))
-        if not names:
-            raise InputError(f"{self.path}: no {MANIFEST} and no .tar shards here{self._hint()}")
-        scanned = [scan_shard(self.path / name) for name in names]
-        found = {member.extension for members in scanned for member in members}
-        wanted = (found & IMAGE_EXTENSIONS) or (found & {ARRAY_EXTENSION})
-        if not wanted:
+    def _check_alike(self, first: Part, other: Part) -> None:
+        if other.kind != first.kind or (first.shape and other.shape and first.shape != other.shape):
             raise InputError(
-                f"{self.path}: its shards hold no png, jpg, jpeg, webp or npy samples, only "
-                f"{', '.join(sorted(found)) or 'nothing'}; convert them or pack the images anew"
+                f"{self.path}: {other.shards[0].path.parent} holds {other.kind} samples of shape {other.shape} where "
+                f"{first.shards[0].path.parent} holds {first.kind} of {first.shape}; pack them alike"
             )
-        self.extension = min(wanted)
-        self._label_members = [{m.key: m for m in members if m.extension == LABEL_EXTENSION} for members in scanned]
-        tables = []
-        for name, members in zip(names, scanned, strict=True):
-            chosen = [member for member in members if member.extension in wanted]
-            keys = [member.key for member in chosen]
-            if len(set(keys)) < len(keys):
-                twice = next(key for key in keys if keys.count(key) > 1)
-                raise InputError(f"{self.path / name}: two images share the key {twice!r}; keep one of them")
-            tables.append((keys, [member.offset for member in chosen], [member.size for member in chosen]))
-        return names, tables
-
-    def _hint(self) -> str:
-        inside = sorted(manifest.parent.name for manifest in self.path.glob(f"*/{MANIFEST}"))
-        if inside:
-            return f"; name one of the sets inside: {', '.join(inside[:8])}"
-        return f"; make them with `rdmd pack SOURCE --out {self.path}`, or unpack compressed ones"
 
 
-def _close(files: list[int]) -> None:
+def _names(paths: list[Path]) -> list[str]:
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _first_fault(shards) -> str:
+    faults = [f"{shard.path.name} {shard.faults[0]}" for shard in shards if shard.faults]
+    return f" ({'; '.join(faults[:3])})" if faults else ""
+
+
+def _open(path: Path) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # each read says so
+        return None
+
+
+def _close(files: list[int | None]) -> None:
     for file in files:
-        os.close(file)
+        if file is not None:
+            os.close(file)

@@ -1,15 +1,16 @@
 """Endless streams of samples as pure functions of (seed, position), so that a resumed run needs no state.
 
 A position counts a stream's samples from the start of the run. In a data set of n samples, position p is
-sample permutation(epoch)[p mod n] of epoch p // n; in a toy it is the p-th point. Ranks and micro-batches ask
+sample order(epoch)[p mod n] of epoch p // n (``order``); in a toy it is the p-th point. Ranks and micro-batches ask
 for their own positions, so the data do not depend on how a batch is split.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -17,16 +18,22 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from rdmd_fast.data import DataOptions
+from rdmd_fast.data.order import EpochOrder
+from rdmd_fast.data.samples import open_samples
 from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.store import BAD, UNKNOWN
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.errors import InputError
 from rdmd_fast.randomness import Philox, Stream
 
-_POOL_FROM = 8  # samples from which decoding on threads repays handing them over
-
 
 class SampleStream:
     """Samples of a shard set, each epoch in a fresh random order.
+
+    A sample that cannot be read is replaced by the next readable one of a fixed sequence: i, i + s, i + 2 s, …
+    modulo the set's size, with s near its golden section, so that neighbours get different substitutes. Which sample
+    stands at a position is thus a function of the seed, the position and the files.
 
     Decoded samples stay in memory if the whole set fits ``cache_bytes``: images as uint8, each decoded when
     first asked for. Larger sets are decoded anew each time.
@@ -35,25 +42,40 @@ class SampleStream:
         shards: the samples.
         philox: the run's counter-based generator.
         order_stream: stream of the epochs' orders.
-        cache_bytes: memory for decoded samples, of this process.
+        cache_bytes: memory for decoded samples, of this process or, if ``share``, of the node.
+        workers: processes that decode; 0 decodes in line, and nothing ahead.
+        prefetch: batches that workers decode ahead. Which these are is guessed from the last two: batches whose
+            positions advance by equal steps are foreseen, others are merely not ready.
+        window: shards whose samples are shuffled together (see ``EpochOrder``).
+        share: whether the node's processes that open the same set share its decoded samples.
 
     Attributes:
         shape: of one sample as ``batch`` returns it, (C, H, W) or (D,).
         len: samples in the set.
         shards: as given.
+        waited: seconds that ``batch`` has taken so far.
     """
 
-    def __init__(self, shards: ShardSet, philox: Philox, order_stream: Stream, cache_bytes: int = 4 << 30):
+    def __init__(
+        self,
+        shards: ShardSet,
+        philox: Philox,
+        order_stream: Stream,
+        cache_bytes: int = 4 << 30,
+        workers: int = 0,
+        prefetch: int = 4,
+        window: int = 256,
+        share: bool = False,
+    ):
         self.shards, self.len = shards, len(shards)
         self.shape = channels_first(shards)
-        self._philox, self._order_stream = philox, order_stream
-        self._orders: dict[int, np.ndarray] = {}
-        self._dtype = np.uint8 if shards.kind == "image" else np.float32
-        size = self.len * int(np.prod(shards.shape)) * np.dtype(self._dtype).itemsize
-        # Pages of the cache are taken as samples come in, not here.
-        self._cache = np.empty((self.len, *shards.shape), self._dtype) if size <= cache_bytes else None
-        self._decoded = np.zeros(self.len, dtype=bool)
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="decode")
+        self.waited = 0.0
+        self._order = EpochOrder(philox, order_stream, shards.counts, window)
+        self._samples = open_samples(shards, cache_bytes, workers, prefetch, share)
+        self._prefetch = prefetch if workers else 0
+        self._last: np.ndarray | None = None  # positions of the last batch
+        self._step = 0  # by which they had advanced
+        self._stride = _golden_stride(self.len)
 
     def batch(self, positions: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """The samples at ``positions``, int64 [N] of non-negative values.
@@ -63,26 +85,31 @@ class SampleStream:
 
         Raises:
             ValueError: a negative position.
-            InputError: a sample cannot be read.
+            InputError: no sample of the set can be read.
         """
-        return self._tensor(self.indices(positions))
+        positions = _checked(positions)
+        begin = time.perf_counter()
+        indices = self._readable(self._order.indices(positions), reload=True)
+        batch = torch.from_numpy(self._samples.take(indices))
+        self.waited += time.perf_counter() - begin
+        self._look_ahead(positions)
+        return batch.permute(0, 3, 1, 2) if self.shards.kind == "image" else batch
 
     def indices(self, positions: torch.Tensor | Sequence[int]) -> np.ndarray:
-        """Which samples of the set stand at ``positions``: int64 [N] in [0, len)."""
-        positions = _checked(positions)
-        epochs, places = np.divmod(positions, self.len)
-        indices = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            of_epoch = epochs == epoch
-            indices[of_epoch] = self._order(epoch)[places[of_epoch]]
-        return indices
+        """Which samples of the set are served at ``positions``: int64 [N] in [0, len). Those unknown are read.
+
+        Raises:
+            ValueError: a negative position.
+            InputError: no sample of the set can be read.
+        """
+        return self._readable(self._order.indices(_checked(positions)))
 
     def labels(self, positions: torch.Tensor | Sequence[int]) -> torch.Tensor:
         """Class labels of the samples at ``positions``: int64 [N], on the CPU.
 
         Raises:
             ValueError: a negative position.
-            InputError: the set has no labels.
+            InputError: the set has no labels, or no sample of it can be read.
         """
         labels = self.shards.labels
         if labels is None:
@@ -92,35 +119,59 @@ class SampleStream:
             )
         return torch.from_numpy(labels[self.indices(positions)])
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders[epoch] = self._philox.permutation(self._order_stream, epoch, self.len).numpy()
-            # A batch straddles two epochs at most, unless the set is smaller than the batch.
-            for old in list(self._orders)[:-2]:
-                del self._orders[old]
-        return self._orders[epoch]
+    @property
+    def dropped(self) -> np.ndarray:
+        """Samples that are known to be unreadable: bool [len]."""
+        return self._samples.status == BAD
 
-    def _tensor(self, indices: np.ndarray) -> torch.Tensor:
-        if self._cache is None:
-            samples = np.empty((len(indices), *self.shards.shape), self._dtype)
-            self._read_into(samples, range(len(indices)), indices)
-        else:
-            missing = np.unique(indices[~self._decoded[indices]])
-            self._read_into(self._cache, missing, missing)
-            self._decoded[missing] = True
-            samples = self._cache.take(indices, axis=0)
-        batch = torch.from_numpy(samples)
-        return batch.permute(0, 3, 1, 2) if self.shards.kind == "image" else batch
+    def fault(self, index: int) -> str | None:
+        """What is wrong with a dropped sample, as far as this process has seen it."""
+        name = self.shards.shard_names[int(self.shards.shard_of(index))]
+        return self._samples.decoder.faults.get(index) or self.shards.faults.get(name)
 
-    def _read_into(self, out: np.ndarray, rows: Sequence[int], indices: np.ndarray) -> None:
-        """out[rows[i]] = sample indices[i]."""
+    def _readable(self, indices: np.ndarray, reload: bool = False) -> np.ndarray:
+        """``indices`` with substitutes for those that cannot be read; all of known status, in memory if ``reload``."""
+        status = self._samples.status
+        while True:
+            served = indices
+            dropped = np.flatnonzero(status[indices] == BAD)
+            if len(dropped):
+                served = indices.copy()
+                served[dropped] = [self._substitute(index) for index in indices[dropped].tolist()]
+            if reload or (status[served] == UNKNOWN).any():
+                self._samples.load(served)
+            if not (status[served] == BAD).any():
+                return served
 
-        def read(row: int, index: int) -> None:
-            out[row] = self.shards.read(int(index))
+    def _substitute(self, index: int) -> int:
+        """The first of the sample's sequence that is not known to be unreadable."""
+        status = self._samples.status
+        for _ in range(self.len - 1):
+            index = (index + self._stride) % self.len
+            if status[index] != BAD:
+                return index
+        known = next(iter(self._samples.decoder.faults.values()), "") or next(iter(self.shards.faults.values()), "")
+        raise InputError(f"{self.shards.path}: none of its {self.len} samples can be read ({known}); pack it again")
 
-        spread = self._pool.map if len(indices) >= _POOL_FROM else map
-        for _ in spread(read, rows, indices):
-            pass
+    def _look_ahead(self, positions: np.ndarray) -> None:
+        if not self._prefetch or not len(positions) or self._samples.complete:
+            return
+        step = 0
+        if self._last is not None and len(self._last) == len(positions):
+            step = int(positions[0] - self._last[0])
+        # A step seen once may be a jump (to a picture's samples, say): only a repeated one is followed.
+        if step > 0 and step == self._step:
+            for batch in range(1, self._prefetch + 1):
+                self._samples.ahead(self._order.indices(positions + batch * step))
+        self._last, self._step = positions, step
+
+
+def _golden_stride(count: int) -> int:
+    """A step near the golden section of ``count`` that visits every sample once around."""
+    stride = max(1, round(count * (math.sqrt(5) - 1) / 2))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
 
 
 class ToyStream:
@@ -176,18 +227,18 @@ class ToyStream:
 
 
 def open_stream(
-    spec: str | Path | ToyDistribution,
+    spec: str | Path | Sequence[str] | ToyDistribution,
     philox: Philox,
     role: Literal["source", "target"],
-    cache_bytes: int = 4 << 30,
+    options: DataOptions | None = None,
 ) -> SampleStream | ToyStream:
     """Open what ``data.source`` or ``data.target`` names.
 
     Args:
-        spec: a folder of shards, a toy distribution, or ``toy:NAME`` for a toy as it comes.
+        spec: shards (see ``locate``), a toy distribution, or ``toy:NAME`` for a toy as it comes.
         philox: the run's counter-based generator.
         role: picks the streams of randomness, so that source and target are independent on the same data.
-        cache_bytes: memory for the decoded samples of a shard set, of this process.
+        options: cache, workers and shuffling; by default in line, with a private cache.
 
     Raises:
         InputError: the shards cannot be opened, or no such toy.
@@ -203,7 +254,26 @@ def open_stream(
             raise InputError(f"data.{role}: no such toy {spec!r} ({error.errors()[0]['msg']})") from error
     if isinstance(spec, ToyDistribution):
         return ToyStream(spec, philox, points)
-    return SampleStream(ShardSet(spec), philox, order, cache_bytes)
+    if options is None:
+        return SampleStream(ShardSet(spec, tolerant=True), philox, order)
+    return SampleStream(
+        ShardSet(spec, tolerant=True, cache_dir=options.cache_dir),
+        philox,
+        order,
+        int(options.cache_gib * 2**30),
+        decoding_workers(options),
+        options.prefetch,
+        options.shuffle_shards,
+        share=True,
+    )
+
+
+def decoding_workers(options: DataOptions) -> int:
+    """Worker processes of each stream: as asked for, else the cores that fall to this rank, at most 8."""
+    if options.workers is not None:
+        return options.workers
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks))
 
 
 def channels_first(shards: ShardSet) -> tuple[int, ...]:

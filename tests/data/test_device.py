@@ -84,3 +84,17 @@ def test_what_has_no_left_and_right_is_refused():
     with pytest.raises(InputError, match=r"data.flip: .*data.source has samples of shape \(2,\)"):
         domain(ToyDistribution(toy="gaussian"), True, "source")
     assert domain(ToyDistribution(toy="gaussian"), False).batch(torch.arange(3)).shape == (3, 2)
+
+
+def test_more_workers_or_ranks_than_shards_are_told(images, monkeypatch, capsys):
+    options = {"target": images}
+    open_domain(DataOptions(**options, workers=3), "target", Philox(0), CPU)
+    open_domain(DataOptions(**options), "target", Philox(0), CPU)
+    assert capsys.readouterr().err == ""
+    open_domain(DataOptions(**options, workers=4), "target", Philox(0), CPU)
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    open_domain(DataOptions(**options), "target", Philox(0), CPU)
+    monkeypatch.setenv("RANK", "1")
+    open_domain(DataOptions(**options), "target", Philox(0), CPU)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "data.target: 1 ranks of 4 workers read 3 shards" in first and "5 ranks read 3 shards" in second
