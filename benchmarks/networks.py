@@ -18,7 +18,7 @@ import gc
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -159,9 +159,9 @@ def flops_per_image(case: str) -> int:
     return counter.get_total_flops()
 
 
-def measure(case: str, batch: int, rounds: int, compiled: bool) -> list[dict]:
+def measure(case: str, batch: int, rounds: int, compiled: bool) -> Iterator[dict]:
     """A row for each dtype, and one of bf16 against plain fp32."""
-    rows, plain_fp32 = [], None
+    plain_fp32 = None
     for dtype in DTYPES:
         check_equal(case, dtype)
         ours, plain = steps(case, batch, dtype)
@@ -179,9 +179,8 @@ def measure(case: str, batch: int, rounds: int, compiled: bool) -> list[dict]:
         name = f"{case}, batch {batch}" + (", compiled" if compiled else "")
         for other, suffix, other_dtype in ((1, "", dtype), (2, ", against plain fp32", "fp32"))[: len(sides) - 1]:
             pair = [(times[side], peaks[side]) for side in (0, other)]
-            rows.append(row(case, name + suffix, (dtype, other_dtype), batch, *pair))
+            yield row(case, name + suffix, (dtype, other_dtype), batch, *pair)
         del ours, plain, sides
-    return rows
 
 
 def row(case: str, name: str, dtypes: tuple[str, str], batch: int, ours: tuple, plain: tuple) -> dict:
@@ -215,11 +214,12 @@ def main() -> None:
     rows = []
     for case in arguments.case:
         for compiled in (False, True) if arguments.compile else (False,):
-            rows += measure(case, arguments.batch, arguments.rounds, compiled)
+            for entry in measure(case, arguments.batch, arguments.rounds, compiled):
+                rows.append(entry)
+                print(format_row(entry), flush=True)
         if not CUDA:
             rows.append(traffic_rows(case))
-    for entry in rows:
-        print(format_row(entry))
+            print(format_row(rows[-1]), flush=True)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=1)
