@@ -261,6 +261,19 @@ def heun_sample(
     return state.float()
 
 
+def sampling_levels(
+    steps: int,
+    options: DiffusionOptions,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+) -> torch.Tensor:
+    """``karras_levels`` for a teacher: EDM's bounds 0.002 and 80 are for data of deviation 0.5 and scale with it."""
+    scale = options.sigma_data / 0.5 if options.parameterization == "edm" else 1.0
+    low = 0.002 * scale if sigma_min is None else sigma_min
+    return karras_levels(steps, low, 80.0 * scale if sigma_max is None else sigma_max, rho)
+
+
 class ForwardProcess:
     """Draws t and ε of F(x, t) for given sample positions, many iterations in one call where they are small.
 

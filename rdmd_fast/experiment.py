@@ -15,7 +15,7 @@ from .data.device import open_domain
 from .data.faults import StreamReport
 from .data.stream import SampleStream
 from .data.toys import ToyDistribution
-from .diffusion import DiffusionOptions, Reading, denoise, heun_sample, karras_levels
+from .diffusion import DiffusionOptions, Reading, denoise, heun_sample, sampling_levels
 from .distributed import DTYPES, BatchLayout, OptimizerOptions, World, freeze, initialize_engine
 from .ema import ShardedEMA
 from .errors import InputError
@@ -157,7 +157,7 @@ def _teacher_picture(config, world, export, philox, target) -> Picture:
         samples = heun_sample(
             lambda state, sigma: denoise(network, state, sigma, export.diffusion, labels),
             noise,
-            karras_levels(18),
+            sampling_levels(18, export.diffusion),
         )
         write([("target", real), ("samples", samples)], path)
 

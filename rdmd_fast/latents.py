@@ -72,9 +72,7 @@ class Autoencoder(torch.nn.Module):
                 f"latents have shape {list(latents.shape)}, the autoencoder decodes {self.channels} channels: "
                 "name the one that has encoded them"
             )
-        return self._chunked(
-            lambda part: self.model.decode(part / self.scale + self.shift).sample.clamp(-1, 1), latents
-        )
+        return self._chunked(self._decode, latents)
 
     def image_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(3, H, W) of the image of a latent (C, h, w)."""

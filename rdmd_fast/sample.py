@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=18, metavar="N", help="Heun steps; 2 N - 1 evaluations (18)")
     parser.add_argument(
-        "--sigma-min", type=float, default=0.002, metavar="S", help="lowest noise level, data units (EDM: 0.002)"
+        "--sigma-min", type=float, metavar="S", help="lowest noise level, data units (EDM: 0.002, 0.004 σ_data)"
     )
     parser.add_argument(
-        "--sigma-max", type=float, default=80.0, metavar="S", help="highest noise level, data units (EDM: 80)"
+        "--sigma-max", type=float, metavar="S", help="highest noise level, data units (EDM: 80, 160 σ_data)"
     )
     parser.add_argument("--rho", type=float, default=7.0, metavar="R", help="curvature of the levels (EDM: 7)")
     parser.add_argument(
@@ -94,9 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.count < 1 or arguments.steps < 2 or arguments.batch_size < 1:
         raise InputError("--count and --batch-size must be at least 1 and --steps at least 2")
+    bounds = (1.0 if bound is None else bound for bound in (arguments.sigma_min, arguments.sigma_max, arguments.rho))
     # Written so that NaN fails too.
-    if not (0 < arguments.sigma_min < arguments.sigma_max < math.inf and 0 < arguments.rho < math.inf):
-        raise InputError("--sigma-min must be above 0 and below --sigma-max, and --rho above 0")
+    if not all(0 < bound < math.inf for bound in bounds):
+        raise InputError("--sigma-min, --sigma-max and --rho must be above 0")
     if not (0 <= arguments.churn < math.inf and 0 <= arguments.s_noise < math.inf):
         raise InputError("--churn and --s-noise must be numbers from 0 up")
     if not 0 <= arguments.s_min <= arguments.s_max:
@@ -163,11 +164,14 @@ def draw(
     device: torch.device,
 ) -> Iterator[torch.Tensor]:
     """Samples in batches, float32 [n, C, H, W] on the CPU; number i is a function of seed, class and i alone."""
-    from .diffusion import Churn, churn_noise, heun_sample, karras_levels
+    from .diffusion import Churn, churn_noise, heun_sample, sampling_levels
     from .randomness import Philox, Stream
 
     philox, shape = Philox(arguments.seed), tuple(denoiser.config.sample_shape)
-    levels = karras_levels(arguments.steps, arguments.sigma_min, arguments.sigma_max, arguments.rho)
+    bounds = arguments.sigma_min, arguments.sigma_max
+    levels = sampling_levels(arguments.steps, denoiser.config.diffusion, *bounds, arguments.rho)
+    if not levels[0] > levels[-2]:
+        raise InputError(f"--sigma-min {levels[-2]:g} must be below --sigma-max {levels[0]:g}")
     churn = Churn(arguments.churn, arguments.s_min, arguments.s_max, arguments.s_noise)
     for positions in torch.arange(len(classes)).split(arguments.batch_size):
         labels = _label_rows(denoiser, classes[positions], device)

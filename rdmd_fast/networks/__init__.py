@@ -54,10 +54,12 @@ class SongUNetOptions(Options):
     channel_mult_noise: int = Field(
         1, ge=1, description="width of those features over model_channels: 1 for DDPM++, 2 for NCSN++ (EDM)"
     )
-    encoder_type: Literal["standard", "residual"] = Field(
+    encoder_type: Literal["standard", "skip", "residual"] = Field(
         "standard", description="standard for DDPM++; residual, with a pyramid of the input, for NCSN++ (EDM)"
     )
-    decoder_type: Literal["standard"] = Field("standard", description="standard for DDPM++ and NCSN++ (EDM)")
+    decoder_type: Literal["standard", "skip"] = Field(
+        "standard", description="standard for DDPM++ and NCSN++; skip: every level adds to the output (EDM)"
+    )
     resample_filter: list[float] = Field(
         [1, 1],
         min_length=2,
@@ -143,7 +145,7 @@ def _build_unet(
         )
     arguments = options.model_dump(exclude={"kind"})
     if not dropout:
-        arguments["dropout"] = 0.0
+        arguments |= {"dropout": 0.0, "label_dropout": 0.0}
     build = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet}[options.kind]
     return build(img_resolution=height, in_channels=channels, out_channels=channels, **arguments)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -187,6 +188,8 @@ class _Machine:
         self.stack.append(name.rebuild(*arguments))
 
     def look_up(self, module: str, attribute: str) -> Name:
+        if type(module) is not str or type(attribute) is not str:
+            raise TypeError("a global without a name")
         name = f"{module}.{attribute}"
         if name not in self.table:
             raise Refused(f"asks for {name[:100]!r}, which is not on the allow-list: refused, nothing was run")
@@ -226,6 +229,8 @@ STORAGES = {
     }.items()
 }
 MAGIC = 0x1950A86A20F9469CFC6C
+MOST_DIMENSIONS = 8
+LARGEST_SET = 256  # what is rebuilt over and over must stay small
 
 
 def read_storage(data: bytes) -> torch.Tensor:
@@ -242,18 +247,24 @@ def read_storage(data: bytes) -> torch.Tensor:
     types = dict.fromkeys(STORAGES, _not_callable)
     magic, _, machine, storage, keys = (read_pickle(stream, types) for _ in range(5))
     identity = storage.state if isinstance(storage, Record) else None
-    if magic != MAGIC or not isinstance(identity, tuple) or len(identity) != 6 or keys != [identity[2]]:
+    # Kinds before values: to compare or print what is nested in itself by the memo can take for ever.
+    kinds = (str, Name, str, str, int, type(None))
+    whole = type(identity) is tuple and tuple(map(type, identity)) == kinds and type(keys) is list
+    if not whole or type(magic) is not int or magic != MAGIC or identity[0] != "storage":
         raise Refused("holds a tensor stream that is no torch storage")
-    if identity[0] != "storage" or not isinstance(identity[1], Name) or identity[5] is not None:
+    if len(keys) != 1 or type(keys[0]) is not str or keys[0] != identity[2] or type(machine) is not dict:
         raise Refused("holds a tensor stream that is no torch storage")
     if not machine.get("little_endian", True):
         raise Refused("was written on a big-endian machine, which is not supported")
     dtype = STORAGES[identity[1].name]
     count = int.from_bytes(stream.read(8), "little")
-    elements = bytearray(memoryview(data)[stream.tell() :])
-    if len(elements) != count * dtype.itemsize:
+    if len(data) - stream.tell() != count * dtype.itemsize:
         raise ValueError("a storage of another size than it says")
-    return torch.frombuffer(elements, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+    if not count:
+        return torch.empty(0, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nobody writes to it, and copies could be asked for without end
+        return torch.frombuffer(data, dtype=dtype, offset=stream.tell())
 
 
 def _not_callable(*_):
@@ -262,10 +273,12 @@ def _not_callable(*_):
 
 def tensor(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *_) -> torch.Tensor:
     """``torch._utils._rebuild_tensor_v2``: a view into a storage from ``read_storage``."""
+    if type(size) is not tuple or type(stride) is not tuple or len(size) > MOST_DIMENSIONS:
+        raise TypeError("a tensor without a shape")
     numbers = (offset, *size, *stride)
     if not isinstance(storage, torch.Tensor) or len(size) != len(stride):
         raise TypeError("a tensor without storage")
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    if not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
         raise TypeError("a tensor with sizes that are no numbers")
     end = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True)) + 1
     if max(math.prod(size), end if 0 not in size else 0) > len(storage):
@@ -289,8 +302,8 @@ def ordered_dict(*items) -> dict:
 
 def set_of(items: list) -> set:
     """``builtins.set`` of numbers and strings."""
-    if not all(isinstance(item, KEYS) for item in items):
-        raise TypeError("a set of other things than numbers and strings")
+    if not isinstance(items, list) or len(items) > LARGEST_SET or not all(isinstance(item, KEYS) for item in items):
+        raise TypeError("a set of other things than some numbers and strings")
     return set(items)
 
 

@@ -30,7 +30,7 @@ def test_every_option_reaches_the_network(options, network, values):
     with torch.device("meta"):
         built, expected = build_network(options, (1, 16, 16)), network(16, 1, 1, **values)
         silent = build_network(options, (1, 16, 16), dropout=False)
-    assert type(built) is network and built.label_dropout == 0.2
+    assert type(built) is network and (built.label_dropout, silent.label_dropout) == (0.2, 0.0)
     shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (built, expected)]
     assert shapes[0] == shapes[1]
     assert {layer.dropout for layer in built.modules() if hasattr(layer, "dropout")} == {0.3}

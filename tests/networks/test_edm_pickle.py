@@ -205,7 +205,7 @@ for _ in range(60):
         (set_argument("channel_mult", [1] * 10**6), "too few"),
         (set_argument("channel_mult", [1, -2]), "a.pkl"),
         (set_argument("dropout", 10**400), "a.pkl"),
-        (set_argument("decoder_type", "skip"), "'decoder_type'"),
+        (set_argument("decoder_type", "residual"), "'decoder_type'"),
         (set_argument("sigma_data", -1.0), "'sigma_data'"),
         (set_argument("img_resolution", None), "resolution"),
         (set_argument("img_channels", 4), "has shape"),
@@ -432,3 +432,33 @@ def test_random_opcodes_end_in_data_or_refusal():
                 read_pickle(io.BytesIO(b"(((NNN" + content + b"."), GLOBALS)
             except Refused as refusal:
                 assert "\n" not in str(refusal)
+
+
+def doubled(levels: int) -> bytes:
+    """Opcodes for a tuple of itself and itself, and so on: small in memory, endless to print or compare."""
+    pairs = (b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(levels))
+    return b")q\x00" + b"".join(pairs)
+
+
+def test_a_name_nested_in_itself_is_refused_at_once():
+    stream = io.BytesIO(b"\x80\x04" + doubled(40) + b"h\x28\x93.")
+    with pytest.raises(Refused, match="without a name"):
+        read_pickle(stream, {})
+
+
+def test_a_tensor_stream_nested_in_itself_is_refused_at_once():
+    storage = torch.zeros(4, dtype=torch.uint8).storage().__reduce__()[1][0]
+    stream = io.BytesIO(storage)
+    for _ in range(4):
+        list(pickletools.genops(stream))
+    start = stream.tell()
+    list(pickletools.genops(stream))
+    keys = b"\x80\x02" + b")" + doubled(40)[1:] + b"]h\x28a."
+    with pytest.raises(Refused):
+        read_storage(storage[:start] + keys + storage[stream.tell() :])
+
+
+def test_storages_are_not_copied_each_time_they_are_asked_for():
+    storage = torch.arange(5.0).storage().__reduce__()[1][0]
+    first, second = read_storage(storage), read_storage(storage)
+    assert torch.equal(first, torch.arange(5.0)) and first.data_ptr() == second.data_ptr()
