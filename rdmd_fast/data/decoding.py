@@ -114,7 +114,11 @@ class Decoder:
             with warnings.catch_warnings():
                 # The child runs nothing but this loop: no lock of another thread is taken in it.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                pid = os.fork()
+                try:
+                    pid = os.fork()
+                except OSError as error:
+                    print(f"warning: no more decoding workers ({error.strerror}), fewer do", file=sys.stderr)
+                    break
             if pid == 0:
                 _work(theirs, self._read, self._store, parent)
             theirs.close()

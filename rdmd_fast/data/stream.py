@@ -8,7 +8,6 @@ for their own positions, so the data do not depend on how a batch is split.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -261,19 +260,11 @@ def open_stream(
         philox,
         order,
         int(options.cache_gib * 2**30),
-        decoding_workers(options),
+        options.workers,
         options.prefetch,
         options.shuffle_shards,
         share=True,
     )
-
-
-def decoding_workers(options: DataOptions) -> int:
-    """Worker processes of each stream: as asked for, else the cores that fall to this rank, at most 8."""
-    if options.workers is not None:
-        return options.workers
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-    return max(1, min(8, len(os.sched_getaffinity(0)) // ranks))
 
 
 def channels_first(shards: ShardSet) -> tuple[int, ...]:
