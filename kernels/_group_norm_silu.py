@@ -77,6 +77,16 @@ def _store_table(table, row, size, channel, inside, center, rstd, weight, bias, 
 
 
 @jit
+def _load_table(table, row, size, channel, inside):
+    """(mean - addend, gain, offset) of one sample's channels, as rows [1, C] of a tile."""
+    table += row + channel
+    center = tl.load(table, mask=inside, other=0)[None, :]
+    gain = tl.load(table + 2 * size, mask=inside, other=0)[None, :]
+    offset = tl.load(table + 3 * size, mask=inside, other=0)[None, :]
+    return center, gain, offset
+
+
+@jit
 def _store_gradients(
     p1, p2, p3, table, weight, bias, scale, contributions, modulation, row, size, channel, inside, pixels,
     group_elements, TILE_C: tl.constexpr, GROUP: tl.constexpr,
@@ -142,9 +152,7 @@ def resident_backward_kernel(
     pixel = tl.arange(0, TILE_P)
     mask = (pixel < pixels)[:, None] & inside[None, :]
     offsets = row * pixels + _offsets(pixel, channel, pixels, channels, CHANNELS_LAST)
-    center = tl.load(table + row + channel, mask=inside, other=0)[None, :]
-    gain = tl.load(table + 2 * size + row + channel, mask=inside, other=0)[None, :]
-    offset = tl.load(table + 3 * size + row + channel, mask=inside, other=0)[None, :]
+    center, gain, offset = _load_table(table, row, size, channel, inside)
     centered = tl.load(x + offsets, mask=mask, other=0).to(tl.float32) - center
     centered = tl.where(mask, centered, 0.0)
     dz = tl.load(dy + offsets, mask=mask, other=0).to(tl.float32)
@@ -239,9 +247,7 @@ def apply_kernel(
     channel = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
     inside = channel < channels
     lane = (program % chunks).to(tl.int32) * (TILE_P * STEPS) + tl.arange(0, TILE_P)
-    center = tl.load(table + row + channel, mask=inside, other=0)[None, :]
-    gain = tl.load(table + 2 * size + row + channel, mask=inside, other=0)[None, :]
-    offset = tl.load(table + 3 * size + row + channel, mask=inside, other=0)[None, :]
+    center, gain, offset = _load_table(table, row, size, channel, inside)
     x += row * pixels
     y += row * pixels
     for step in tl.range(0, STEPS, loop_unroll_factor=4):
@@ -266,9 +272,7 @@ def gradient_sums_kernel(
     channel = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
     inside = channel < channels
     lane = (program % chunks).to(tl.int32) * (TILE_P * STEPS) + tl.arange(0, TILE_P)
-    center = tl.load(table + row + channel, mask=inside, other=0)[None, :]
-    gain = tl.load(table + 2 * size + row + channel, mask=inside, other=0)[None, :]
-    offset = tl.load(table + 3 * size + row + channel, mask=inside, other=0)[None, :]
+    center, gain, offset = _load_table(table, row, size, channel, inside)
     x += row * pixels
     dy += row * pixels
     p1 = tl.zeros([TILE_P, TILE_C], tl.float32)
@@ -331,9 +335,7 @@ def gradient_apply_kernel(
     channel = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
     inside = channel < channels
     lane = (program % chunks).to(tl.int32) * (TILE_P * STEPS) + tl.arange(0, TILE_P)
-    center = tl.load(table + row + channel, mask=inside, other=0)[None, :]
-    gain = tl.load(table + 2 * size + row + channel, mask=inside, other=0)[None, :]
-    offset = tl.load(table + 3 * size + row + channel, mask=inside, other=0)[None, :]
+    center, gain, offset = _load_table(table, row, size, channel, inside)
     slope = tl.load(slopes + row + channel, mask=inside, other=0)[None, :]
     constant = tl.load(slopes + size + row + channel, mask=inside, other=0)[None, :]
     x += row * pixels

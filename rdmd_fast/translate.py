@@ -227,12 +227,10 @@ def _write_images(folder: Path, names: list[str], images: torch.Tensor) -> None:
 
 
 def _replace(path: Path, save: Callable) -> None:
-    """Let ``save`` write a temporary file, then rename it to ``path``."""
-    partial = path.with_name(f".{path.name}.partial")
+    """``replace_file``; what stops it is an error of --output."""
+    from .figures import replace_file
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            save(file)
-        partial.replace(path)
+        replace_file(path, save)
     except OSError as error:
         raise InputError(f"--output {path}: cannot be written ({error.strerror or error})") from None

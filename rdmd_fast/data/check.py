@@ -16,8 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from rdmd_fast.data.images import UNREADABLE, map_in_order, to_rgb
-from rdmd_fast.data.report import digest_of, shared_samples
-from rdmd_fast.data.shards import (
+from rdmd_fast.data.parts import (
     ARRAY_EXTENSION,
     IMAGE_EXTENSIONS,
     INDEX,
@@ -25,11 +24,11 @@ from rdmd_fast.data.shards import (
     MANIFEST,
     MANIFEST_VERSION,
     UNFINISHED_MANIFEST,
-    ShardSet,
-    TarMember,
-    scan_shard,
 )
+from rdmd_fast.data.report import digest_of, shared_samples
+from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.data.sources.files import load_array
+from rdmd_fast.data.tar import TarMember, scan_shard
 from rdmd_fast.data.writer import file_sha256
 from rdmd_fast.errors import InputError
 

@@ -77,9 +77,9 @@ def open_domain(
     return DeviceStream(stream, device, (philox.seed, int(number)))
 
 
-def _warn_of_crowding(role: str, shards: int, workers: int | None) -> None:
+def _warn_of_crowding(role: str, shards: int, workers: int) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if max(ranks, workers or 0) > shards and int(os.environ.get("RANK", 0)) == 0:
+    if max(ranks, workers) > shards and int(os.environ.get("RANK", 0)) == 0:
         crowd = f"{ranks} ranks of {workers} workers" if workers else f"{ranks} ranks"
         print(
             f"warning: data.{role}: {crowd} read {shards} shards; the samples are the same, but they read the same "

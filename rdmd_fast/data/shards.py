@@ -22,17 +22,7 @@ from PIL import Image
 
 from rdmd_fast.data.images import UNREADABLE, to_rgb
 from rdmd_fast.data.locate import locate
-from rdmd_fast.data.parts import (  # noqa: F401 (the names of a packing's files belong to its readers' interface)
-    ARRAY_EXTENSION,
-    IMAGE_EXTENSIONS,
-    INDEX,
-    LABEL_EXTENSION,
-    MANIFEST,
-    MANIFEST_VERSION,
-    UNFINISHED_MANIFEST,
-    Part,
-)
-from rdmd_fast.data.tar import TarMember, scan_shard  # noqa: F401
+from rdmd_fast.data.parts import Part
 from rdmd_fast.errors import InputError
 
 _MAX_OPEN = 256  # sets of more shards open a file for each read instead of holding them all

@@ -28,8 +28,9 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from rdmd_fast.data.parts import INDEX, LABEL_EXTENSION, MANIFEST, MANIFEST_VERSION, UNFINISHED_MANIFEST
 from rdmd_fast.data.report import Traits, traits_of
-from rdmd_fast.data.shards import INDEX, LABEL_EXTENSION, MANIFEST, MANIFEST_VERSION, UNFINISHED_MANIFEST, scan_shard
+from rdmd_fast.data.tar import scan_shard
 from rdmd_fast.errors import InputError
 
 REPORT = "report.json"

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from rdmd_fast.kernels.group_norm_silu import group_norm_silu
 
 from .diffusers_options import DiffusersUNetOptions, FlowSchedule, UNet2DOptions, VPSchedule
+from .unet_layers import ExactTables, Linear
 
 
 def log_sigma_table(schedule: VPSchedule) -> np.ndarray:
@@ -39,7 +40,7 @@ def log_sigma_table(schedule: VPSchedule) -> np.ndarray:
     return np.log((1 - alpha**2) / alpha**2) / 2
 
 
-class TimestepFeatures(nn.Module):
+class TimestepFeatures(ExactTables):
     """c_noise [N] -> cosines and sines [N, channels], float32, of the timestep that the network was trained with.
 
     On a VP process the timestep is interpolated in ln σ̃ between the schedule's levels, exact at each of them, and
@@ -48,6 +49,7 @@ class TimestepFeatures(nn.Module):
 
     # A float32 c_noise tells timesteps apart to some 1e-4; what lies nearer to a level is that level.
     SNAP = 1e-3
+    tables = ("frequencies", "log_sigma")
 
     def __init__(self, schedule: VPSchedule | FlowSchedule, channels: int, freq_shift: int, cosine_first: bool):
         super().__init__()
@@ -59,14 +61,6 @@ class TimestepFeatures(nn.Module):
         self.flow_scale = schedule.num_train_timesteps if isinstance(schedule, FlowSchedule) else None
         table = [] if self.flow_scale else log_sigma_table(schedule).tolist()
         self.register_buffer("log_sigma", torch.tensor(table, dtype=torch.float64), persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        # Casting the network to bf16 must round neither table.
-        exact = self.frequencies, self.log_sigma
-        super()._apply(fn, recurse)
-        device = self.frequencies.device
-        self.frequencies, self.log_sigma = (table.to(device) for table in exact)
-        return self
 
     def timestep(self, c_noise: Tensor) -> Tensor:
         """c_noise = ln(σ̃)/4, [N] -> fractional timestep, float64 [N]."""
@@ -83,11 +77,6 @@ class TimestepFeatures(nn.Module):
         phase = self.timestep(c_noise).float().outer(self.frequencies)
         waves = (phase.cos(), phase.sin()) if self.cosine_first else (phase.sin(), phase.cos())
         return torch.cat(waves, dim=1)
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))  # timestep features come in fp32
 
 
 class ClassEmbedding(nn.Embedding):

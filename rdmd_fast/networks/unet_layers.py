@@ -8,7 +8,7 @@ module, since ZeRO-3 gathers them module by module.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from rdmd_fast.errors import InputError
 from rdmd_fast.kernels.group_norm_silu import branching_group_norm_silu, group_norm_silu
 from rdmd_fast.kernels.scaled_residual import scaled_residual
-
-Initialise = Callable[[nn.Module], None]
 
 
 def require(condition: bool, message: str) -> None:
@@ -225,12 +223,27 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-class NoiseEmbedding(nn.Module):
+class ExactTables(nn.Module):
+    """Casting the network must not round the buffers that ``tables`` names: phases reach hundreds of radians."""
+
+    tables: tuple[str, ...] = ()
+
+    def _apply(self, fn, recurse=True):
+        exact = {name: getattr(self, name) for name in self.tables}
+        super()._apply(fn, recurse)
+        for name, table in exact.items():
+            setattr(self, name, table.to(getattr(self, name).device))
+        return self
+
+
+class NoiseEmbedding(ExactTables):
     """[N] noise levels -> [N, channels] sines and cosines.
 
     Frequencies are geometric, from 1 radian down to `lowest` (positional), or with `fourier` random, of standard
     deviation 16 cycles, and kept in the state dict.
     """
+
+    tables = ("freqs",)
 
     def __init__(self, channels: int, *, fourier: bool = False, endpoint: bool = True, sine_first: bool = True):
         super().__init__()
@@ -240,13 +253,6 @@ class NoiseEmbedding(nn.Module):
         self.radians, self.sine_first = 2 * math.pi if fourier else 1.0, sine_first
         self.register_buffer("freqs", freqs, persistent=fourier)
 
-    def _apply(self, fn, recurse=True):
-        # Casting the network to bf16 must not round the frequencies: phases reach hundreds of radians.
-        exact = self.freqs
-        super()._apply(fn, recurse)
-        self.freqs = exact.to(self.freqs.device)
-        return self
-
     def forward(self, c_noise: Tensor) -> Tensor:
         phase = c_noise.to(torch.promote_types(c_noise.dtype, torch.float32)).outer(self.radians * self.freqs)
         waves = phase.sin(), phase.cos()
@@ -254,7 +260,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """What the U-Nets have in common: EDM's `enc` and `dec` lists of named layers around one embedding.
+    """What EDM's U-Nets have in common: `enc` and `dec` lists of named layers around one embedding.
 
     Attributes:
         checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.

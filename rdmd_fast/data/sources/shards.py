@@ -8,15 +8,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from rdmd_fast.data.shards import (
+from rdmd_fast.data.parts import (
     ARRAY_EXTENSION,
     IMAGE_EXTENSIONS,
     LABEL_EXTENSION,
     MANIFEST,
     UNFINISHED_MANIFEST,
-    TarMember,
-    scan_shard,
 )
+from rdmd_fast.data.tar import TarMember, scan_shard
 from rdmd_fast.errors import InputError
 
 
