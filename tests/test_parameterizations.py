@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from rdmd_fast.diffusion import DiffusionOptions, LogNormalSigma, Reading, coefficients, denoise
+from rdmd_fast.diffusion import DiffusionOptions, LogNormalSigma, Reading, denoise
 from rdmd_fast.distributed import BatchLayout
 from rdmd_fast.networks.song_unet import SongUNet
 from rdmd_fast.randomness import Philox
@@ -19,18 +19,28 @@ ITERATIONS = 4
 
 
 class Converted(nn.Module):
-    """An EDM network as another form predicts: F = (D - c_skip x_t) / c_out for that form's process and scaling."""
+    """An EDM network as another form predicts, by the definitions of the forms and not by the coefficient table:
 
-    def __init__(self, network: nn.Module, form: DiffusionOptions):
+    epsilon = (x_t - alpha D) / sigma,  v = alpha epsilon - sigma D,  flow velocity = epsilon - D, where x_t enters as
+    it is and alpha = 1 / sqrt(1 + s^2) (epsilon, v) or 1 / (1 + s) (flow), sigma = s alpha.
+    """
+
+    def __init__(self, network: nn.Module, form: str):
         super().__init__()
         self.network, self.form = network, form
 
     def forward(self, network_input, c_noise, class_labels=None):
-        sigma = (4 * c_noise.double()).exp()
-        table = coefficients(sigma, self.form)
-        state = network_input / table.row("c_in", network_input)
-        denoised = denoise(self.network, state / table.row("alpha", state), sigma, EDM, class_labels)
-        return (denoised - table.row("c_skip", state) * state) / table.row("c_out", state)
+        if self.form == "edm":
+            return self.network(network_input, c_noise, class_labels)
+        level = (4 * c_noise.double()).exp()
+        s = level.view(-1, 1, 1, 1)
+        alpha = 1 / (1 + s) if self.form == "flow" else 1 / (1 + s**2).sqrt()
+        dtype = next(self.network.parameters()).dtype
+        state = network_input.double()
+        denoised = denoise(self.network, (state / alpha).to(dtype), level, EDM, class_labels, dtype).double()
+        epsilon = (state - alpha * denoised) / (s * alpha)
+        output = {"epsilon": epsilon, "v": alpha * epsilon - s * alpha * denoised, "flow": epsilon - denoised}
+        return output[self.form].to(network_input.dtype)
 
 
 class Engine:
@@ -73,7 +83,7 @@ def network() -> SongUNet:
 def run(form: str, weighting: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of G and of the fake score in the first iterations."""
     diffusion = DiffusionOptions(parameterization=form)
-    teacher, fake_score, generator = (Converted(network(), diffusion) for _ in range(3))
+    teacher, fake_score, generator = (Converted(network(), form) for _ in range(3))
     with torch.no_grad():  # G and fake score have left the teacher, or their difference would be zero
         for module, seed in ((fake_score, 1), (generator, 2)):
             torch.manual_seed(seed)
@@ -117,5 +127,5 @@ def test_converted_network_denoises_as_the_original(form):
     sigma = torch.tensor([0.002, 0.3, 1.0, 80.0], dtype=torch.float64)
     with torch.no_grad():
         expected = denoise(original, state, sigma, EDM, dtype=torch.float64)
-        actual = denoise(Converted(original, diffusion), state, sigma, diffusion, dtype=torch.float64)
+        actual = denoise(Converted(original, form), state, sigma, diffusion, dtype=torch.float64)
     torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
