@@ -17,11 +17,12 @@ from rdmd_fast import cli, distributed
 from rdmd_fast.config import validate_config
 from rdmd_fast.diffusion import DiffusionOptions, coefficients
 from rdmd_fast.distributed import BatchLayout, OptimizerOptions, TrainOptions, initialize_engine, join_world, loss_scale
-from rdmd_fast.ema import EMAOptions, ShardedEMA, gather_parameters, master_shards
+from rdmd_fast.ema import EMAOptions, ShardedEMA
 from rdmd_fast.errors import InputError
 from rdmd_fast.kernels.denoising_loss import denoising_gradient
 from rdmd_fast.kernels.inject import inject_gradient
 from rdmd_fast.kernels.noise_forward import CounterNoise
+from rdmd_fast.masters import gather_parameters, master_shards
 from rdmd_fast.telemetry import TIME_KEYS
 from rdmd_fast.trainer import run
 
