@@ -74,14 +74,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
     world.barrier()
     try:
-        (partial / "ranks").mkdir(parents=True, exist_ok=True)
-        for name, engine in state.engines.items():
-            engine.save_checkpoint(str(partial / name), tag="state", save_latest=False)
-        own = {f"ema.{index}": shard.cpu().contiguous() for index, shard in enumerate(state.ema.shards)}
-        own |= {"rng.cpu": torch.get_rng_state(), **tensors}
-        if world.device.type == "cuda":
-            own["rng.cuda"] = torch.cuda.get_rng_state(world.device)
-        save_file(own, partial / "ranks" / f"{world.rank:05d}.safetensors")
+        _write_state(partial, state, tensors, world)
     except OSError as error:
         problem = (
             f"checkpoint {final}: cannot be written ({error.strerror or error}), free some space or change run_dir"
@@ -93,6 +86,18 @@ def save_checkpoint(
         _publish(root, partial, final, step, state, config, world, keep)
     world.barrier()
     return final
+
+
+def _write_state(partial: Path, state: TrainingState, tensors: dict[str, torch.Tensor], world: World) -> None:
+    """Write this rank's files of a checkpoint into ``partial``; a collective call."""
+    (partial / "ranks").mkdir(parents=True, exist_ok=True)
+    for name, engine in state.engines.items():
+        engine.save_checkpoint(str(partial / name), tag="state", save_latest=False)
+    own = {f"ema.{index}": shard.cpu().contiguous() for index, shard in enumerate(state.ema.shards)}
+    own |= {"rng.cpu": torch.get_rng_state(), **tensors}
+    if world.device.type == "cuda":
+        own["rng.cuda"] = torch.cuda.get_rng_state(world.device)
+    save_file(own, partial / "ranks" / f"{world.rank:05d}.safetensors")
 
 
 def _publish(root, partial, final, step, state, config, world, keep) -> None:
@@ -195,6 +200,20 @@ def load_checkpoint(
     """
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     _check_compatible(path, manifest, config, world)
+    tensors = _read_state(path, manifest, state, world)
+    state.counters = manifest["counters"]
+    return manifest, tensors
+
+
+def _read_state(path: Path, manifest: dict, state: TrainingState, world: World) -> dict[str, torch.Tensor]:
+    """Bring engines, EMA and random state to those in ``path``; a collective call.
+
+    Returns:
+        This rank's further tensors.
+
+    Raises:
+        InputError: the files are of another network.
+    """
     for name, engine in state.engines.items():
         try:
             loaded, _ = engine.load_checkpoint(str(path / name), tag="state")
@@ -210,8 +229,7 @@ def load_checkpoint(
     torch.set_rng_state(tensors.pop("rng.cpu"))
     if "rng.cuda" in tensors and world.device.type == "cuda":
         torch.cuda.set_rng_state(tensors.pop("rng.cuda"), world.device)
-    state.counters = manifest["counters"]
-    return manifest, tensors
+    return tensors
 
 
 # Sections and keys that may change between a stop and its continuation without making it another experiment.
