@@ -1,12 +1,9 @@
 """Checkpoints of a run: written under another name, published by rename, resumed bit for bit.
 
-    checkpoints/step_00001000/
-        manifest.json         step, counters, world size, ZeRO stage, config, every file with its size
-        <engine>/state/*      DeepSpeed's own files, one folder an engine
-        ranks/00000.safetensors  each rank's EMA shards, unfinished means and random state
-    checkpoints/latest        name of the newest complete one, written last
-
-DeepSpeed's files are pickles: a run folder is as trusted as the code.
+checkpoints/step_00001000/
+    manifest.json            step, counters, engines, config, every file with its size
+    <engine>/, ranks/        what the ranks hold (see ``training_state``)
+checkpoints/latest           name of the newest complete one, written last
 """
 
 from __future__ import annotations
@@ -15,20 +12,18 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 
 from .distributed import World, zero_stage
-from .ema import ShardedEMA
 from .errors import InputError
 from .options import Options
 from .runtime import fsync_path, write_atomically
+from .training_state import TrainingState, read_state, write_state
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step_(\d{8,})$")
 
 
@@ -37,15 +32,6 @@ class CheckpointOptions(Options):
 
     every: int = Field(1000, ge=0, description="iterations between checkpoints, 0 for only at the end (ours)")
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept (ours)")
-
-
-@dataclass
-class TrainingState:
-    """All that a run is at one moment, besides its configuration."""
-
-    engines: dict[str, object]
-    ema: ShardedEMA
-    counters: dict[str, int] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -61,7 +47,7 @@ def save_checkpoint(
 
     Args:
         step: finished iterations.
-        tensors: this rank's small tensors to keep beside its EMA shards.
+        tensors: this rank's small tensors to keep (see ``write_state``).
         config: plain resolved configuration, for the manifest.
 
     Raises:
@@ -74,7 +60,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
     world.barrier()
     try:
-        _write_state(partial, state, tensors, world)
+        write_state(partial, state, tensors, world)
     except OSError as error:
         problem = (
             f"checkpoint {final}: cannot be written ({error.strerror or error}), free some space or change run_dir"
@@ -88,18 +74,6 @@ def save_checkpoint(
     return final
 
 
-def _write_state(partial: Path, state: TrainingState, tensors: dict[str, torch.Tensor], world: World) -> None:
-    """Write this rank's files of a checkpoint into ``partial``; a collective call."""
-    (partial / "ranks").mkdir(parents=True, exist_ok=True)
-    for name, engine in state.engines.items():
-        engine.save_checkpoint(str(partial / name), tag="state", save_latest=False)
-    own = {f"ema.{index}": shard.cpu().contiguous() for index, shard in enumerate(state.ema.shards)}
-    own |= {"rng.cpu": torch.get_rng_state(), **tensors}
-    if world.device.type == "cuda":
-        own["rng.cuda"] = torch.cuda.get_rng_state(world.device)
-    save_file(own, partial / "ranks" / f"{world.rank:05d}.safetensors")
-
-
 def _publish(root, partial, final, step, state, config, world, keep) -> None:
     files = {}
     for path in sorted(partial.rglob("*")):
@@ -110,6 +84,8 @@ def _publish(root, partial, final, step, state, config, world, keep) -> None:
         "format": FORMAT,
         "step": step,
         "counters": state.counters,
+        "engines": state.description(),
+        "export": state.export,
         "world_size": world.size,
         "zero_stage": zero_stage(config.get("deepspeed", {})),
         "config": config,
@@ -196,63 +172,27 @@ def load_checkpoint(
         (manifest, this rank's further tensors).
 
     Raises:
-        InputError: the checkpoint is of another world size, ZeRO stage or network.
+        InputError: the checkpoint is of another network or configuration.
     """
     manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    _check_compatible(path, manifest, config, world)
-    tensors = _read_state(path, manifest, state, world)
+    _check_compatible(path, manifest, config)
+    tensors = read_state(path, manifest, state, world)
     state.counters = manifest["counters"]
     return manifest, tensors
 
 
-def _read_state(path: Path, manifest: dict, state: TrainingState, world: World) -> dict[str, torch.Tensor]:
-    """Bring engines, EMA and random state to those in ``path``; a collective call.
-
-    Returns:
-        This rank's further tensors.
-
-    Raises:
-        InputError: the files are of another network.
-    """
-    for name, engine in state.engines.items():
-        try:
-            loaded, _ = engine.load_checkpoint(str(path / name), tag="state")
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"checkpoint {path}: the network {name} in it is another one ({reason})") from None
-        if loaded is None:
-            raise InputError(f"checkpoint {path}: holds no engine {name}, was it made by the other stage?")
-    tensors = load_file(path / "ranks" / f"{world.rank:05d}.safetensors")
-    with torch.no_grad():
-        for index, shard in enumerate(state.ema.shards):
-            shard.copy_(tensors.pop(f"ema.{index}"))
-    torch.set_rng_state(tensors.pop("rng.cpu"))
-    if "rng.cuda" in tensors and world.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors.pop("rng.cuda"), world.device)
-    return tensors
-
-
 # Sections and keys that may change between a stop and its continuation without making it another experiment.
-_FREE = {"run_dir", "telemetry", "checkpoint", "validation"}
-# How data come, not which; and how long.
+_FREE = {"run_dir", "telemetry", "checkpoint", "validation", "deepspeed"}
+# How data come, not which; how a batch is split; and how long.
 _FREE_KEYS = {
-    "train.steps",
+    *("train.steps", "train.micro_batch_size", "train.activation_checkpointing"),
     *(f"data.{key}" for key in ("cache_gib", "cache_dir", "workers", "prefetch", "max_dropped")),
 }
 
 
-def _check_compatible(path: Path, manifest: dict, config: dict, world: World) -> None:
+def _check_compatible(path: Path, manifest: dict, config: dict) -> None:
     if manifest.get("format") != FORMAT:
         raise InputError(f"checkpoint {path}: format {manifest.get('format')} is not the {FORMAT} of this version")
-    for name, there, here in (
-        ("ranks", manifest["world_size"], world.size),
-        ("ZeRO stage", manifest["zero_stage"], zero_stage(config.get("deepspeed", {}))),
-    ):
-        if there != here:
-            raise InputError(
-                f"checkpoint {path}: was written with {name} {there}, this run has {here}; "
-                f"resume with {name} {there} or start anew with --resume never"
-            )
     saved = manifest["config"]
     for section in config:
         if section in _FREE or saved.get(section) == config[section]:

@@ -116,6 +116,11 @@ def _deepspeed_problems(section: dict):
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         yield "deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3"
+        return
+    for name in ("offload_optimizer", "offload_param"):
+        offload = zero.get(name) or {}
+        if isinstance(offload, dict) and offload.get("device") == "nvme":
+            yield f"deepspeed.zero_optimization.{name}.device: checkpoints cannot hold what lies on nvme, use cpu"
 
 
 class _Loader(yaml.SafeLoader):

@@ -41,7 +41,8 @@ def save_engine(folder: Path, engine, rank: int, ema_shards: list[torch.Tensor] 
     for kind, shards in _kinds(engine, ema_shards).items():
         tensors |= {piece.key(kind): piece.of(shards).cpu() for piece in own}
     if rank == 0:
-        tensors |= {f"buffer/{name}": value.cpu().contiguous() for name, value in persistent_buffers(engine.module).items()}
+        buffers = persistent_buffers(engine.module)
+        tensors |= {f"buffer/{name}": buffer.cpu().contiguous() for name, buffer in buffers.items()}
     if not tensors:
         return None
     path = folder / f"{rank:05d}.safetensors"
@@ -108,7 +109,7 @@ class SavedEngine:
         self.folder = folder
         self._paths = sorted(folder.glob("*.safetensors"))
         if not self._paths:
-            raise InputError(f"checkpoint {folder.parent}: holds no engine {folder.name}, was it made by another stage?")
+            raise InputError(f"checkpoint {folder.parent}: holds no engine {folder.name}, was it of another stage?")
         own = folder / f"{prefer:05d}.safetensors" if prefer is not None else None
         self._paths.sort(key=lambda path: path != own)  # stable: this rank's first, then in order
         self._files: list = []
@@ -185,8 +186,9 @@ def load_engine(
     for kind, shards in _kinds(engine, ema_shards).items():
         for piece in own:
             piece.of(shards).copy_(saved.read(kind, piece.name, piece.start, piece.stop))
+    buffers = persistent_buffers(engine.module)
     for name, value in saved.buffers().items():
-        persistent_buffers(engine.module)[name].copy_(value)
+        buffers[name].copy_(value)
     _refresh_weights(engine)
 
 

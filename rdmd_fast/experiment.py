@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import TrainingState
 from .conditioning import target_class_row, training_labels, varied_labels
 from .config import Config
 from .data.device import open_domain
@@ -29,6 +28,7 @@ from .randomness import Philox, Stream
 from .rdmd import RDMD
 from .teacher import TeacherStage
 from .telemetry import Telemetry
+from .training_state import TrainingState
 from .validation import ImageValidator, ToyValidator, held_out_images
 
 Picture = Callable[[dict[str, torch.Tensor], Path], None]
@@ -123,7 +123,7 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
     ema = ShardedEMA(engine, options.ema, layout.global_batch)
     return Experiment(
         stage,
-        TrainingState({"teacher": engine}, ema),
+        TrainingState({"teacher": engine}, ema, export.model_dump(mode="json")),
         {"teacher": options.optimizer},
         export,
         _teacher_picture(config, world, export, philox, target),
@@ -202,7 +202,7 @@ def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
     measure, best_by, held_out = _validation(config, world, export, source)
     return Experiment(
         stage,
-        TrainingState(engines, ema),
+        TrainingState(engines, ema, export.model_dump(mode="json")),
         optimizers,
         export,
         _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label),

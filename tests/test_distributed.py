@@ -1,18 +1,22 @@
-"""Two ranks on the CPU: ZeRO stages agree, and a stopped run goes on bit for bit."""
+"""Two ranks on the CPU: ZeRO stages agree; a stopped run goes on bit for bit, or in another layout to rounding."""
 
 import json
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rdmd_fast.telemetry import TIME_KEYS
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 STAGES = [0, 1, 2, 3]
+# ZeRO stages of a run that starts on two ranks, goes on on one and ends on two.
+CHAINS = [(2, 3, 1), (0, 1, 3), (3, 0, 2)]
 
 MLP_RDMD = {
     "stage": "rdmd",
@@ -78,6 +82,21 @@ def case(base, name, stage, stop_after=None, **changes):
     return {"values": values, "stop_after": stop_after}
 
 
+def layouts(stages):
+    """Three lists of cases, for two, one and two ranks: seven, seven and six iterations."""
+    name = "chain_" + "".join(map(str, stages))
+    links = []
+    for stage, stop_after, micro in zip(stages, (7, 7, None), (4, 2, 8), strict=True):
+        mlp = {**MLP_RDMD["train"], "micro_batch_size": micro}
+        half = {**MLP_RDMD["train"], "dtype": "bf16"}
+        links.append([
+            case(MLP_RDMD, f"{name}_mlp", stage, stop_after, train=mlp),
+            case(MLP_RDMD, f"{name}_bf16", stage, stop_after, train=half),
+            case(UNET_RDMD, f"{name}_unet_rdmd", stage, stop_after),
+        ])  # fmt: skip
+    return links
+
+
 def metrics(run_dir):
     lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIME_KEYS} for line in lines]
@@ -92,9 +111,13 @@ def runs(tmp_path_factory):
         check=True,
         capture_output=True,
     )
+    launch(folder, 1, [case(UNET_TEACHER, "teacher", 0)])
+    first, middle, last = ([*chain.from_iterable(links)] for links in zip(*map(layouts, CHAINS), strict=True))
+    assert launch(folder, 2, first) == [75] * len(first)
     whole_batch = case(MLP_RDMD, "mlp_whole_batch", 0, train={"steps": 20, "global_batch_size": 16})
-    launch(folder, 1, [case(MLP_RDMD, "mlp_one", 0), whole_batch, case(UNET_TEACHER, "teacher", 0)])
-    two, statuses = [], []
+    statuses = launch(folder, 1, [case(MLP_RDMD, "mlp_one", 0), whole_batch, *middle])
+    assert statuses == [0, 0] + [75] * len(middle)
+    two, statuses = last, [0] * len(last)
     for stage in STAGES:
         for base, name in ((MLP_RDMD, "mlp"), (UNET_TEACHER, "unet"), (UNET_RDMD, "unet_rdmd")):
             two.append(case(base, f"{name}_{stage}", stage))
@@ -134,31 +157,46 @@ def test_ten_stop_ten_equals_twenty_bit_for_bit(runs, name, stage):
     role = "teacher" if name == "unet" else "generator"
     weights = [load_file(folder / "export" / f"{role}.safetensors") for folder in (whole, halves)]
     assert all(weights[0][key].equal(weights[1][key]) for key in weights[0])
-    last = [load_file(folder / "checkpoints/step_00000020/ranks/00001.safetensors") for folder in (whole, halves)]
-    assert last[0].keys() == last[1].keys() and all(last[0][key].equal(last[1][key]) for key in last[0])
-    engines = "teacher" if name == "unet" else "fake_score"
-    assert engine_tensors(whole, engines) == engine_tensors(halves, engines)
+    assert checkpoint_tensors(whole) == checkpoint_tensors(halves)
 
 
-def engine_tensors(run_dir, name):
-    """Every tensor in an engine's own files, optimizer included, as comparable bytes."""
-    import torch
+@pytest.mark.parametrize("stages", CHAINS)
+@pytest.mark.parametrize("name,keys,tolerance", [
+    ("mlp", ("fake_loss", "transport_cost", "score_gradient_rms"), 1e-5),
+    ("unet_rdmd", ("fake_loss", "transport_cost", "score_gradient_rms"), 1e-5),
+    ("bf16", ("fake_loss", "transport_cost"), 3e-2),
+])  # fmt: skip
+def test_other_ranks_stages_and_micro_batches_go_on(runs, name, keys, tolerance, stages):
+    """Two ranks, one, two, each at another ZeRO stage, against the run that was never stopped."""
+    whole = {"mlp": "mlp_one", "unet_rdmd": "unet_rdmd_2", "bf16": "mlp_one"}[name]
+    chained = runs / f"chain_{''.join(map(str, stages))}_{name}"
+    losses = [
+        [line[key] for line in metrics(folder) if "fake_loss" in line for key in keys]
+        for folder in (runs / whole, chained)
+    ]
+    assert len(losses[0]) == len(keys) * (20 if name != "unet_rdmd" else 7)
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
 
-    found = {}
-    for path in sorted((run_dir / "checkpoints/step_00000020" / name).rglob("*.pt")):
-        collect(torch.load(path, weights_only=False, map_location="cpu"), path.name, found)
-    assert len(found) > 5
+
+@pytest.mark.parametrize("stages", CHAINS)
+def test_weights_and_average_survive_other_layouts(runs, stages):
+    name = f"chain_{''.join(map(str, stages))}_mlp"
+    exports = [load_file(runs / folder / "export/generator.safetensors") for folder in ("mlp_one", name)]
+    for key, value in exports[0].items():
+        torch.testing.assert_close(exports[1][key], value, rtol=1e-4, atol=1e-6)
+
+
+def checkpoint_tensors(run_dir):
+    """Every tensor in the files of the last checkpoint, as comparable bytes."""
+    folder = run_dir / "checkpoints/step_00000020"
+    files = sorted(folder.rglob("*.safetensors"))
+    found = {
+        f"{path.relative_to(folder)}:{key}": value.view(-1).view(torch.uint8).numpy().tobytes()
+        for path in files
+        for key, value in load_file(path).items()
+    }
+    assert {"ranks", "generator" if "rdmd" in run_dir.name or "mlp" in run_dir.name else "teacher"} <= {
+        path.parent.name for path in files
+    }
+    assert any("exp_avg_sq" in key for key in found)
     return found
-
-
-def collect(value, where, found):
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        found[where] = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            collect(part, f"{where}.{key}", found)
-    elif isinstance(value, list | tuple):
-        for index, part in enumerate(value):
-            collect(part, f"{where}.{index}", found)

@@ -77,7 +77,7 @@ class MLP(nn.Module):
         Returns:
             [N, dim] in x's dtype.
         """
-        dtype = self.frequencies.dtype
+        dtype = self.conditioning.weight.dtype  # DeepSpeed casts parameters alone
         features = torch.sin(torch.addcmul(self.phases, c_noise[:, None], self.frequencies)).to(dtype)
         if self.label_dim:
             if class_labels is None:

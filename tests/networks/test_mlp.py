@@ -79,3 +79,17 @@ def test_affine_map_applies_matrix_then_offset():
     x = torch.randn(4, 3)
     expected = torch.stack([layer.weight @ row + layer.bias for row in x])
     torch.testing.assert_close(layer(x, None, None, None), expected)
+
+
+def test_weights_of_16_bits_beside_buffers_of_32():
+    """DeepSpeed casts parameters and leaves buffers: the phases of the noise level stay exact."""
+    torch.manual_seed(0)
+    network = MLP(dim=2, hidden=16, depth=2)
+    torch.nn.init.normal_(network.output_layer.weight)
+    x, c_noise = torch.randn(4, 2), torch.randn(4)
+    exact = network(x, c_noise)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.bfloat16()
+    rounded = network(x.bfloat16(), c_noise)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.05)
