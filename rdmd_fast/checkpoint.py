@@ -1,30 +1,41 @@
-"""Checkpoints of a run: written under another name, published by rename, resumed bit for bit.
+"""Checkpoints of a run: written under another name, published by rename, verified, resumed bit for bit.
 
 checkpoints/step_00001000/
-    manifest.json            step, counters, engines, config, every file with its size
+    manifest.json            step, counters, engines, config, every file with size and SHA-256
     <engine>/, ranks/        what the ranks hold (see ``training_state``)
-checkpoints/latest           name of the newest complete one, written last
+checkpoints/latest           name of the newest complete one, written last, for people and scripts
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
+import secrets
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import Field
 
-from .distributed import World, zero_stage
-from .errors import InputError
+from .distributed import World, on_main, together, zero_stage
+from .errors import InputError, WriteError
+from .manifest import (
+    Defect,
+    check_hashes,
+    check_sizes,
+    checkpoint_folders,
+    clear_leftovers,
+    folder_name,
+    list_files,
+    looks_whole,
+    prune,
+    read_manifest,
+    seal_files,
+    write_manifest,
+)
 from .options import Options
-from .runtime import fsync_path, write_atomically
+from .runtime import replace_folder, write_atomically
 from .training_state import TrainingState, read_state, write_state
-
-FORMAT = 2
-_NAME = re.compile(r"step_(\d{8,})$")
 
 
 class CheckpointOptions(Options):
@@ -32,6 +43,14 @@ class CheckpointOptions(Options):
 
     every: int = Field(1000, ge=0, description="iterations between checkpoints, 0 for only at the end (ours)")
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept (ours)")
+    keep_every: int = Field(
+        0, ge=0, description="iterations; checkpoints at its multiples are kept for good, 0 for none (ours)"
+    )
+    on_failure: Literal["stop", "warn"] = Field(
+        "stop",
+        description="where the run folder cannot be written, as on a full disk: stop ends the run, warn goes on "
+        "without that checkpoint, picture or line; a run's last checkpoint and export must succeed (ours)",
+    )
 
 
 def save_checkpoint(
@@ -41,7 +60,7 @@ def save_checkpoint(
     tensors: dict[str, torch.Tensor],
     config: dict,
     world: World,
-    keep: int,
+    options: CheckpointOptions,
 ) -> Path:
     """Write one checkpoint; a collective call.
 
@@ -51,37 +70,13 @@ def save_checkpoint(
         config: plain resolved configuration, for the manifest.
 
     Raises:
-        InputError: the disk is full or not writable; the previous checkpoint is untouched.
+        WriteError: the disk is full or not writable; the previous checkpoint is untouched.
     """
     root = run_dir / "checkpoints"
-    final, partial = root / f"step_{step:08d}", root / f".step_{step:08d}.partial"
-    problem = None
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    world.barrier()
-    try:
-        write_state(partial, state, tensors, world)
-    except OSError as error:
-        problem = (
-            f"checkpoint {final}: cannot be written ({error.strerror or error}), free some space or change run_dir"
-        )
-    if world.any(problem is not None):
-        raise InputError(problem or f"checkpoint {final}: another rank could not write it")
-    world.barrier()
-    if world.is_main:
-        _publish(root, partial, final, step, state, config, world, keep)
-    world.barrier()
-    return final
-
-
-def _publish(root, partial, final, step, state, config, world, keep) -> None:
-    files = {}
-    for path in sorted(partial.rglob("*")):
-        if path.is_file():
-            fsync_path(path)
-            files[str(path.relative_to(partial))] = path.stat().st_size
-    manifest = {
-        "format": FORMAT,
+    final = root / folder_name(step)
+    # A name of its own: a rank of a job whose main process was killed may still be writing.
+    partial = root / f".{final.name}.{world.broadcast(secrets.token_hex(4))}.partial"
+    content = {
         "step": step,
         "counters": state.counters,
         "engines": state.description(),
@@ -89,78 +84,105 @@ def _publish(root, partial, final, step, state, config, world, keep) -> None:
         "world_size": world.size,
         "zero_stage": zero_stage(config.get("deepspeed", {})),
         "config": config,
-        "files": files,
     }
-    write_atomically(partial / "manifest.json", json.dumps(manifest, indent=1))
-    fsync_path(partial)
-    retired = root / f".{final.name}.retired"
-    if final.exists():
-        shutil.rmtree(retired, ignore_errors=True)
-        os.replace(final, retired)
-    os.replace(partial, final)
-    fsync_path(root)
-    shutil.rmtree(retired, ignore_errors=True)
-    write_atomically(root / "latest", final.name + "\n")
-    for old in complete_checkpoints(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Published checkpoints with every file of their manifest in place, newest first."""
-    found = [path for path in root.glob("step_*") if _NAME.search(path.name) and not _defect(path)]
-    return sorted(found, key=lambda path: int(_NAME.search(path.name)[1]), reverse=True)
-
-
-def _defect(path: Path) -> str | None:
+    what = f"checkpoint {final}"
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name, size in manifest["files"].items():
-            actual = (path / name).stat().st_size
-            if actual != size:
-                return f"{name} has {actual} bytes instead of {size}"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "its manifest cannot be read"
-    return None
+        on_main(world, lambda: _make_room(root, partial, what), what)
+        together(world, lambda: write_state(partial, state, tensors, world), what)
+        names = on_main(world, lambda: list_files(partial), what)
+        # Any rank can flush any file: the one that wrote it has closed it, which network file systems take for a flush.
+        mine = together(world, lambda: seal_files(partial, names[world.rank :: world.size]), what)
+        files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+        on_main(world, lambda: _publish(partial, final, content, dict(sorted(files.items())), options), what)
+    except WriteError:
+        if world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
 
 
-def find_checkpoint(run_dir: Path, resume: str, say=print) -> Path | None:
-    """The checkpoint that ``--resume`` means: ``auto`` the newest complete one, ``never`` none, else a folder.
+def _make_room(root: Path, partial: Path, what: str) -> None:
+    """Clear leftovers; a disk with less space than the newest checkpoint takes is full before any of it is written."""
+    root.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(root)
+    newest = next(filter(looks_whole, checkpoint_folders(root)), None)
+    needed = sum(file["size"] for file in read_manifest(newest)["files"].values()) if newest else 0
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        sizes = f"the newest one takes {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
+        raise WriteError(f"{what}: cannot be written ({sizes}), free some space or change run_dir")
+    partial.mkdir()
+
+
+def _publish(partial: Path, final: Path, content: dict, files: dict, options: CheckpointOptions) -> None:
+    write_manifest(partial, content, files)
+    replace_folder(partial, final)
+    write_atomically(final.parent / "latest", final.name + "\n")
+    prune(final.parent, options.keep, options.keep_every)
+
+
+def find_checkpoint(run_dir: Path, resume: str, world: World, say=print) -> Path | None:
+    """The checkpoint that ``--resume`` means: ``auto`` the newest whole one, ``never`` none, else a folder.
+
+    A collective call; every file's hash is verified, the files spread over the ranks.
+
+    Args:
+        say: takes one line on each newer checkpoint that is passed over.
 
     Raises:
-        InputError: a named folder is no complete checkpoint.
+        InputError: a named folder is no whole checkpoint.
     """
     if resume == "never":
         return None
-    if resume == "auto":
-        root = run_dir / "checkpoints"
-        for path in sorted(root.glob("step_*")):
-            defect = _defect(path)
-            if defect:
-                say(f"checkpoint {path} is passed over: {defect}")
-        return next(iter(complete_checkpoints(root)), None)
-    path = Path(resume)
-    if not path.is_dir():
-        raise InputError(f"--resume {resume}: no such folder, name one under RUN/checkpoints")
-    defect = _defect(path)
-    if defect:
-        raise InputError(f"--resume {resume}: not a complete checkpoint ({defect}), use another or --resume auto")
-    return path
+    if resume != "auto":
+        if not on_main(world, lambda: os.path.isdir(resume)):
+            raise InputError(f"--resume {resume}: no such folder, name one under RUN/checkpoints")
+        defect = _find_defect(Path(resume), world)
+        if defect:
+            raise InputError(f"--resume {resume}: not a complete checkpoint ({defect}), use another or --resume auto")
+        return Path(resume)
+    root = run_dir / "checkpoints"
+    folders = on_main(world, lambda: checkpoint_folders(root))
+    _check_latest(root, folders, say)
+    for folder in folders:
+        defect = _find_defect(folder, world)
+        if not defect:
+            return folder
+        say(f"checkpoint {folder} is passed over: {defect}")
+    return None
 
 
-def set_aside_newer(run_dir: Path, step: int) -> Path | None:
-    """Move checkpoints of later steps to RUN/checkpoints.old: they are of a course that this run leaves.
+def _find_defect(folder: Path, world: World) -> str | None:
+    """Why ``folder`` is no whole checkpoint, agreed by all ranks; None if it is one."""
+    try:
+        files = on_main(world, lambda: _listed_files(folder))
+        mine = sorted(files)[world.rank :: world.size]
+        together(world, lambda: check_hashes(folder, {name: files[name] for name in mine}))
+    except Defect as defect:
+        return str(defect)
+    return None
 
-    A later ``--resume auto`` would else take them for its own. Returns the folder if anything was moved.
-    """
-    root, aside = run_dir / "checkpoints", run_dir / "checkpoints.old"
-    later = [path for path in root.glob("step_*") if _NAME.search(path.name) and int(_NAME.search(path.name)[1]) > step]
-    for path in later:
-        aside.mkdir(exist_ok=True)
-        shutil.rmtree(aside / path.name, ignore_errors=True)
-        os.replace(path, aside / path.name)
-    return aside if later else None
+
+def _listed_files(folder: Path) -> dict[str, dict]:
+    files = read_manifest(folder)["files"]
+    check_sizes(folder, files)
+    return files
+
+
+def _check_latest(root: Path, folders: list[Path], say) -> None:
+    """Tell if ``latest`` is of no use; nothing here depends on it."""
+    try:
+        name = (root / "latest").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        problem = "is missing" if folders else None
+    except (OSError, UnicodeDecodeError):
+        problem = "cannot be read"
+    else:
+        problem = f"points to {name!r}, which is not there" if name else "is empty"
+        if name and os.path.isdir(root / name):
+            problem = None
+    if problem:
+        say(f"{root}/latest {problem}; checkpoints are found without it, the next one mends it")
 
 
 def load_checkpoint(
@@ -174,7 +196,7 @@ def load_checkpoint(
     Raises:
         InputError: the checkpoint is of another network or configuration.
     """
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(path)
     _check_compatible(path, manifest, config)
     tensors = read_state(path, manifest, state, world)
     state.counters = manifest["counters"]
@@ -191,8 +213,6 @@ _FREE_KEYS = {
 
 
 def _check_compatible(path: Path, manifest: dict, config: dict) -> None:
-    if manifest.get("format") != FORMAT:
-        raise InputError(f"checkpoint {path}: format {manifest.get('format')} is not the {FORMAT} of this version")
     saved = manifest["config"]
     for section in config:
         if section in _FREE or saved.get(section) == config[section]:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from pydantic import Field, ValidationError
 
 from .errors import InputError
 from .options import Options
+from .runtime import write_error
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -115,6 +117,46 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
+
+    def gather(self, value) -> list:
+        """Every rank's plain value, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+
+def together(world: World, action: Callable[[], object], what: str | None = None):
+    """Run ``action`` on every rank and return this rank's value; what stops one rank stops all, so that none waits.
+
+    Collective calls inside ``action`` must come before anything that can fail on some ranks alone.
+
+    Args:
+        what: names what ``action`` writes; without it the file's name does.
+
+    Raises:
+        InputError: as ``action`` raised it on the first rank where it did.
+        WriteError: a rank could not write a file.
+    """
+    value = problem = None
+    try:
+        value = action()
+    except InputError as error:
+        problem = error
+    except Exception as error:
+        problem = write_error(error, what)
+        if problem is None:
+            raise
+    problem = next((other for other in world.gather(problem) if other is not None), None)
+    if problem is not None:
+        raise problem from None
+    return value
+
+
+def on_main(world: World, action: Callable[[], object], what: str | None = None):
+    """``together`` of an action for the main rank; returns its value, which must be plain, on every rank."""
+    return world.broadcast(together(world, action if world.is_main else lambda: None, what))
 
 
 def join_world() -> World:

@@ -1,16 +1,20 @@
-"""Signals, the run folder's lock and atomic writes."""
+"""Signals, the run folder's lock, and files that are there whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import os
+import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, WriteError
 
 EXIT_DONE, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 2, 75
 
@@ -43,6 +47,19 @@ class StopSignal:
             os._exit(128 + number)
 
 
+_held_locks: set[int] = set()
+
+
+def _leave_locks_to_parent() -> None:
+    """In a forked child: a lock lives as long as any process has its descriptor, and shall die with its owner."""
+    for descriptor in _held_locks:
+        os.close(descriptor)
+    _held_locks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)
+
+
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the run folder for this job. The kernel drops the lock with the process, however that dies.
@@ -55,6 +72,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise InputError(f"run_dir {folder}: cannot be written ({error.strerror}), choose another") from None
+    owner = os.getpid()
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,9 +80,31 @@ def run_lock(folder: Path) -> Iterator[None]:
             raise InputError(
                 f"run_dir {folder}: another job is training in it, choose another or stop that one"
             ) from None
+        _held_locks.add(descriptor)
         yield
     finally:
-        os.close(descriptor)
+        if os.getpid() == owner:
+            _held_locks.discard(descriptor)
+            os.close(descriptor)
+
+
+def write_error(error: Exception, what: str | None = None) -> WriteError | None:
+    """``error`` as a WriteError, one line, if it says that a file could not be written; else None.
+
+    Args:
+        what: names what was to be written; without it the error does.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors has an error type of its own, torch's zip writer raises RuntimeErrors that do not tell the cause.
+    foreign = type(error).__name__ == "SafetensorError" or "inline_container" in str(error)
+    if foreign and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    if number is None and not foreign:
+        return None
+    what = what or getattr(error, "filename", None) or "the run folder"
+    reason = os.strerror(number) if number else " ".join(str(error).split())[:120]
+    remedy = "free some space" if number in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+    return WriteError(f"{what}: cannot be written ({reason}), {remedy} or change run_dir")
 
 
 def fsync_path(path: Path) -> None:
@@ -72,15 +112,58 @@ def fsync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no fsync of folders.
+        if not (error.errno == errno.EINVAL and Path(path).is_dir()):
+            raise
     finally:
         os.close(descriptor)
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that is there whole or not at all, whatever ends the process or the machine."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    fsync_path(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        fsync_path(partial)
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    fsync_path(path.parent)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append a line; if the disk takes but a part of it, that is cut off again, or the next line would join it."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        rest = memoryview(f"{text}\n".encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Give ``partial``, whole and flushed, the name ``folder``.
+
+    What has that name waits as ``.NAME.retired`` meanwhile: where a kill left ``folder`` missing, it is there.
+    """
+    retired = folder.with_name(f".{folder.name}.retired")
+    if folder.exists():
+        shutil.rmtree(retired, ignore_errors=True)
+        os.replace(folder, retired)
+    os.replace(partial, folder)
+    fsync_path(folder.parent)
+    shutil.rmtree(retired, ignore_errors=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from .distributed import World, loss_scale
+from .distributed import World, loss_scale, on_main
 from .options import Options
-from .runtime import write_atomically
+from .runtime import append_line, fsync_path, write_atomically
 
 # Dense matmul peaks without sparsity, FLOP/s in bf16, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -138,17 +138,20 @@ class Telemetry:
         line |= self._times(step)
         for report in self.at_log:
             line |= report(line["seconds"]["interval"])
-        self.write(line)
         self._announce(line)
+        on_main(self.world, lambda: self.write(line), f"metrics of {self.run_dir}")
 
     def write(self, line: dict) -> None:
-        """One line of metrics.jsonl, on the main rank, and the same numbers to the other writers."""
-        if not self.world.is_main:
-            return
-        with open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """One line of metrics.jsonl and the same numbers to the other writers, for the main rank."""
+        append_line(self.run_dir / "metrics.jsonl", json.dumps(line))
         for writer in self._writers:
             writer(line)
+
+    def flush(self) -> None:
+        """Bring metrics.jsonl to disk: a checkpoint that outlives a power failure shall not outlive its lines."""
+        path = self.run_dir / "metrics.jsonl"
+        if path.exists():
+            fsync_path(path)
 
     def _announce(self, line: dict) -> None:
         """The line a person reads: a bar's postfix on a terminal, plain text elsewhere."""
@@ -168,7 +171,9 @@ class Telemetry:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            print(text, flush=True)
+            # Standard output may lie on a full disk, too.
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -191,14 +196,19 @@ class Telemetry:
                 name = key.removeprefix("telemetry.")
                 self._sums[name], self._counts[name] = value[0].to(self.world.device), int(value[1])
 
-    def cut_back(self, step: int) -> None:
-        """Drop lines of metrics.jsonl written after iteration ``step``: the resumed run writes them again."""
+    def cut_back(self, step: int, ended: bool = False) -> None:
+        """Drop lines of metrics.jsonl that the run resumed at ``step`` writes again; for the main rank.
+
+        Args:
+            ended: ``step`` is the last one, where validation follows the checkpoint instead of preceding it.
+        """
         path = self.run_dir / "metrics.jsonl"
-        if self.world.is_main and path.exists():
+        if path.exists():
             kept = []
-            for text in path.read_text(encoding="utf-8").splitlines():
+            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    if json.loads(text)["step"] <= step:
+                    line = json.loads(text)
+                    if line["step"] < step or (line["step"] == step and not (ended and "validation" in line)):
                         kept.append(text + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # a line the dying process did not finish

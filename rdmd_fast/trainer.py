@@ -6,11 +6,13 @@ import argparse
 import contextlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from .errors import InputError
+from .distributed import on_main, together
+from .errors import InputError, WriteError
 from .runtime import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 
 EPILOG = """examples:
@@ -80,21 +82,6 @@ def train(config, resume: str) -> int:
     return status
 
 
-def on_main(world, action):
-    """Run ``action`` on the main rank; its InputError is raised on every rank, so that none waits for it."""
-    message = None
-    if world.is_main:
-        try:
-            action()
-        except InputError as error:
-            message = str(error)
-        except OSError as error:
-            message = f"{error.filename}: cannot be written ({error.strerror}), free some space or change run_dir"
-    message = world.broadcast(message)
-    if message is not None:
-        raise InputError(message)
-
-
 def run(config, resume: str, world, run_dir: Path, stop) -> int:
     """One stage in a run folder that this job holds; returns the exit status."""
     training = Training(config, world, run_dir, stop)
@@ -120,27 +107,29 @@ class Training:
 
     def bring_back(self, resume: str) -> bool:
         """Go to the checkpoint that ``resume`` means and open the run folder; True if the run had ended already."""
-        from .checkpoint import find_checkpoint, load_checkpoint, set_aside_newer
+        from .checkpoint import find_checkpoint, load_checkpoint
         from .config import dump_config
+        from .manifest import clear_leftovers, set_aside_newer
         from .runtime import write_atomically
 
-        found: list[Path | None] = []
-        on_main(self.world, lambda: found.append(find_checkpoint(self.run_dir, resume, self.telemetry.say)))
-        checkpoint = self.world.broadcast(found[0] if found else None)
+        world, run_dir, say = self.world, self.run_dir, self.telemetry.say
+        on_main(world, lambda: clear_leftovers(run_dir / "checkpoints"))
+        checkpoint = find_checkpoint(run_dir, resume, world, say)
         if checkpoint:
-            manifest, tensors = load_checkpoint(checkpoint, self.state, self.plain_config, self.world)
+            manifest, tensors = load_checkpoint(checkpoint, self.state, self.plain_config, world)
             self.step = manifest["step"]
             self.stage.load_counters(self.state.counters)
             self.telemetry.load_state(tensors)
-            self.telemetry.say(f"resumed {checkpoint} at step {self.step}")
-        if checkpoint and self.step >= self.total and (self.run_dir / "export").exists():
-            self.telemetry.say(f"nothing to do: {self.run_dir} has reached train.steps = {self.total}")
+            say(f"resumed {checkpoint} at step {self.step}")
+        if checkpoint and self.step >= self.total and on_main(world, self.exported):
+            say(f"nothing to do: {run_dir} has reached train.steps = {self.total}")
             return True
-        kept = self.step if checkpoint else -1
-        self.telemetry.cut_back(kept)
-        on_main(self.world, lambda: set_aside_newer(self.run_dir, kept))
-        on_main(self.world, lambda: write_atomically(self.run_dir / "config.yaml", dump_config(self.config)))
-        self.telemetry.start(self.step)
+        on_main(world, lambda: self.telemetry.cut_back(self.step if checkpoint else -1, ended=self.step >= self.total))
+        aside = on_main(world, lambda: set_aside_newer(run_dir, self.step if checkpoint else -1))
+        if aside:
+            say(f"later checkpoints are now in {aside}")
+        on_main(world, lambda: write_atomically(run_dir / "config.yaml", dump_config(self.config)))
+        together(world, lambda: self.telemetry.start(self.step))
         return False
 
     def train(self) -> bool:
@@ -159,14 +148,15 @@ class Training:
             }
             self.stage.iteration(self.step)
             self.state.ema.update(self.step)
-            self.telemetry.end_iteration(self.step, rates | loss_scaling_metrics(engines))
+            metrics = rates | loss_scaling_metrics(engines) | self.failures()
+            self.spared(partial(self.telemetry.end_iteration, self.step, metrics))
             self.step += 1
             if self.due(options.telemetry.sample_every):
-                self.look(f"step_{self.step:08d}.png", self.state.ema.gather())
+                self.spared(partial(self.look, f"step_{self.step:08d}.png", self.state.ema.gather()))
             if self.due(options.validation.every):
-                self.validate(self.state.ema.gather())
+                self.spared(partial(self.validate, self.state.ema.gather()))
             if self.due(options.checkpoint.every):
-                self.save()
+                self.spared(self.save, counter="failed_checkpoints")
             stopped = self.stopping()
         return stopped and self.step < self.total
 
@@ -178,9 +168,9 @@ class Training:
             self.telemetry.say(f"stopped by {name} at step {self.step}, state saved")
         else:
             weights = self.state.ema.gather()
-            self.validate(weights)
-            self.export(weights, "export")
-            self.look("final.png", weights)
+            self.spared(lambda: self.validate(weights))
+            self.spared(lambda: self.look("final.png", weights))
+            self.export(weights, "export")  # last: a run that has it at its last step is done
             picture = self.run_dir / "samples/final.png"
             self.telemetry.say(f"done: {self.run_dir}/export" + (f", picture {picture}" if picture.exists() else ""))
         self.telemetry.close()
@@ -194,42 +184,73 @@ class Training:
     def stopping(self) -> bool:
         return self.world.any(self.stop.requested is not None)
 
+    def spared(self, action, counter: str | None = None) -> None:
+        """Run a collective ``action`` that writes; if it cannot, checkpoint.on_failure says whether the run goes on.
+
+        Args:
+            counter: counts failures, in ``state.counters`` and the metrics.
+        """
+        try:
+            action()
+        except WriteError as error:
+            if self.config.checkpoint.on_failure == "stop":
+                raise
+            if counter:
+                self.state.counters[counter] = self.state.counters.get(counter, 0) + 1
+            self.telemetry.say(f"warning: {error}; training goes on without it")
+
+    def failures(self) -> dict[str, int]:
+        """What the metrics tell of checkpoints that could not be written; nothing while there are none."""
+        return {key: count for key, count in self.state.counters.items() if key == "failed_checkpoints"}
+
     def save(self) -> None:
         from .checkpoint import save_checkpoint
 
         self.state.counters |= self.stage.counters()
-        tensors, keep = self.telemetry.state(), self.config.checkpoint.keep
-        save_checkpoint(self.run_dir, self.step, self.state, tensors, self.plain_config, self.world, keep)
+        on_main(self.world, self.telemetry.flush)
+        save_checkpoint(
+            self.run_dir, self.step, self.state, self.telemetry.state(), self.plain_config, self.world,
+            self.config.checkpoint,
+        )  # fmt: skip
 
     def look(self, name: str, weights: dict[str, torch.Tensor]) -> None:
-        self.experiment.picture(weights, self.run_dir / "samples" / name)
+        path = self.run_dir / "samples" / name
+        together(self.world, lambda: self.experiment.picture(weights, path), f"picture {path}")
+
+    def exported(self) -> bool:
+        """Whether RUN/export is of this step: the run has been here, to its very end."""
+        from .networks.exported import read_export_config
+
+        try:
+            return read_export_config(self.run_dir / "export", self.experiment.export.role).step == self.step
+        except InputError:
+            return False
 
     def export(self, weights: dict[str, torch.Tensor], name: str) -> None:
         from .networks.exported import write_export
 
         config = self.experiment.export.model_copy(update={"step": self.step})
-        on_main(self.world, lambda: write_export(self.run_dir / name, config, weights))
+        folder = self.run_dir / name
+        on_main(self.world, lambda: write_export(folder, config, weights), f"export {folder}")
 
     def validate(self, weights: dict[str, torch.Tensor]) -> None:
         """Metrics on held-out data; the best weights so far go to RUN/best."""
         if not self.experiment.measure:
             return
-        improved = []
-        on_main(self.world, lambda: improved.append(self._measure(weights)))
-        if self.world.broadcast(improved[0] if improved else None):
+        best = on_main(self.world, lambda: self._measure(weights))
+        if best is not None:
             self.export(weights, "best")
+            self.state.counters["best"] = best
 
-    def _measure(self, weights: dict[str, torch.Tensor]) -> bool:
+    def _measure(self, weights: dict[str, torch.Tensor]) -> float | None:
+        """Write the metrics; returns that of validation.best_by if it is the best so far."""
         values = self.experiment.measure(weights)
         self.telemetry.write({"step": self.step, "validation": values})
         listing = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.telemetry.say(f"step {self.step}/{self.total}  {listing}")
         best_by = self.experiment.best_by
         if best_by is None:
-            return False
+            return None
         if best_by not in values:
             raise InputError(f"validation.best_by: no metric {best_by!r}, one of {', '.join(values)}")
-        improved = values[best_by] < self.state.counters.get("best", float("inf"))
-        if improved:
-            self.state.counters["best"] = values[best_by]
-        return improved
+        return values[best_by] if values[best_by] < self.state.counters.get("best", float("inf")) else None

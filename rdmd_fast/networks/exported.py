@@ -7,7 +7,6 @@ DIR/generator.safetensors or teacher.safetensors   EMA weights, fp32, keys as th
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from ..diffusion import DiffusionOptions, Reading, denoise
 from ..errors import InputError
 from ..options import Options
-from ..runtime import fsync_path, write_atomically
+from ..runtime import fsync_path, replace_folder, write_atomically
 from . import ExportedNetworkOptions, build_network
 
 FORMAT = 1
@@ -42,10 +41,7 @@ class ExportConfig(Options):
 def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Tensor]) -> None:
     """Write an export so that ``folder`` always holds a whole one: the old until the new is complete."""
     folder = Path(folder)
-    partial, retired = (
-        folder.with_name(f".{folder.name}.partial"),
-        folder.with_name(f".{folder.name}.retired"),
-    )
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(
@@ -54,11 +50,7 @@ def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Te
     )
     fsync_path(partial / f"{config.role}.safetensors")
     write_atomically(partial / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
-    shutil.rmtree(retired, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, retired)
-    os.replace(partial, folder)
-    shutil.rmtree(retired, ignore_errors=True)
+    replace_folder(partial, folder)
 
 
 def read_export(folder: str | Path, role: str) -> tuple[ExportConfig, dict[str, torch.Tensor]]:
