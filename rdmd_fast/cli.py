@@ -14,6 +14,7 @@ COMMANDS = {
     "pack": ("rdmd_fast.data.pack", "write digits, an image folder or a toy as WebDataset shards"),
     "import-edm": ("rdmd_fast.import_edm", "turn an NVIDIA EDM pickle into a teacher's export"),
     "sample": ("rdmd_fast.sample", "draw samples from a teacher, to look at it before distilling"),
+    "export": ("rdmd_fast.export", "take a network out of any checkpoint of a run, also of a killed one"),
     "translate": ("rdmd_fast.translate", "translate images with a trained generator"),
     "evaluate": (
         "rdmd_fast.evaluate",
