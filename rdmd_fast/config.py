@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from .checkpoint import CheckpointOptions
-from .data import DataOptions
+from .data.options import DataOptions
 from .data.toys import ToyDistribution
 from .diffusion import DiffusionOptions
 from .distributed import TrainOptions

@@ -160,7 +160,8 @@ def _open_arrays(path: Path, files: list[Path], shape: tuple[int, int, int]) -> 
 
 
 def _open_images(path: Path, shape: tuple[int, int, int]) -> Inputs:
-    from .data.images import UNREADABLE, image_keys, list_images, load_image
+    from .data.formats import UNREADABLE
+    from .data.images import image_keys, list_images, load_image
 
     files = list_images(path)
     channels, height, width = shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections import defaultdict
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from rdmd_fast.data.images import UNREADABLE, map_in_order, to_rgb
+from rdmd_fast.data.formats import UNREADABLE, decode_rgb
+from rdmd_fast.data.images import map_in_order
 from rdmd_fast.data.parts import (
     ARRAY_EXTENSION,
     IMAGE_EXTENSIONS,
@@ -214,11 +213,10 @@ def _decode(path: Path, shape: tuple | None, samples: list[TarMember]) -> list[F
 
 
 def decode_sample(data: bytes, extension: str) -> np.ndarray:
-    """Uint8 [H, W, 3] of an image, float32 of an array; raises ``images.UNREADABLE``."""
+    """Uint8 [H, W, 3] of an image, float32 of an array; raises ``formats.UNREADABLE``."""
     if extension == ARRAY_EXTENSION:
         return load_array(data)
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-        return np.asarray(to_rgb(image))
+    return np.asarray(decode_rgb(data))
 
 
 class OtherSet:

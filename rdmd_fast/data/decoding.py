@@ -1,36 +1,34 @@
-"""Decoding on worker processes, straight into memory that they share with this one.
+"""Decoding into a store's rows, by worker processes and by the process that waits for them.
 
 Processes, not threads: at 64x64 most of a sample's time is spent under Python's lock.
 """
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import signal
 import sys
-import warnings
-import weakref
-from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from collections import deque
 
 import numpy as np
 
-from rdmd_fast.data.store import BAD, GOOD, Store, forget_users
-from rdmd_fast.errors import InputError
+from rdmd_fast.data.reading import fill
+from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.store import Store
+from rdmd_fast.data.worker_pool import WorkerPool
+from rdmd_fast.data.worker_process import TASK_SAMPLES
 
-_CHUNK = 16  # samples a message asks for at most
-_ORPHAN_SECONDS = 2.0  # how often an idle worker looks whether its parent lives
+_TASK_BYTES = 1 << 18  # decoded, that a task holds at most, but for one larger sample
+_DEATHS = 3  # of workers, after which none is started any more
+_LOOK_SECONDS = 0.1  # how often a process that waits looks whether its workers live
 
 
 class Decoder:
-    """Reads samples into a store's rows, ``workers`` processes at a time; 0 reads in line.
+    """Reads samples into a store's rows on ``workers`` processes; 0 reads in line.
 
-    Workers are forked at the first request. One that dies is replaced by this process.
+    Workers start at the first request. Who waits for samples decodes what no worker has begun: until they have
+    started, that is everything.
 
     Args:
-        read: sample ``index`` as an array, or InputError.
+        shards: the samples.
         store: where rows go; their status tells when.
         workers: processes.
 
@@ -38,128 +36,112 @@ class Decoder:
         faults: what was wrong with each sample that could not be read, by index.
     """
 
-    def __init__(self, read: Callable[[int], np.ndarray], store: Store, workers: int):
-        self._read, self._store, self._count = read, store, workers
-        self._workers: dict[Connection, dict[int, tuple]] = {}  # the tasks that each has yet to do
-        self._started = False
+    def __init__(self, shards: ShardSet, store: Store, workers: int):
+        self._shards, self._store, self._count = shards, store, workers
+        self._pool: WorkerPool | None = None
+        self._deaths = 0
         self._tickets = 0
-        self._open: set[int] = set()
+        self._open: dict[int, list[tuple[int, int]]] = {}  # tasks that are not done, by ticket
+        self._unsent: deque[int] = deque()  # tickets of those for which the queue had no room yet
+        row = store.samples[0].nbytes if len(store.samples) else 1
+        self._task_samples = max(1, min(TASK_SAMPLES, _TASK_BYTES // max(1, row)))
         self.faults: dict[int, str] = {}
 
     def submit(self, indices: np.ndarray, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Start on samples ``indices``, each to its row; returns tickets to wait for, each with its samples."""
-        if self._count and not self._started and len(indices):
-            self._start()
-        if not self._workers:
-            self._do(indices, rows)
+        if not len(indices):
             return []
-        size = min(_CHUNK, -(-len(indices) // len(self._workers)))
-        chunks = [slice(at, at + size) for at in range(0, len(indices), size or 1)]
-        return [(self._send((indices[chunk], rows[chunk])), indices[chunk]) for chunk in chunks]
+        if self._count and self._pool is None:
+            self._start()
+        pairs = list(zip(indices.tolist(), rows.tolist(), strict=True))
+        if self._pool is None:
+            self._fill(pairs)
+            return []
+        tickets = []
+        for at in range(0, len(pairs), self._task_samples):
+            self._tickets += 1
+            self._open[self._tickets] = pairs[at : at + self._task_samples]
+            self._unsent.append(self._tickets)
+            tickets.append((self._tickets, indices[at : at + self._task_samples]))
+        self.poll()
+        return tickets
 
     def wait(self, tickets: list[int]) -> None:
         """Until these are done."""
-        while any(ticket in self._open for ticket in tickets):
-            for connection in wait(list(self._workers)):
-                self._receive(connection)
+        while not self._open.keys().isdisjoint(tickets):
+            if self._note():
+                continue
+            task = self._pool.take()
+            if task is not None:
+                ticket, pairs = task
+            elif self._unsent:
+                ticket = self._unsent.popleft()
+                pairs = self._open[ticket]
+            else:
+                if not self._note(_LOOK_SECONDS):
+                    self._look_after_workers()
+                continue
+            self._fill(pairs)
+            del self._open[ticket]
 
     def poll(self) -> None:
-        """Take note of what has been done, without waiting."""
-        for connection in wait(list(self._workers), timeout=0) if self._open else ():
-            self._receive(connection)
-
-    def _do(self, indices: np.ndarray, rows: np.ndarray) -> None:
-        self.faults |= _decode(self._read, self._store, indices, rows)
-
-    def _send(self, task: tuple) -> int:
-        self._tickets += 1
-        self._open.add(self._tickets)
-        while self._workers:
-            connection = min(self._workers, key=lambda each: len(self._workers[each]))
-            self._workers[connection][self._tickets] = task
-            try:
-                connection.send((self._tickets, *task))
-                return self._tickets
-            except OSError:
-                del self._workers[connection][self._tickets]
-                self._bury(connection)
-        self._do(*task)
-        self._open.discard(self._tickets)
-        return self._tickets
-
-    def _receive(self, connection: Connection) -> None:
-        if connection not in self._workers:
+        """Take note of what has been done and hand out what has not, without waiting."""
+        if self._pool is None:
             return
-        try:
-            ticket, faults = connection.recv()
-        except (EOFError, OSError):
-            self._bury(connection)
-            return
-        self.faults |= faults
-        del self._workers[connection][ticket]
-        self._open.discard(ticket)
+        self._note()
+        while self._unsent and self._pool.put(self._unsent[0], self._open[self._unsent[0]]):
+            self._unsent.popleft()
+        self._look_after_workers()
 
-    def _bury(self, connection: Connection) -> None:
-        print("warning: a decoding worker died (out of memory?); its work is done in line", file=sys.stderr)
-        for ticket, task in self._workers.pop(connection).items():
-            self._do(*task)
-            self._open.discard(ticket)
+    def close(self) -> None:
+        """End the workers; what they have not done stays undone."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        self._count = 0
+        self._open.clear()
+        self._unsent.clear()
+
+    def _fill(self, pairs: list[tuple[int, int]]) -> None:
+        faults = fill(self._shards.reader, self._store.memory, len(self._store.status), pairs)
+        for index, fault in faults.items():
+            self._blame(index, fault)
+
+    def _blame(self, index: int, fault: str) -> None:
+        self.faults[index] = f"{self._shards.where(index)} {fault}"
+
+    def _note(self, seconds: float = 0.0) -> bool:
+        """Take in reports; whether there were any."""
+        reports = self._pool.reports(seconds)
+        for ticket, index, fault in reports:
+            if fault is None:
+                self._open.pop(ticket, None)
+            else:
+                self._blame(index, fault)
+        return bool(reports)
 
     def _start(self) -> None:
-        self._started = True
-        pids: list[int] = []
-        for _ in range(self._count):
-            ours, theirs = multiprocessing.Pipe()
-            parent = os.getpid()
-            with warnings.catch_warnings():
-                # The child runs nothing but this loop: no lock of another thread is taken in it.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                try:
-                    pid = os.fork()
-                except OSError as error:
-                    print(f"warning: no more decoding workers ({error.strerror}), fewer do", file=sys.stderr)
-                    break
-            if pid == 0:
-                _work(theirs, self._read, self._store, parent)
-            theirs.close()
-            self._workers[ours] = {}
-            pids.append(pid)
-        weakref.finalize(self, _end, pids, os.getpid())
-
-
-def _decode(read, store: Store, indices: np.ndarray, rows: np.ndarray) -> dict[int, str]:
-    """Fill rows; returns what was wrong with those that could not be read."""
-    faults = {}
-    for index, row in zip(indices.tolist(), rows.tolist(), strict=True):
         try:
-            store.samples[row] = read(index)
-            store.status[row] = GOOD
-        except InputError as error:
-            faults[index] = str(error)
-            store.status[row] = BAD
-    return faults
+            self._pool = WorkerPool(self._shards.reader, self._store, self._count)
+        except OSError as error:
+            print(f"warning: no decoding worker could be started ({error.strerror}), decoding in line", file=sys.stderr)
+            self._count = 0
 
-
-def _work(connection: Connection, read, store: Store, parent: int) -> None:
-    """A worker's life. It ends with its parent and leaves signals to it: one for the group must not stop both."""
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
-        forget_users()
-        while os.getppid() == parent:
-            if connection.poll(_ORPHAN_SECONDS):
-                ticket, indices, rows = connection.recv()
-                connection.send((ticket, _decode(read, store, indices, rows)))
-    except (EOFError, OSError):
-        pass
-    finally:
-        os._exit(0)
-
-
-def _end(pids: list[int], owner: int) -> None:
-    if os.getpid() != owner:
-        return
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+    def _look_after_workers(self) -> None:
+        """Where one has died, nobody knows what it had begun: all of them end, and what is open is done here."""
+        status = self._pool.dead()
+        if status is None:
+            return
+        self._pool.close()
+        self._pool = None
+        self._deaths += 1
+        if self._deaths == _DEATHS:
+            self._count = 0
+        print(
+            f"warning: a decoding worker died (status {status}; out of memory?); its work is done in line, "
+            + ("new workers go on" if self._count else "as is all that follows"),
+            file=sys.stderr,
+        )
+        self._unsent.clear()
+        while self._open:
+            self._fill(self._open.popitem()[1])

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from rdmd_fast.data import DataOptions
+from rdmd_fast.data.options import DataOptions
 from rdmd_fast.data.stream import SampleStream, ToyStream, open_stream
 from rdmd_fast.errors import InputError
 from rdmd_fast.kernels.image_normalize import image_normalize
@@ -45,6 +45,10 @@ class DeviceStream:
     def labels(self, positions: torch.Tensor) -> torch.Tensor:
         """Classes of the samples at ``positions``: int64 [N] on the CPU; InputError if the set has none."""
         return self.stream.labels(positions)
+
+    def close(self) -> None:
+        """End what reads the samples; no more batches."""
+        self.stream.close()
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type != "cuda":

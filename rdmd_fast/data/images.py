@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,38 +12,13 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from rdmd_fast.data.formats import to_rgb
 from rdmd_fast.errors import InputError
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 
-# What Pillow and NumPy raise for files that are broken, empty, cut short, absurdly large or of another kind.
-UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError, MemoryError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
-
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB.
-
-    Transparency is laid over white, as a browser page shows it; 16-bit grey keeps its high byte.
-
-    Raises:
-        ValueError: 32-bit integer or float grey, whose range is unknown.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no fixed range; save it as 8- or 16-bit")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = None) -> np.ndarray:
@@ -60,7 +33,7 @@ def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = 
         uint8 [resolution, resolution, 3].
 
     Raises:
-        OSError, ValueError and others: unreadable image (``UNREADABLE``), or one smaller than ``crop``.
+        OSError, ValueError and others: unreadable image (``formats.UNREADABLE``), or one smaller than ``crop``.
     """
     try:
         opened = Image.open(file)

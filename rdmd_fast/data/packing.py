@@ -15,7 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rdmd_fast.data.check import OtherSet
-from rdmd_fast.data.images import UNREADABLE, map_in_order
+from rdmd_fast.data.formats import UNREADABLE
+from rdmd_fast.data.images import map_in_order
 from rdmd_fast.data.parts import INDEX, MANIFEST, UNFINISHED_MANIFEST
 from rdmd_fast.data.report import build_report, summary
 from rdmd_fast.data.sources import CHUNK, SampleSet, Unreadable

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from rdmd_fast.data.decoding import Decoder
+from rdmd_fast.data.reading import BAD, UNKNOWN
 from rdmd_fast.data.shards import ShardSet
-from rdmd_fast.data.store import BAD, UNKNOWN, bytes_needed, private_store, shared_store
+from rdmd_fast.data.store import bytes_needed, private_store, shared_store
 
 
 def open_samples(
@@ -36,7 +37,7 @@ class CachedSamples:
         self.status[shards.cut & (self.status == UNKNOWN)] = BAD
         self._workers = workers
         self.complete = False
-        self.decoder = Decoder(lambda index: shards.read(index), self._store, workers)
+        self.decoder = Decoder(shards, self._store, workers)
         self._tickets: dict[int, int] = {}  # of samples that are being decoded
 
     def load(self, indices: np.ndarray) -> None:
@@ -59,6 +60,12 @@ class CachedSamples:
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Samples that have been loaded, a copy."""
         return self._store.samples.take(indices, axis=0)
+
+    def close(self) -> None:
+        """End the workers and give the memory back; ``status`` stays."""
+        self.decoder.close()
+        self.status = self.status.copy()
+        self._store.close()
 
     def _missing(self, indices: np.ndarray) -> np.ndarray:
         unknown = self.status[indices] == UNKNOWN
@@ -108,10 +115,17 @@ class WindowedSamples:
         """Samples that have been loaded by the last ``load``, a copy."""
         return self._store.samples.take([self._rows[index] for index in indices.tolist()], axis=0)
 
+    def close(self) -> None:
+        """End the workers and give the memory back; ``status`` stays."""
+        self.decoder.close()
+        self._store.close()
+
     def _allocate(self, rows: int) -> None:
         faults = self.decoder.faults if self.decoder else {}
+        if self.decoder:
+            self.close()
         self._store = private_store(rows, self._shards.shape, self._dtype)
-        self.decoder = Decoder(lambda index: self._shards.read(index), self._store, self._workers)
+        self.decoder = Decoder(self._shards, self._store, self._workers)
         self.decoder.faults = faults
         self._rows: dict[int, int] = {}  # of samples, the ones longest unused first
         self._tickets: dict[int, int] = {}

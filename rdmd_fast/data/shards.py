@@ -8,7 +8,6 @@ their headers are scanned once, at opening.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import weakref
@@ -18,11 +17,10 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from rdmd_fast.data.images import UNREADABLE, to_rgb
 from rdmd_fast.data.locate import locate
 from rdmd_fast.data.parts import Part
+from rdmd_fast.data.reading import SampleReader
 from rdmd_fast.errors import InputError
 
 _MAX_OPEN = 256  # sets of more shards open a file for each read instead of holding them all
@@ -46,6 +44,7 @@ class ShardSet:
         keys: WebDataset keys, list of len(self) strings.
         classes: names of the classes that ``labels`` count, where the manifest tells them.
         shards: list of parts.Shard.
+        reader: of the samples, for whoever wants bytes.
         cut: bool [len], samples whose bytes are not all there; all False unless ``tolerant``.
         faults: what is wrong with each damaged shard, by its name.
 
@@ -69,15 +68,22 @@ class ShardSet:
         self.faults = {
             name: shard.faults[0] for name, shard in zip(self._names, self.shards, strict=True) if shard.faults
         }
-        self._files: list[int | None] | None = None
-        if len(self.shards) <= _MAX_OPEN:
-            self._files = [_open(shard.path) for shard in self.shards]
-            weakref.finalize(self, _close, self._files)
+        paths = [shard.path for shard in self.shards]
+        self.reader = SampleReader(
+            self.kind,
+            list(map(str, paths)),
+            list(map(_open, paths)) if len(paths) <= _MAX_OPEN else [None] * len(paths),
+            self._first,
+            memoryview(self._offsets),
+            memoryview(self._sizes),
+            self.shape,
+        )
+        self._close = weakref.finalize(self, _close, self.reader.files)
         self.cut = self._find_cut()
         for part in parts[1:]:
             self._check_alike(parts[0], part)
         if self.shape is None:
-            self.shape = self._first_shape(tolerant)
+            self.shape = self.reader.shape = self._first_shape(tolerant)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -91,13 +97,19 @@ class ShardSet:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.path}, which has {len(self)}")
-        sample = self._decode(index, self._bytes(index))
-        if sample.shape != self.shape:
-            raise InputError(
-                f"{self._where(index)} has shape {sample.shape} where the set has {self.shape}; "
-                "pack the set at one resolution"
-            )
-        return sample
+        try:
+            sample = self.reader.read(index)
+        except InputError as error:
+            raise InputError(f"{self.where(index)} {error}") from error
+        return np.frombuffer(sample, np.uint8 if self.kind == "image" else np.float32).reshape(self.shape)
+
+    def where(self, index: int) -> str:
+        """What messages call a sample."""
+        return f"{self.shards[int(self.shard_of(index))].path}: sample {self.keys[index]!r}"
+
+    def close(self) -> None:
+        """Close the shards; nothing is read any more."""
+        self._close()
 
     @cached_property
     def labels(self) -> np.ndarray | None:
@@ -150,39 +162,11 @@ class ShardSet:
         shard = int(self.shard_of(index))
         member = (self.shards[shard].label_members or {}).get(self.keys[index])
         if member is None:
-            raise InputError(f"{self._where(index)} has no .cls member where others do; label all samples or none")
-        text = self._pread(shard, member.offset, min(member.size, 20)).strip()
+            raise InputError(f"{self.where(index)} has no .cls member where others do; label all samples or none")
+        text = self.reader.pread(shard, member.offset, min(member.size, 20)).strip()
         if not re.fullmatch(rb"[0-9]{1,18}", text):
-            raise InputError(f"{self._where(index)}: .cls holds {text!r}, no class number; write it as decimal text")
+            raise InputError(f"{self.where(index)}: .cls holds {text!r}, no class number; write it as decimal text")
         return int(text)
-
-    def _where(self, index: int) -> str:
-        return f"{self.shards[int(self.shard_of(index))].path}: sample {self.keys[index]!r}"
-
-    def _bytes(self, index: int) -> bytes:
-        size = int(self._sizes[index])
-        try:
-            data = self._pread(int(self.shard_of(index)), int(self._offsets[index]), size)
-        except OSError as error:
-            raise InputError(f"{self._where(index)} cannot be read ({error.strerror}); copy the shard again") from error
-        if len(data) < size:
-            raise InputError(f"{self._where(index)} is cut short; copy or pack the shard again")
-        return data
-
-    def _pread(self, shard: int, offset: int, size: int) -> bytes:
-        if self._files is not None and self._files[shard] is not None:
-            return os.pread(self._files[shard], size, offset)
-        with open(self.shards[shard].path, "rb") as file:
-            return os.pread(file.fileno(), size, offset)
-
-    def _decode(self, index: int, data: bytes) -> np.ndarray:
-        try:
-            if self.kind == "array":
-                return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32, casting="same_kind")
-            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-                return np.asarray(to_rgb(image))
-        except UNREADABLE as error:
-            raise InputError(f"{self._where(index)} cannot be decoded ({error}); pack the set again") from error
 
     def _find_cut(self) -> np.ndarray:
         cut = np.zeros(len(self), dtype=bool)
@@ -196,10 +180,10 @@ class ShardSet:
         """Shape of the first sample, of the first readable one if ``tolerant``."""
         for index in range(len(self)):
             try:
-                return self._decode(index, self._bytes(index)).shape
-            except InputError:
+                return self.reader.decode(self.reader.fetch(index))[0]
+            except InputError as error:
                 if not tolerant or index == len(self) - 1:
-                    raise
+                    raise InputError(f"{self.where(index)} {error}") from error
         raise AssertionError("a set has samples")
 
     def _check_alike(self, first: Part, other: Part) -> None:

@@ -9,31 +9,44 @@ import mmap
 import os
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-UNKNOWN, GOOD, BAD = 0, 1, 2
-"""What is known of a sample: nothing, that it was read, that it cannot be read."""
-
 SHARED_FOLDER = Path("/dev/shm")
-_held: set[int] = set()  # descriptors whose locks say that this process uses their files
 
 
 class Store:
     """Rows of samples that processes fill side by side.
 
+    Args:
+        descriptor: of the memory, from now on this one's.
+        rows, shape, dtype: of the samples.
+        leave: called when this is closed or collected or the process ends; given if others may use the memory too.
+
     Attributes:
         samples: [rows, *shape], of the dtype asked for.
-        status: uint8 [rows], UNKNOWN at first. A row's samples are written before its status.
+        status: uint8 [rows], ``reading.UNKNOWN`` at first. A row's samples are written before its status.
+        memory: samples, then status, as bytes.
+        descriptor: of the memory, for workers to map.
         shared: whether other jobs and ranks on this node may be using it too.
     """
 
-    def __init__(self, memory: mmap.mmap, rows: int, shape: tuple[int, ...], dtype, shared: bool):
-        self.samples = np.frombuffer(memory, dtype, rows * int(np.prod(shape))).reshape(rows, *shape)
-        self.status = np.frombuffer(memory, np.uint8, rows, offset=self.samples.nbytes)
-        self.shared = shared
+    def __init__(
+        self, descriptor: int, rows: int, shape: tuple[int, ...], dtype, leave: Callable[[], None] | None = None
+    ):
+        self.descriptor, self.shared = descriptor, leave is not None
+        self.memory = mmap.mmap(descriptor, bytes_needed(rows, shape, dtype))
+        self.samples = np.frombuffer(self.memory, dtype, rows * int(np.prod(shape))).reshape(rows, *shape)
+        self.status = np.frombuffer(self.memory, np.uint8, rows, offset=self.samples.nbytes)
+        self._release = weakref.finalize(self, _release, descriptor, leave)
+
+    def close(self) -> None:
+        """Give the memory back; ``samples`` and ``status`` are empty from now on."""
+        self._release()
+        self.memory, self.samples, self.status = None, self.samples[:0].copy(), self.status[:0].copy()
 
 
 def bytes_needed(rows: int, shape: tuple[int, ...], dtype) -> int:
@@ -41,8 +54,10 @@ def bytes_needed(rows: int, shape: tuple[int, ...], dtype) -> int:
 
 
 def private_store(rows: int, shape: tuple[int, ...], dtype) -> Store:
-    """Memory of this process and of those it forks; pages are taken as samples come in."""
-    return Store(mmap.mmap(-1, bytes_needed(rows, shape, dtype)), rows, shape, dtype, shared=False)
+    """Memory of this process and of its workers; pages are taken as samples come in."""
+    descriptor = os.memfd_create("rdmd_fast-samples")
+    os.ftruncate(descriptor, bytes_needed(rows, shape, dtype))
+    return Store(descriptor, rows, shape, dtype)
 
 
 def shared_store(identity: str, rows: int, shape: tuple[int, ...], dtype, folder: Path | None = None) -> Store:
@@ -60,10 +75,9 @@ def shared_store(identity: str, rows: int, shape: tuple[int, ...], dtype, folder
     try:
         with _lock(folder):
             _sweep(folder)
-            descriptor = _open(path, size)
+            leave = partial(_leave, path, _open(path, size), os.getpid())
             # Mapped by a descriptor of its own: a map keeps its file open, and with it the lock that leaving gives up.
-            with open(path, "r+b") as file:
-                memory = mmap.mmap(file.fileno(), size)
+            store = Store(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows, shape, dtype, leave)
     except OSError as error:
         print(
             f"warning: {folder} cannot hold {size / 2**20:.0f} MiB of decoded samples ({error.strerror}): each process "
@@ -71,17 +85,13 @@ def shared_store(identity: str, rows: int, shape: tuple[int, ...], dtype, folder
             file=sys.stderr,
         )
         return private_store(rows, shape, dtype)
-    store = Store(memory, rows, shape, dtype, shared=True)
-    _held.add(descriptor)
-    weakref.finalize(store, _leave, path, descriptor, os.getpid())
     return store
 
 
-def forget_users() -> None:
-    """In a forked worker: it uses stores as long as its parent does, whose locks it must not keep alive."""
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
+def _release(descriptor: int, leave: Callable[[], None] | None) -> None:
+    os.close(descriptor)
+    if leave is not None:
+        leave()
 
 
 def _prefix() -> str:
@@ -130,7 +140,6 @@ def _sweep(folder: Path) -> None:
 def _leave(path: Path, descriptor: int, owner: int) -> None:
     if os.getpid() != owner:  # a forked child leaves nothing
         return
-    _held.discard(descriptor)
     os.close(descriptor)
     with contextlib.suppress(OSError), _lock(path.parent):
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)

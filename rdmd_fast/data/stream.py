@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from rdmd_fast.data import DataOptions
+from rdmd_fast.data.options import DataOptions
 from rdmd_fast.data.order import EpochOrder
+from rdmd_fast.data.reading import BAD, UNKNOWN
 from rdmd_fast.data.samples import open_samples
 from rdmd_fast.data.shards import ShardSet
-from rdmd_fast.data.store import BAD, UNKNOWN
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.errors import InputError
 from rdmd_fast.randomness import Philox, Stream
@@ -117,6 +117,11 @@ class SampleStream:
                 "name data.target_class, or take a network without classes"
             )
         return torch.from_numpy(labels[self.indices(positions)])
+
+    def close(self) -> None:
+        """End the workers, give the memory back and close the shards; no more batches."""
+        self._samples.close()
+        self.shards.close()
 
     @property
     def dropped(self) -> np.ndarray:
@@ -215,6 +220,10 @@ class ToyStream:
             return self.distribution.sample(self._philox, self._stream, positions)
         both = torch.cat([self._block(first), self._block(last)])
         return both[positions - first * self._BLOCK]
+
+    def close(self) -> None:
+        """Forget the points that were drawn."""
+        self._blocks.clear()
 
     def _block(self, number: int) -> torch.Tensor:
         if number not in self._blocks:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rdmd_fast.data import DataOptions
 from rdmd_fast.data.device import open_domain
+from rdmd_fast.data.options import DataOptions
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.data.writer import ShardWriter
 from rdmd_fast.errors import InputError

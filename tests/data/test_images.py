@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdmd_fast.data.images import image_keys, list_images, load_image, map_in_order, to_rgb
+from rdmd_fast.data.formats import to_rgb
+from rdmd_fast.data.images import image_keys, list_images, load_image, map_in_order
 from rdmd_fast.errors import InputError
 
 

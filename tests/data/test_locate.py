@@ -183,7 +183,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from damaged import served, stream_of
 stream = stream_of(sys.argv[2], share=True)
-stream.shards.read = None  # whoever decodes fails
+stream.shards.reader.read = None  # whoever decodes fails
 print(served(stream), flush=True)
 sys.stdin.readline()
 """

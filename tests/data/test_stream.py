@@ -87,8 +87,8 @@ def test_a_batch_is_the_callers_own(folder):
 
 def test_the_cache_decodes_each_sample_once(folder, monkeypatch):
     stream = image_stream(folder)
-    read, calls = stream.shards.read, []
-    monkeypatch.setattr(stream.shards, "read", lambda index: calls.append(index) or read(index))
+    read, calls = stream.shards.reader.read, []
+    monkeypatch.setattr(stream.shards.reader, "read", lambda index: calls.append(index) or read(index))
     stream.batch(torch.arange(COUNT))
     stream.batch(torch.arange(4 * COUNT))
     assert sorted(calls) == list(range(COUNT))

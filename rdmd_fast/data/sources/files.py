@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from rdmd_fast.data.formats import UNREADABLE
 from rdmd_fast.data.images import (
     IMAGE_SUFFIXES,
-    UNREADABLE,
     image_keys,
     is_image,
     list_files,

@@ -1,0 +1,141 @@
+"""One sample of a set of shards by its number, as bytes for a row of memory.
+
+Imported by decoding workers, which shall start fast and stay small: no torch here, and numpy for arrays alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import mmap
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+
+from rdmd_fast.data.formats import UNREADABLE, decode_rgb
+from rdmd_fast.errors import InputError
+
+UNKNOWN, GOOD, BAD = 0, 1, 2
+"""What is known of a sample: nothing, that it was read, that it cannot be read."""
+
+
+class SampleReader:
+    """Where each sample's bytes lie, and how they are decoded.
+
+    Args:
+        kind: "image" or "array".
+        paths: of the shards.
+        files: open descriptors of the shards; None for one that is opened anew for each read.
+        first: number of each shard's first sample, and of all samples at the end.
+        offsets, sizes: of the samples in their shards, bytes; int64 memory.
+        shape: of one sample, (H, W, 3) or as stored; None where the first one will tell.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        paths: Sequence[str],
+        files: Sequence[int | None],
+        first: Sequence[int],
+        offsets: memoryview,
+        sizes: memoryview,
+        shape: tuple[int, ...] | None,
+    ):
+        self.kind, self.shape = kind, shape
+        self.files = list(files)
+        self._paths, self._first, self._offsets, self._sizes = list(paths), list(first), offsets, sizes
+
+    def read(self, index: int) -> bytes:
+        """Sample ``index``: uint8 of an image, native float32 of an array, in C order of ``shape``.
+
+        Raises:
+            InputError: what is wrong with it; which sample that is the caller knows.
+        """
+        shape, sample = self.decode(self.fetch(index))
+        if shape != self.shape:
+            raise InputError(f"has shape {shape} where the set has {self.shape}; pack the set at one resolution")
+        return sample
+
+    def fetch(self, index: int) -> bytes:
+        """The sample's bytes as they stand in its shard; raises as ``read`` does."""
+        size = self._sizes[index]
+        try:
+            data = self.pread(bisect_right(self._first, index) - 1, self._offsets[index], size)
+        except OSError as error:
+            raise InputError(f"cannot be read ({error.strerror}); copy the shard again") from error
+        if len(data) < size:
+            raise InputError("is cut short; copy or pack the shard again")
+        return data
+
+    def pread(self, shard: int, offset: int, size: int) -> bytes:
+        """Bytes of a shard; OSError where it cannot be read."""
+        if self.files[shard] is not None:
+            return os.pread(self.files[shard], size, offset)
+        with open(self._paths[shard], "rb") as file:
+            return os.pread(file.fileno(), size, offset)
+
+    def decode(self, data: bytes) -> tuple[tuple[int, ...], bytes]:
+        """(shape, decoded bytes) of a sample; raises as ``read`` does."""
+        try:
+            if self.kind == "array":
+                return _array(data)
+            image = decode_rgb(data)
+            return (image.height, image.width, 3), image.tobytes()
+        except UNREADABLE as error:
+            raise InputError(f"cannot be decoded ({error}); pack the set again") from error
+
+    # -- on their way to workers ---------------------------------------------------------------------------------------
+
+    def to_descriptor(self) -> int:
+        """Memory that holds all of this, for ``from_descriptor`` in a process that inherits it and ``files``."""
+        fields = {"kind": self.kind, "shape": self.shape, "paths": self._paths, "files": self.files}
+        head = json.dumps({**fields, "first": self._first}).encode()
+        head += b" " * (-len(head) % 8)
+        descriptor = os.memfd_create("rdmd_fast-table")
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            file.write(self._offsets)
+            file.write(self._sizes)
+        return descriptor
+
+    @classmethod
+    def from_descriptor(cls, descriptor: int) -> SampleReader:
+        """What ``to_descriptor`` has put there; the places are mapped, not copied."""
+        table = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+        end = 8 + int.from_bytes(table[:8], "little")
+        head = json.loads(bytes(table[8:end]))
+        places = table[end:].cast("q")
+        half = len(places) // 2
+        shape = tuple(head.pop("shape"))
+        return cls(**head, shape=shape, offsets=places[:half], sizes=places[half:])
+
+
+def fill(reader: SampleReader, memory: mmap.mmap, rows: int, pairs: Iterable[tuple[int, int]]) -> dict[int, str]:
+    """Read samples into a store's memory (``store.Store``), each pair a sample's number and its row.
+
+    Returns:
+        What was wrong with those that could not be read, by number.
+    """
+    size = row_bytes(reader.kind, reader.shape)
+    status, faults = rows * size, {}
+    for index, row in pairs:
+        try:
+            memory[row * size : (row + 1) * size] = reader.read(index)
+            memory[status + row] = GOOD
+        except InputError as error:
+            faults[index] = str(error)
+            memory[status + row] = BAD
+    return faults
+
+
+def row_bytes(kind: str, shape: Sequence[int]) -> int:
+    """Of one decoded sample."""
+    return math.prod(shape) * (1 if kind == "image" else 4)
+
+
+def _array(data: bytes) -> tuple[tuple[int, ...], bytes]:
+    import numpy as np
+
+    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False).astype(np.float32, casting="same_kind")
+    return array.shape, array.tobytes()
