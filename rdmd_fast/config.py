@@ -116,6 +116,8 @@ def _deepspeed_problems(section: dict):
     zero = section.get("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
         yield "deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3"
+    elif zero.get("compute_grad_norm", True) is not True:
+        yield "deepspeed.zero_optimization.compute_grad_norm: must stay true, updates are guarded by the norm"
 
 
 class _Loader(yaml.SafeLoader):

@@ -109,6 +109,7 @@ class Training:
 
     def __init__(self, config, world, run_dir: Path, stop):
         from .experiment import build_experiment
+        from .guard import Guards
         from .telemetry import Telemetry
 
         self.config, self.world, self.run_dir, self.stop = config, world, run_dir, stop
@@ -117,6 +118,8 @@ class Training:
         self.telemetry = Telemetry(config.telemetry, world, run_dir, self.total, config.train.global_batch_size)
         self.experiment = build_experiment(config, world, self.telemetry)
         self.stage, self.state = self.experiment.stage, self.experiment.state
+        self.guards = Guards(self.state.engines)
+        self.telemetry.at_log.append(self.guards.look)
 
     def bring_back(self, resume: str) -> bool:
         """Go to the checkpoint that ``resume`` means and open the run folder; True if the run had ended already."""
@@ -132,6 +135,7 @@ class Training:
             self.step = manifest["step"]
             self.stage.load_counters(self.state.counters)
             self.telemetry.load_state(tensors)
+            self.guards.load_state(tensors)
             self.telemetry.say(f"resumed {checkpoint} at step {self.step}")
         if checkpoint and self.step >= self.total and (self.run_dir / "export").exists():
             self.telemetry.say(f"nothing to do: {self.run_dir} has reached train.steps = {self.total}")
@@ -197,8 +201,9 @@ class Training:
     def save(self) -> None:
         from .checkpoint import save_checkpoint
 
+        self.guards.before_save(self.world)
         self.state.counters |= self.stage.counters()
-        tensors, keep = self.telemetry.state(), self.config.checkpoint.keep
+        tensors, keep = self.telemetry.state() | self.guards.state(), self.config.checkpoint.keep
         save_checkpoint(self.run_dir, self.step, self.state, tensors, self.plain_config, self.world, keep)
 
     def look(self, name: str, weights: dict[str, torch.Tensor]) -> None:
