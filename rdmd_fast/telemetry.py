@@ -16,7 +16,7 @@ from pydantic import Field
 
 from .distributed import World
 from .options import Options
-from .runtime import write_atomically
+from .runtime import say, write_atomically
 
 # Dense matmul peaks without sparsity, FLOP/s in bf16, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -149,7 +149,7 @@ class Telemetry:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self._bar is not None:
