@@ -277,9 +277,7 @@ def stand_in(weighting: str, meter: Meter):
     )
     x = random_images(4, torch.float32)
     source = SimpleNamespace(shape=SHAPE, batch=lambda positions: x)
-    telemetry = SimpleNamespace(
-        phase=lambda name: contextlib.nullcontext(), add=lambda *_: None, before_step=lambda *_: None
-    )
+    telemetry = SimpleNamespace(phase=lambda name: contextlib.nullcontext(), add=lambda *_: None)
     rdmd = RDMD(
         RDMDOptions(weighting=weighting), diffusion, Reading.of("teacher", diffusion, 1.0),
         generator, fake_score, teacher, source, Philox(2**40 + 1), BatchLayout(BATCH, BATCH, 1, 0, 1),

@@ -121,6 +121,8 @@ def _deepspeed_problems(section: dict):
         offload = zero.get(name) or {}
         if isinstance(offload, dict) and offload.get("device") == "nvme":
             yield f"deepspeed.zero_optimization.{name}.device: checkpoints cannot hold what lies on nvme, use cpu"
+    if zero.get("compute_grad_norm", True) is not True:
+        yield "deepspeed.zero_optimization.compute_grad_norm: must stay true, updates are guarded by the norm"
 
 
 class _Loader(yaml.SafeLoader):

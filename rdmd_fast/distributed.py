@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from pydantic import Field, ValidationError
 
 from .errors import InputError
+from .guard import GuardOptions, UpdateGuard
 from .options import Options
 from .runtime import write_error
 
@@ -73,6 +75,13 @@ class TrainOptions(Options):
         False,
         description="compute activations inside blocks again in the backward pass instead of keeping them: about a "
         "third more FLOPs, far less memory, the same result up to rounding (ours)",
+    )
+    guard: GuardOptions = Field(default_factory=GuardOptions)
+    collective_timeout: float = Field(
+        1800.0,
+        gt=0,
+        description="seconds that a rank waits for the others before the job ends; must exceed what the main rank does "
+        "alone, such as validation and pictures (ours)",
     )
 
 
@@ -159,8 +168,12 @@ def on_main(world: World, action: Callable[[], object], what: str | None = None)
     return world.broadcast(together(world, action if world.is_main else lambda: None, what))
 
 
-def join_world() -> World:
-    """Join the processes that `deepspeed`, `torchrun` or `srun` started; alone under plain `python`."""
+def join_world(timeout: float = 1800.0) -> World:
+    """Join the processes that `deepspeed`, `torchrun` or `srun` started; alone under plain `python`.
+
+    Args:
+        timeout: seconds that a collective waits for other ranks.
+    """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning
@@ -183,7 +196,7 @@ def join_world() -> World:
         atexit.register(leave_world)
         backend = "nccl" if on_gpu else "gloo"
         if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         else:
             # Alone there is nobody to meet: no port is opened.
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
@@ -191,7 +204,7 @@ def join_world() -> World:
     with contextlib.redirect_stdout(None):
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     alone = dist.get_world_size() == 1
-    host_group = None if alone or not on_gpu else dist.new_group(backend="gloo")
+    host_group = None if alone or not on_gpu else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     return World(dist.get_rank(), dist.get_world_size(), device, host_group)
 
 
@@ -294,7 +307,16 @@ def initialize_engine(
         _undo_empty_step(engine.optimizer)
     if train.dtype == "fp16":
         _lower_loss_scale_floor(engine.optimizer)
+    engine.guard = UpdateGuard(train.guard, engine, adam, engine.device)
+    _bound_waiting(train.collective_timeout)
     return engine
+
+
+def _bound_waiting(seconds: float) -> None:
+    """DeepSpeed makes groups of its own, with torch's default timeouts."""
+    c10d = dist.distributed_c10d
+    for group in c10d._world.pg_map:
+        c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def _undo_empty_step(optimizer) -> None:
@@ -374,14 +396,19 @@ def loss_scale(engine) -> float:
 
 
 def take_step(engine, name: str) -> None:
-    """``engine.step()``. In fp16 an update whose gradients overflow is skipped and the loss scale halved.
+    """``engine.step()``. An update whose loss or gradient is not finite is skipped, in fp16 the loss scale halved too.
 
     DeepSpeed doubles the scale again before it divides by it: one update in 1,000 takes half its gradient.
 
     Raises:
         InputError: gradients overflow at any loss scale, on every rank alike.
     """
+    last_of_update = engine.is_gradient_accumulation_boundary()
+    if last_of_update:
+        engine.guard.before_step()
     engine.step()
+    if last_of_update:
+        engine.guard.after_step()
     if engine.fp16_enabled() and engine.optimizer.overflow and loss_scale(engine) <= LOSS_SCALE_FLOOR:
         raise InputError(
             f"train.dtype: gradients of {name} overflow fp16 at every loss scale: lower its lr, or use bf16 or fp32"
@@ -389,8 +416,5 @@ def take_step(engine, name: str) -> None:
 
 
 def loss_scaling_metrics(engines: dict[str, object]) -> dict[str, float]:
-    """For metrics.jsonl: loss scale and skipped updates of each fp16 engine; nothing for other dtypes."""
-    scaled = {name: engine for name, engine in engines.items() if engine.fp16_enabled()}
-    return {f"loss_scale/{name}": loss_scale(engine) for name, engine in scaled.items()} | {
-        f"skipped_updates/{name}": engine.skipped_steps for name, engine in scaled.items()
-    }
+    """For metrics.jsonl: loss scale of each fp16 engine; nothing for other dtypes."""
+    return {f"loss_scale/{name}": loss_scale(engine) for name, engine in engines.items() if engine.fp16_enabled()}

@@ -30,7 +30,7 @@ class ShardedEMA:
     def update(self, step: int) -> None:
         """Fold in the weights after iteration ``step``: decay = 0.5^(batch / half-life), half-life in samples.
 
-        Where fp16 skipped the update the masters are as they were, and count once more.
+        Where the update was skipped the masters are as they were, and count once more.
         """
         seen = (step + 1) * self.global_batch
         half_life = min(self.options.half_life, seen * self.options.ramp)

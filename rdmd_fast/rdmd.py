@@ -18,6 +18,7 @@ from .costs import CostOptions
 from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, Reading, SigmaOptions
 from .distributed import BatchLayout, OptimizerOptions, loss_scale, take_step
 from .ema import EMAOptions
+from .guard import poison
 from .kernels.denoising_loss import denoising_gradient
 from .kernels.inject import inject_gradient
 from .kernels.noise_forward import generator_noise_forward, noise_forward
@@ -145,7 +146,8 @@ class RDMD:
                 )  # fmt: skip
             outputs.append(y)
             with self.telemetry.phase("generator_backward"):
-                self._backward(self.generator, f_generator, gradient)
+                losses = statistics.score_gradient_square, statistics.transport_cost
+                self._backward(self.generator, f_generator, gradient, *losses)
             transport_cost = statistics.transport_cost
             self.telemetry.add("score_gradient_square", statistics.score_gradient_square)
             self.telemetry.add("transport_cost", transport_cost)
@@ -170,19 +172,18 @@ class RDMD:
                     f_fake, y, noise, table, self.rank_batch, loss_scale(self.fake_score)
                 )
             with self.telemetry.phase("fake_backward"):
-                self._backward(self.fake_score, f_fake, gradient)
+                self._backward(self.fake_score, f_fake, gradient, losses)
             self.telemetry.add("fake_loss", losses)
             self._step(self.fake_score, "fake_score")
         self.fake_updates_done += 1
 
-    def _backward(self, engine, output: torch.Tensor, gradient: torch.Tensor) -> None:
+    def _backward(self, engine, output: torch.Tensor, gradient: torch.Tensor, *losses: torch.Tensor) -> None:
         """Backpropagate a gradient known at the network's output: the loss scale times a mean over the rank's batch."""
+        poison(gradient, *losses)
         engine.backward(inject_gradient(output, gradient, loss_scale(engine)), scale_wrt_gas=False)
 
     def _step(self, engine, name: str) -> None:
         with self.telemetry.phase("optimizer"):
-            if engine.is_gradient_accumulation_boundary():
-                self.telemetry.before_step(name, engine)
             take_step(engine, name)
 
     def _sources(self, micro: int) -> torch.Tensor:

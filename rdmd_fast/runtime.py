@@ -10,9 +10,13 @@ import os
 import re
 import shutil
 import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import InputError, WriteError
 
@@ -20,31 +24,88 @@ EXIT_DONE, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 2, 75
 
 # Launchers deliver a signal twice (once to the group, once by themselves): a repeat this soon is the same request.
 REPEAT_SECONDS = 5.0
+WATCH_SECONDS = 1.0  # between looks at whether the launcher lives
+
+
+class StopRequest(NamedTuple):
+    """Why a run is to stop: the name of a signal, or what has happened."""
+
+    name: str
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 and SIGINT ask for a stop after the running iteration; insisting ends the process at once."""
+    """SIGTERM, SIGUSR1 and SIGINT ask for a stop after the running iteration; insisting ends the process at once.
 
-    def __init__(self):
-        self.requested: signal.Signals | None = None
+    Args:
+        launched: a launcher started this process: its end, however it comes, asks for a stop too, since nobody would
+            be left to signal.
+    """
+
+    def __init__(self, launched: bool = False):
+        self.requested: StopRequest | None = None
         self._first = 0.0
+        self._ancestors = _launchers() if launched else []
 
     def __enter__(self) -> StopSignal:
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
-        return self
+        return self.hold()
 
     def __exit__(self, *exception) -> None:
+        self.release()
+
+    def hold(self) -> StopSignal:
+        """From now on signals are requests."""
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+        if self._ancestors:
+            threading.Thread(target=self._watch, name="launcher watch", daemon=True).start()
+        return self
+
+    def release(self) -> None:
+        """Signals do again what they did before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def ignore(self) -> None:
+        """The exit status is decided: a launcher that signals a process on its way out shall not change it."""
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number, frame) -> None:
         now = time.monotonic()
         if self.requested is None:
-            self.requested, self._first = signal.Signals(number), now
+            self.requested, self._first = StopRequest(signal.Signals(number).name), now
         elif now - self._first > REPEAT_SECONDS:
             # The last published checkpoint is whole whatever is being written now.
             os._exit(128 + number)
+
+    def _watch(self) -> None:
+        while _launchers()[: len(self._ancestors)] == self._ancestors:
+            time.sleep(WATCH_SECONDS)
+        if self.requested is None:
+            self.requested, self._first = StopRequest("the end of its launcher"), time.monotonic()
+
+
+def _launchers() -> list[int]:
+    """The process that started this one, and what started that if both are DeepSpeed's (or a login over ssh's).
+
+    `deepspeed` runs a launcher on each machine that outlives it. Other ancestors may go: with nohup, a shell does.
+    """
+    parent = os.getppid()
+    if b"deepspeed.launcher" not in _command(parent):
+        return [parent]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # The command's name, in brackets, may hold anything; after it come state and parent.
+        grandparent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+        started_by = _command(grandparent)
+        if b"deepspeed" in started_by or started_by.startswith(b"sshd"):
+            return [parent, grandparent]
+    return [parent]
+
+
+def _command(process: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    return b""
 
 
 _held_locks: set[int] = set()
@@ -64,6 +125,8 @@ os.register_at_fork(after_in_child=_leave_locks_to_parent)
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the run folder for this job. The kernel drops the lock with the process, however that dies.
 
+    ``RUN/.lock`` names that process, the main rank: its id, and in a second line its machine.
+
     Raises:
         InputError: the folder cannot be written, or another live job holds it.
     """
@@ -81,6 +144,9 @@ def run_lock(folder: Path) -> Iterator[None]:
                 f"run_dir {folder}: another job is training in it, choose another or stop that one"
             ) from None
         _held_locks.add(descriptor)
+        # For whoever wants to signal the job.
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n{socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         if os.getpid() == owner:
@@ -105,6 +171,15 @@ def write_error(error: Exception, what: str | None = None) -> WriteError | None:
     reason = os.strerror(number) if number else " ".join(str(error).split())[:120]
     remedy = "free some space" if number in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
     return WriteError(f"{what}: cannot be written ({reason}), {remedy} or change run_dir")
+
+
+def say(text: str) -> None:
+    """Print a line; a run does not end because nobody reads what it says."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        # What stays in the buffer would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fsync_path(path: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import Field
 from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, SigmaOptions
 from .distributed import BatchLayout, OptimizerOptions, loss_scale, take_step
 from .ema import EMAOptions
+from .guard import poison
 from .kernels.denoising_loss import denoising_gradient
 from .kernels.inject import inject_gradient
 from .kernels.noise_forward import noise_forward
@@ -70,12 +71,11 @@ class TeacherStage:
                 scale = loss_scale(self.network)
                 gradient, losses = denoising_gradient(output, y, noise, table, rank_batch, scale)
             with self.telemetry.phase("backward"):
+                poison(gradient, losses)
                 # The gradient is of the mean over the rank's batch, and holds the loss scale.
                 self.network.backward(inject_gradient(output, gradient, scale), scale_wrt_gas=False)
             self.telemetry.add("loss", losses)
             with self.telemetry.phase("optimizer"):
-                if self.network.is_gradient_accumulation_boundary():
-                    self.telemetry.before_step("teacher", self.network)
                 take_step(self.network, "teacher")
 
     def warm_up(self) -> bool:

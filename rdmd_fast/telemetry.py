@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from .distributed import World, loss_scale, on_main
+from .distributed import World, on_main
 from .options import Options
-from .runtime import append_line, fsync_path, write_atomically
+from .runtime import append_line, fsync_path, say, write_atomically
 
 # Dense matmul peaks without sparsity, FLOP/s in bf16, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -60,7 +60,6 @@ class Telemetry:
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._log_due = False
-        self._norms: dict[str, torch.Tensor | float] = {}
         self.flops_per_sample: float | None = None
         self._writers = []
         self._bar = None
@@ -88,18 +87,6 @@ class Telemetry:
         begin = time.perf_counter()
         yield
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
-
-    def before_step(self, name: str, engine) -> None:
-        """Gradient norm of an engine, in iterations that are logged; gradients are reduced but not yet applied."""
-        if not self._log_due:
-            return
-        if engine.zero_optimization() or engine.bfloat16_enabled():
-            # ZeRO has scattered the gradients; it computes their norm itself while stepping.
-            self._norms[name] = engine
-            return
-        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        norms = torch._foreach_norm(gradients, dtype=torch.float32)
-        self._norms[name] = torch.linalg.vector_norm(torch.stack(norms)) / loss_scale(engine)
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -129,12 +116,6 @@ class Telemetry:
         if not self._log_due:
             return
         line = {"step": step + 1, "samples": (step + 1) * self.global_batch, **self._means(), **extra}
-        for name, norm in self._norms.items():
-            value = norm.get_global_grad_norm() if hasattr(norm, "get_global_grad_norm") else norm
-            # An update that is skipped for overflowing has none.
-            if value is not None and math.isfinite(value):
-                line[f"grad_norm/{name}"] = float(value)
-        self._norms.clear()
         line |= self._times(step)
         for report in self.at_log:
             line |= report(line["seconds"]["interval"])
@@ -171,9 +152,7 @@ class Telemetry:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            # Standard output may lie on a full disk, too.
-            with contextlib.suppress(OSError):
-                print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -226,7 +205,8 @@ class Telemetry:
         self._counts.clear()
         if "score_gradient_square" in means:
             means["score_gradient_rms"] = math.sqrt(means.pop("score_gradient_square"))
-        return means
+        # Of an interval with a loss that was not finite there is none; skipped_updates tells.
+        return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
     def _times(self, step: int) -> dict:
         for name, begin, end in self._events:

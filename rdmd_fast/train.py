@@ -1,5 +1,6 @@
 """Entry point of ``deepspeed rdmd_fast/train.py``, ``torchrun`` and ``python``: see trainer.py."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,7 +8,22 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from rdmd_fast.trainer import main  # noqa: E402
+from rdmd_fast.runtime import StopSignal  # noqa: E402
+
+
+def run_rank() -> int:
+    """A whole process: it heeds signals before the seconds that imports take, and keeps no other rank waiting."""
+    stop = StopSignal(launched="LOCAL_RANK" in os.environ).hold()
+    from rdmd_fast.failures import end_broken
+    from rdmd_fast.trainer import main
+
+    try:
+        status = main(stop=stop)
+    except Exception as error:
+        end_broken(error)
+    stop.ignore()
+    return status
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_rank())

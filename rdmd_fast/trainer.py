@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,14 +12,16 @@ import torch
 
 from .distributed import on_main, together
 from .errors import InputError, WriteError
-from .runtime import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
+from .failures import end_on_bad_input
+from .runtime import EXIT_DONE, EXIT_STOPPED, StopSignal, run_lock
 
 EPILOG = """examples:
   deepspeed --num_gpus 8 rdmd_fast/train.py --config configs/digits/teacher_3.yaml
   deepspeed rdmd_fast/train.py --config configs/digits/rdmd_2to3.yaml rdmd.transport_weight=0.2 run_dir=runs/l02
   python rdmd_fast/train.py --config configs/toy/gaussian_to_8gaussians.yaml --dry-run
 
-exit status: 0 done, 2 bad input, 75 stopped by a signal after saving; the same command goes on from there.
+exit status: 0 done, 1 broken (the first error printed is the cause), 2 bad input, 75 stopped by a signal after
+saving; the same command goes on from there. See docs/signals.md.
 """
 
 
@@ -40,8 +41,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
+    """The command; ``stop`` has signals in hand already, if given."""
     arguments = parse_arguments(argv)
+    if stop and (arguments.options or arguments.dry_run):
+        stop.release()
     try:
         if arguments.options:
             return print_options()
@@ -52,11 +56,9 @@ def main(argv: list[str] | None = None) -> int:
             from .dry_run import dry_run
 
             return dry_run(config)
-        return train(config, arguments.resume)
+        return train(config, arguments.resume, stop)
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+        return end_on_bad_input(error)
 
 
 def print_options() -> int:
@@ -67,15 +69,14 @@ def print_options() -> int:
     return EXIT_DONE
 
 
-def train(config, resume: str) -> int:
+def train(config, resume: str, stop: StopSignal | None = None) -> int:
     """Run one stage to its end, a signal or bad input; returns the exit status."""
     from .distributed import join_world
-    from .runtime import StopSignal, run_lock
 
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as held:
-        stop = held.enter_context(StopSignal())
-        world = join_world()
+        stop = stop or held.enter_context(StopSignal())
+        world = join_world(config.train.collective_timeout)
         on_main(world, lambda: held.enter_context(run_lock(run_dir)))
         status = run(config, resume, world, run_dir, stop)
         world.barrier()
@@ -96,6 +97,7 @@ class Training:
 
     def __init__(self, config, world, run_dir: Path, stop):
         from .experiment import build_experiment
+        from .guard import Guards
         from .telemetry import Telemetry
 
         self.config, self.world, self.run_dir, self.stop = config, world, run_dir, stop
@@ -104,6 +106,8 @@ class Training:
         self.telemetry = Telemetry(config.telemetry, world, run_dir, self.total, config.train.global_batch_size)
         self.experiment = build_experiment(config, world, self.telemetry)
         self.stage, self.state = self.experiment.stage, self.experiment.state
+        self.guards = Guards(self.state.engines)
+        self.telemetry.at_log.append(self.guards.look)
 
     def bring_back(self, resume: str) -> bool:
         """Go to the checkpoint that ``resume`` means and open the run folder; True if the run had ended already."""
@@ -120,6 +124,7 @@ class Training:
             self.step = manifest["step"]
             self.stage.load_counters(self.state.counters)
             self.telemetry.load_state(tensors)
+            self.guards.load_state(tensors)
             say(f"resumed {checkpoint} at step {self.step}")
         if checkpoint and self.step >= self.total and on_main(world, self.exported):
             say(f"nothing to do: {run_dir} has reached train.steps = {self.total}")
@@ -164,7 +169,7 @@ class Training:
         """Save; at the end of the run also validate, export and draw. Returns the exit status."""
         self.save()
         if stopped:
-            name = self.stop.requested.name if self.stop.requested else "a signal to another rank"
+            name = self.stop.requested.name if self.stop.requested else "a request to another rank"
             self.telemetry.say(f"stopped by {name} at step {self.step}, state saved")
         else:
             weights = self.state.ema.gather()
@@ -206,12 +211,13 @@ class Training:
     def save(self) -> None:
         from .checkpoint import save_checkpoint
 
+        self.guards.before_save(self.world)
         self.state.counters |= self.stage.counters()
         on_main(self.world, self.telemetry.flush)
+        tensors = self.telemetry.state() | self.guards.state()
         save_checkpoint(
-            self.run_dir, self.step, self.state, self.telemetry.state(), self.plain_config, self.world,
-            self.config.checkpoint,
-        )  # fmt: skip
+            self.run_dir, self.step, self.state, tensors, self.plain_config, self.world, self.config.checkpoint
+        )
 
     def look(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         path = self.run_dir / "samples" / name

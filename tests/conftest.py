@@ -1,4 +1,9 @@
+import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 # One thread per rank and test: the machines that run these have two cores, and sums must not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,3 +24,45 @@ def nan_filled_empty():
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class RankServer:
+    """Starts ranks of the trainer, forked from one process: see rank_server.py."""
+
+    def __init__(self):
+        script = Path(__file__).with_name("rank_server.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._ids: set[int] = set()
+        assert self._process.stdout.readline() == "ready\n"
+
+    def _ask(self, **request):
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, argv, ranks, log, before="") -> list[int]:
+        """Process ids of ``ranks`` ranks; ``before`` is Python that each executes first."""
+        ids = self._ask(argv=[str(each) for each in argv], ranks=ranks, log=str(log), before=before)
+        self._ids |= set(ids)
+        return ids
+
+    def wait(self, ids, seconds=60.0) -> list[int | None]:
+        """Exit statuses; None for a rank that still runs."""
+        statuses = self._ask(wait=ids, seconds=seconds)
+        self._ids -= {process for process, status in zip(ids, statuses, strict=True) if status is not None}
+        return statuses
+
+    def close(self) -> None:
+        for process in self._ids:  # those whose status nobody has asked for are not reaped: the ids are still theirs
+            os.kill(process, signal.SIGKILL)
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def rank_server():
+    server = RankServer()
+    yield server
+    server.close()

@@ -48,6 +48,7 @@ class Engine:
 
     def __init__(self, module: nn.Module):
         self.module, self.gradients = module, []
+        self.guard = SimpleNamespace(before_step=lambda: None, after_step=lambda: None)
         self.optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, betas=(0.0, 0.99), eps=1e-30)
 
     def __call__(self, *arguments):
@@ -91,9 +92,7 @@ def run(form: str, weighting: str) -> tuple[list[torch.Tensor], list[torch.Tenso
                 parameter.add_(0.05 * torch.randn_like(parameter))
     images = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(3)) * 2 - 1
     source = SimpleNamespace(shape=(3, 8, 8), batch=lambda positions: images[positions % 8])
-    telemetry = SimpleNamespace(
-        phase=lambda name: contextlib.nullcontext(), add=lambda *_: None, before_step=lambda *_: None
-    )
+    telemetry = SimpleNamespace(phase=lambda name: contextlib.nullcontext(), add=lambda *_: None)
     # The fake score's loss is that of its form, c_out² times another's; at one noise level Adam cancels the factor.
     options = RDMDOptions(weighting=weighting, fake_sigma=LogNormalSigma(mean=-0.7, std=1e-9))
     engines = Engine(generator), Engine(fake_score)
