@@ -16,6 +16,7 @@ import torch.distributed as dist
 from pydantic import Field, ValidationError
 
 from .errors import InputError
+from .launchers import adopt_launcher
 from .options import Options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -118,7 +119,12 @@ class World:
 
 
 def join_world() -> World:
-    """Join the processes that `deepspeed`, `torchrun` or `srun` started; alone under plain `python`."""
+    """Join the processes that `deepspeed`, `torchrun`, `srun` or `mpirun` started; alone under plain `python`.
+
+    Raises:
+        InputError: there are other ranks, but not where they meet.
+    """
+    adopt_launcher()
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning

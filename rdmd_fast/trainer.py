@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-from .errors import InputError
+from .errors import AgreedInputError, InputError
+from .launchers import adopt_launcher, tell
 from .runtime import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 
 EPILOG = """examples:
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.options:
             return print_options()
+        adopt_launcher()
         from .config import load_config
 
         config = load_config(arguments.config, arguments.overrides)
@@ -52,8 +53,7 @@ def main(argv: list[str] | None = None) -> int:
             return dry_run(config)
         return train(config, arguments.resume)
     except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(error)
         return EXIT_BAD_INPUT
 
 
@@ -68,6 +68,7 @@ def print_options() -> int:
 def train(config, resume: str) -> int:
     """Run one stage to its end, a signal or bad input; returns the exit status."""
     from .distributed import join_world
+    from .nodes import check_shared
     from .runtime import StopSignal, run_lock
 
     run_dir = Path(config.run_dir)
@@ -75,6 +76,7 @@ def train(config, resume: str) -> int:
         stop = held.enter_context(StopSignal())
         world = join_world()
         on_main(world, lambda: held.enter_context(run_lock(run_dir)))
+        check_shared(world, run_dir)
         status = run(config, resume, world, run_dir, stop)
         world.barrier()
     return status
@@ -92,7 +94,7 @@ def on_main(world, action):
             message = f"{error.filename}: cannot be written ({error.strerror}), free some space or change run_dir"
     message = world.broadcast(message)
     if message is not None:
-        raise InputError(message)
+        raise AgreedInputError(message)
 
 
 def run(config, resume: str, world, run_dir: Path, stop) -> int:
