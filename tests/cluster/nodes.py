@@ -18,6 +18,7 @@ from pathlib import Path
 ADDRESSES = {"node-a": "10.213.77.1", "node-b": "10.213.77.2"}
 INTERFACE = "eth0"
 SSH_PORT = 2213
+UNSHARE = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc"]
 SERVICES = ("sleep", "sshd", "munged", "slurm")
 
 
@@ -68,7 +69,7 @@ class Node:
                 if os.readlink(folder / "ns/pid") != namespace:
                     continue
                 words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                if words[0] and not Path(words[0]).name.startswith(SERVICES):
+                if words[0] and not any(name in Path(words[0]).name for name in SERVICES):
                     found[int(folder.name)] = words
         return found
 
@@ -133,9 +134,10 @@ def two_nodes(folder: Path, environment: dict[str, str]) -> Iterator[list[Node]]
 
 
 def _boot(name: str, folder: Path, environment: dict[str, str]) -> Node:
-    command = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     keeper = subprocess.Popen(
-        [*command, "sh", "-c", "echo up; exec sleep infinity"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [*UNSHARE, "--kill-child", "sh", "-c", "echo up; exec sleep infinity"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     keeper.stdout.readline()
     keeper.stdout.close()

@@ -57,7 +57,7 @@ class Place:
         return str(path)
 
 
-# ---- launchers: which command is typed on which node ------------------------------------------------------------------
+# ---- launchers: which command is typed on which node ----------------------------------------------------------------
 
 
 def no_ssh(place: Place, job: list[str]) -> Commands:
@@ -138,7 +138,7 @@ def _slurm(place: Place) -> None:
         slurm.start(place.nodes, place.folder)
 
 
-# ---- trials -----------------------------------------------------------------------------------------------------------
+# ---- trials ---------------------------------------------------------------------------------------------------------
 
 
 def job(run_dir: Path | str, steps: int, *overrides: str) -> list[str]:
@@ -205,6 +205,30 @@ def trial_unshared(place: Place, name: str) -> str:
     return f"exit {statuses}: {lines[0]}"
 
 
+def trial_requeues(place: Place, name: str) -> str:
+    """docs/train.sbatch: signalled as before its time limit, it saves, is queued again and goes on."""
+    _slurm(place)
+    first, run_dir, log = place.nodes[0], place.folder / "requeued", place.folder / "rdmd-1.log"
+    script = place.folder / "train.sbatch"
+    script.write_text((ROOT / "docs/train.sbatch").read_text().replace("#SBATCH --gpus-per-node=8\n", ""))
+    here = ["--ntasks-per-node=1", "--cpus-per-task=1", f"--output={place.folder}/%x-%j.log"]
+    first.run("sbatch", *here, script, *job(run_dir, 10**6)[1:], cwd=ROOT)
+
+    def lines(word: str) -> list[str]:
+        return [line for line in log.read_text().splitlines() if word in line] if log.exists() else []
+
+    metrics = run_dir / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, START_SECONDS, f"no iteration, see {log}")
+    first.run("scancel", "--signal=USR1", "1")
+    wait_until(lambda: lines("state saved"), 60, f"not stopped, see {log}")
+    wait_until(lambda: "Restarts=1" in first.run("scontrol", "show", "job", "1"), 60, f"not queued again, see {log}")
+    first.run("scontrol", "update", "JobId=1", "StartTime=now")  # Slurm would wait two minutes
+    wait_until(lambda: lines("resumed"), START_SECONDS, f"not resumed, see {log}")
+    first.run("scancel", "1")
+    wait_until(lambda: not left(place), FALL_SECONDS, f"left running: {left(place)}")
+    return f"{lines('state saved')[0].strip()}; {lines('resumed')[0].strip()}"
+
+
 def launch(place: Place, name: str, job: list[str], seconds: float = START_SECONDS) -> list[int]:
     """Exit statuses of the commands; the output goes to a log beside the run folder."""
     run_dir = next(word for word in job if word.startswith("run_dir=")).removeprefix("run_dir=")
@@ -251,7 +275,8 @@ def baseline(folder: Path, environment: dict[str, str]) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [f"{name}:{part}" for name in LAUNCHERS for part in ("trains", "loses_a_node")] + ["no_ssh:unshared"]
+    names = [f"{name}:{part}" for name in LAUNCHERS for part in ("trains", "loses_a_node")]
+    names += ["no_ssh:unshared", "sbatch:requeues"]
     parser.add_argument("trials", nargs="*", default=names, metavar="TRIAL", help=f"of {', '.join(names)}")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work there and leave logs and runs")
     arguments = parser.parse_args()
