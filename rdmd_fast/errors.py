@@ -8,9 +8,5 @@ class InputError(Exception):
     """
 
 
-class AgreedInputError(InputError):
-    """Bad input that every rank raises with the same words: the main one alone prints it."""
-
-
 class StopRequested(Exception):
     """A signal asked the run to stop; its state has been saved. Command lines exit with 75 (EX_TEMPFAIL)."""

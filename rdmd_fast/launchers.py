@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import socket
-import sys
 from collections.abc import MutableMapping
 
-from .errors import AgreedInputError, InputError
+from .errors import InputError
 
 # Below the ports that Linux hands out to clients (32768 and up), so that nobody else is likely to hold it.
 FIRST_PORT, PORTS = 10_000, 20_000
@@ -33,6 +31,8 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
             return
         for name, value in found.items():
             environment.setdefault(name, value)
+    if "LOCAL_SIZE" in environment:  # DeepSpeed's word
+        environment.setdefault("LOCAL_WORLD_SIZE", environment["LOCAL_SIZE"])
     _check_complete(environment)
 
 
@@ -87,12 +87,3 @@ def tasks_per_node(counts: str) -> list[int]:
     """Slurm's run-length list written out: ``2(x3),1`` is [2, 2, 2, 1]."""
     runs = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", run) for run in counts.split(","))
     return [int(run[1]) for run in runs for _ in range(int(run[2] or 1))]
-
-
-def tell(error: InputError) -> None:
-    """Print ``error`` once: on the main rank; one that a node has for itself, on that node's first rank too."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    elif not isinstance(error, AgreedInputError) and int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"error on {socket.gethostname()} (rank {rank}): {error}", file=sys.stderr, flush=True)

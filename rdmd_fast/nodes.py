@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from .distributed import World
-from .errors import AgreedInputError
+from .errors import InputError
 
 # A client of a network file system may go on seeing a folder as it was for up to a minute (NFS's acdirmax).
 STALE_SECONDS = 60.0
@@ -21,7 +21,7 @@ def check_shared(world: World, run_dir: Path) -> None:
     """That every rank writes into the main rank's run folder, since checkpoints have files of all; a collective call.
 
     Raises:
-        AgreedInputError: on every rank, when some rank does not see a file that the main one has written there, or
+        InputError: on every rank, when some rank does not see a file that the main one has written there, or
             the folder cannot be written.
     """
     if world.size == 1:
@@ -34,7 +34,7 @@ def check_shared(world: World, run_dir: Path) -> None:
             problem = f"run_dir {run_dir}: cannot be written ({error.strerror}), choose another"
     name, problem = world.broadcast((token.name, problem))
     if problem:
-        raise AgreedInputError(problem)
+        raise InputError(problem)
     own = run_dir.resolve()
     blind = None if _appears(own / name) else f"{socket.gethostname()} ({own})"
     places: list[str | None] = [None] * world.size
@@ -45,7 +45,7 @@ def check_shared(world: World, run_dir: Path) -> None:
     if others:
         main = world.broadcast(f"{socket.gethostname()} ({own})")
         count = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        raise AgreedInputError(
+        raise InputError(
             f"run_dir: {main} is not the same folder on {others[0]}{count}; "
             "name one on a file system that all nodes share"
         )

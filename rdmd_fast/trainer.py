@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from .errors import AgreedInputError, InputError
-from .launchers import adopt_launcher, tell
+from .errors import InputError
+from .launchers import adopt_launcher
 from .runtime import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 
 EPILOG = """examples:
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
             return dry_run(config)
         return train(config, arguments.resume)
     except InputError as error:
-        tell(error)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
 
 
@@ -94,7 +96,7 @@ def on_main(world, action):
             message = f"{error.filename}: cannot be written ({error.strerror}), free some space or change run_dir"
     message = world.broadcast(message)
     if message is not None:
-        raise AgreedInputError(message)
+        raise InputError(message)
 
 
 def run(config, resume: str, world, run_dir: Path, stop) -> int:

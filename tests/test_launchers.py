@@ -2,8 +2,8 @@
 
 import pytest
 
-from rdmd_fast.errors import AgreedInputError, InputError
-from rdmd_fast.launchers import adopt_launcher, first_host, tasks_per_node, tell
+from rdmd_fast.errors import InputError
+from rdmd_fast.launchers import adopt_launcher, first_host, tasks_per_node
 
 ALLOCATION = {"SLURM_JOB_ID": "25017", "SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_NODELIST": "node-a,node-b"}
 BATCH = ALLOCATION | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -49,6 +49,7 @@ def test_one_process_inside_an_allocation_is_alone(environment):
 def test_torchrun_inside_srun_is_left_as_it_is():
     inner = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     assert adopted(STEP | inner) == ("5", "8", "1", None, "10.0.0.1", "29500")
+    assert adopted(inner | {"LOCAL_SIZE": "4"})[3] == "4"  # the deepspeed launcher's word
 
 
 def test_uneven_nodes_and_steps_of_one_job_have_their_own_numbers():
@@ -92,18 +93,3 @@ def test_first_host_of_slurms_lists(nodes, first):
 
 def test_tasks_per_node_are_written_out():
     assert tasks_per_node("4") == [4] and tasks_per_node("2(x3),1") == [2, 2, 2, 1]
-
-
-@pytest.mark.parametrize("rank,local_rank,error,told", [
-    ("0", "0", InputError("wrong"), "error: wrong\n"),
-    ("0", "0", AgreedInputError("wrong"), "error: wrong\n"),
-    ("1", "1", InputError("wrong"), ""),
-    ("8", "0", AgreedInputError("wrong"), ""),
-    ("8", "0", InputError("wrong"), "error on HERE (rank 8): wrong\n"),
-])  # fmt: skip
-def test_an_error_is_told_once_a_node_and_an_agreed_one_once(monkeypatch, capsys, rank, local_rank, error, told):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
-    monkeypatch.setattr("socket.gethostname", lambda: "HERE")
-    tell(error)
-    assert capsys.readouterr().err == told
