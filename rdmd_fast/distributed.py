@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 
 from .errors import InputError
 from .guard import GuardOptions, UpdateGuard
+from .launchers import adopt_launcher
 from .options import Options
 from .runtime import write_error
 
@@ -169,11 +170,15 @@ def on_main(world: World, action: Callable[[], object], what: str | None = None)
 
 
 def join_world(timeout: float = 1800.0) -> World:
-    """Join the processes that `deepspeed`, `torchrun` or `srun` started; alone under plain `python`.
+    """Join the processes that `deepspeed`, `torchrun`, `srun` or `mpirun` started; alone under plain `python`.
 
     Args:
         timeout: seconds that a collective waits for other ranks.
+
+    Raises:
+        InputError: there are other ranks, but not where they meet.
     """
+    adopt_launcher()
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning

@@ -13,6 +13,7 @@ import torch
 from .distributed import on_main, together
 from .errors import InputError, WriteError
 from .failures import end_on_bad_input
+from .launchers import adopt_launcher
 from .runtime import EXIT_DONE, EXIT_STOPPED, StopSignal, run_lock
 
 EPILOG = """examples:
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
     try:
         if arguments.options:
             return print_options()
+        adopt_launcher()
         from .config import load_config
 
         config = load_config(arguments.config, arguments.overrides)
@@ -72,12 +74,14 @@ def print_options() -> int:
 def train(config, resume: str, stop: StopSignal | None = None) -> int:
     """Run one stage to its end, a signal or bad input; returns the exit status."""
     from .distributed import join_world
+    from .nodes import check_shared
 
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as held:
         stop = stop or held.enter_context(StopSignal())
         world = join_world(config.train.collective_timeout)
         on_main(world, lambda: held.enter_context(run_lock(run_dir)))
+        check_shared(world, run_dir)
         status = run(config, resume, world, run_dir, stop)
         world.barrier()
     return status

@@ -1,0 +1,89 @@
+"""What `srun` and `mpirun` tell their processes, in the words of `torchrun` and `deepspeed`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import MutableMapping
+
+from .errors import InputError
+
+# Below the ports that Linux hands out to clients (32768 and up), so that nobody else is likely to hold it.
+FIRST_PORT, PORTS = 10_000, 20_000
+
+
+def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT where a launcher set its own.
+
+    `torchrun` and `deepspeed` set RANK: then nothing is read from elsewhere. `srun` counts inside a job step of
+    several tasks alone: a batch script, and a shell inside an allocation, hold SLURM variables too. MASTER_ADDR and
+    MASTER_PORT are kept if they are set.
+
+    Raises:
+        InputError: ranks are set but not where they meet, or the launcher does not tell it.
+    """
+    if "RANK" not in environment:
+        if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+            found = _slurm(environment)
+        elif int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+            found = _open_mpi(environment)
+        else:
+            return
+        for name, value in found.items():
+            environment.setdefault(name, value)
+    if "LOCAL_SIZE" in environment:  # DeepSpeed's word
+        environment.setdefault("LOCAL_WORLD_SIZE", environment["LOCAL_SIZE"])
+    _check_complete(environment)
+
+
+def _slurm(environment) -> dict[str, str]:
+    local, node = environment["SLURM_LOCALID"], int(environment["SLURM_NODEID"])
+    job = int(environment["SLURM_JOB_ID"]) + int(environment.get("SLURM_STEP_ID", 0))
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        # With --gpus-per-task each task sees its own GPU alone, as number 0.
+        "LOCAL_RANK": "0" if len(_visible_gpus(environment)) == 1 else local,
+        "LOCAL_WORLD_SIZE": str(tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node]),
+        # Not SLURM_LAUNCH_NODE_IPADDR: that is where srun was typed, a login node perhaps.
+        "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(FIRST_PORT + job % PORTS),
+    }
+
+
+def _open_mpi(environment) -> dict[str, str]:
+    local, size = environment["OMPI_COMM_WORLD_LOCAL_SIZE"], environment["OMPI_COMM_WORLD_SIZE"]
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(FIRST_PORT)} if local == size else {}
+    return alone | {
+        "RANK": environment["OMPI_COMM_WORLD_RANK"],
+        "WORLD_SIZE": size,
+        "LOCAL_RANK": environment["OMPI_COMM_WORLD_LOCAL_RANK"],
+        "LOCAL_WORLD_SIZE": local,
+    }
+
+
+def _visible_gpus(environment) -> list[str]:
+    return [entry for entry in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+
+
+def _check_complete(environment) -> None:
+    if int(environment.get("WORLD_SIZE", 1)) == 1:
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if missing:
+        raise InputError(
+            f"{' and '.join(missing)}: not set, but WORLD_SIZE is {environment['WORLD_SIZE']}; "
+            "set them to the first node's address and a free port there, on all nodes alike"
+        )
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's node list: ``gpu[07-09,12],login1`` begins with gpu07."""
+    entry = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)[0]
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry)
+
+
+def tasks_per_node(counts: str) -> list[int]:
+    """Slurm's run-length list written out: ``2(x3),1`` is [2, 2, 2, 1]."""
+    runs = (re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", run) for run in counts.split(","))
+    return [int(run[1]) for run in runs for _ in range(int(run[2] or 1))]

@@ -1,0 +1,95 @@
+"""Ranks from the environments that Slurm 22.05 and Open MPI 4.1 gave on two nodes (shortened)."""
+
+import pytest
+
+from rdmd_fast.errors import InputError
+from rdmd_fast.launchers import adopt_launcher, first_host, tasks_per_node
+
+ALLOCATION = {"SLURM_JOB_ID": "25017", "SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_NODELIST": "node-a,node-b"}
+BATCH = ALLOCATION | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+STEP = ALLOCATION | {
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "node-a,node-b",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.213.77.9",
+}
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def adopted(environment):
+    environment = dict(environment)
+    adopt_launcher(environment)
+    return tuple(environment.get(name) for name in NAMES)
+
+
+def test_a_slurm_step_of_several_tasks_is_a_world():
+    assert adopted(STEP) == ("1", "2", "0", "1", "node-a", "15017")
+
+
+@pytest.mark.parametrize("environment", [
+    {},
+    ALLOCATION,  # a shell of salloc
+    BATCH,  # the batch script itself
+    BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # srun -n 1 --pty bash
+])  # fmt: skip
+def test_one_process_inside_an_allocation_is_alone(environment):
+    assert adopted(environment) == (None,) * 6
+
+
+def test_torchrun_inside_srun_is_left_as_it_is():
+    inner = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert adopted(STEP | inner) == ("5", "8", "1", None, "10.0.0.1", "29500")
+    assert adopted(inner | {"LOCAL_SIZE": "4"})[3] == "4"  # the deepspeed launcher's word
+
+
+def test_uneven_nodes_and_steps_of_one_job_have_their_own_numbers():
+    third = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_STEP_NUM_TASKS": "6"}
+    uneven = STEP | third | {"SLURM_STEP_TASKS_PER_NODE": "1,2(x2),1", "SLURM_STEP_ID": "3"}
+    assert adopted(uneven) == ("5", "6", "1", "2", "node-a", "15020")
+
+
+def test_a_task_that_sees_one_gpu_uses_number_0():
+    second = STEP | {"SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+    assert adopted(second | {"CUDA_VISIBLE_DEVICES": "1"})[2] == "0"
+    assert adopted(second | {"CUDA_VISIBLE_DEVICES": "0,1"})[2] == "1"
+
+
+def test_the_meeting_place_can_be_named():
+    assert adopted(STEP | {"MASTER_ADDR": "ib-a", "MASTER_PORT": "4000"})[4:] == ("ib-a", "4000")
+
+
+def test_mpirun_needs_a_meeting_place_on_several_nodes_alone():
+    assert adopted(MPI | {"MASTER_ADDR": "node-a", "MASTER_PORT": "4000"}) == ("3", "4", "1", "2", "node-a", "4000")
+    assert adopted(MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"})[4] == "127.0.0.1"
+    with pytest.raises(InputError, match="MASTER_ADDR and MASTER_PORT: not set, but WORLD_SIZE is 4"):
+        adopted(MPI)
+
+
+def test_ranks_that_cannot_meet_are_refused():
+    with pytest.raises(InputError, match="MASTER_PORT: not set, but WORLD_SIZE is 2"):
+        adopted({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node-a"})
+
+
+@pytest.mark.parametrize("nodes,first", [
+    ("node-a", "node-a"),
+    ("node-a,node-b", "node-a"),
+    ("gpu[07-09,12],login1", "gpu07"),
+    ("gpu[07,12]-ib", "gpu07-ib"),
+    ("rack[1-2]node[03-04].site", "rack1node03.site"),
+])  # fmt: skip
+def test_first_host_of_slurms_lists(nodes, first):
+    assert first_host(nodes) == first
+
+
+def test_tasks_per_node_are_written_out():
+    assert tasks_per_node("4") == [4] and tasks_per_node("2(x3),1") == [2, 2, 2, 1]
