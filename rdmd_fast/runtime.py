@@ -239,6 +239,11 @@ def replace_folder(partial: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(retired, ignore_errors=True)
         os.replace(folder, retired)
-    os.replace(partial, folder)
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        if retired.exists() and not folder.exists():
+            os.replace(retired, folder)
+        raise
     fsync_path(folder.parent)
     shutil.rmtree(retired, ignore_errors=True)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import Field
 
 from .distributed import World, on_main
 from .options import Options
-from .runtime import append_line, fsync_path, say, write_atomically
+from .runtime import append_line, fsync_path, say, write_atomically, write_error
 
 # Dense matmul peaks without sparsity, FLOP/s in bf16, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -125,8 +126,12 @@ class Telemetry:
     def write(self, line: dict) -> None:
         """One line of metrics.jsonl and the same numbers to the other writers, for the main rank."""
         append_line(self.run_dir / "metrics.jsonl", json.dumps(line))
-        for writer in self._writers:
-            writer(line)
+        for writer in list(self._writers):
+            try:
+                writer(line)
+            except OSError as error:
+                self._writers.remove(writer)  # it may have lost its place in the file: it is told of once
+                raise write_error(error, f"{self.run_dir}/tensorboard or wandb") from None
 
     def flush(self) -> None:
         """Bring metrics.jsonl to disk: a checkpoint that outlives a power failure shall not outlive its lines."""
@@ -268,6 +273,7 @@ def _tensorboard_writer(run_dir: Path):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    threading.excepthook = _quiet_about_tensorboard
     writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(line: dict) -> None:
@@ -276,6 +282,15 @@ def _tensorboard_writer(run_dir: Path):
         writer.flush()
 
     return write
+
+
+_report_thread = threading.excepthook
+
+
+def _quiet_about_tensorboard(arguments) -> None:
+    """The error of its writing thread is raised by the next flush: no traceback before."""
+    if not type(arguments.thread).__module__.startswith("tensorboard"):
+        _report_thread(arguments)
 
 
 def _flat(line: dict, prefix: str = "") -> dict[str, float]:

@@ -66,3 +66,23 @@ def rank_server():
     server = RankServer()
     yield server
     server.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """``small_disk(KiB)`` mounts a tmpfs of that size, or resizes it, and returns its folder."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def resize(kib: int):
+        mounted = os.path.ismount(disk)
+        options = f"{'remount,' * mounted}size={kib}k"
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True)
+        if not mounted and done.returncode:
+            pytest.skip("mounting is not permitted here")
+        assert done.returncode == 0, done.stderr
+        return disk
+
+    yield resize
+    if os.path.ismount(disk):
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
