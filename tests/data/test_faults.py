@@ -1,6 +1,7 @@
 """Real damage to real tars: every readable sample comes, positions do not shift, drops are counted by shard."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -255,7 +256,10 @@ def test_a_run_tells_its_drops_and_stops_when_they_are_too_many(tmp_path, capsys
     common = ["--config", str(CONFIGS / "digits/teacher_3.yaml"), f"data.target={folder}", network]
     common += ["train.steps=6", "train.global_batch_size=10", "telemetry.log_every=2", "telemetry.tensorboard=false"]
     common += ["telemetry.sample_count=1"]  # the picture is read before training
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before = set(children.read_text().split())
     assert main([*common, f"run_dir={tmp_path}/run", "data.max_dropped=0.05", "data.workers=1"]) == 0
+    assert set(children.read_text().split()) <= before  # its worker has ended
     lines = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     assert [line["dropped_samples"] for line in lines] == [{"target": {SHARD: 1}}] * 3
