@@ -213,7 +213,7 @@ _FREE_KEYS = {
 
 
 def _check_compatible(path: Path, manifest: dict, config: dict) -> None:
-    saved = manifest["config"]
+    saved = _with_defaults(manifest["config"], config)
     for section in config:
         if section in _FREE or saved.get(section) == config[section]:
             continue
@@ -223,6 +223,27 @@ def _check_compatible(path: Path, manifest: dict, config: dict) -> None:
                 f"checkpoint {path}: was trained with {key[0]} = {key[1]!r}, the config says {key[2]!r}; "
                 "set it back, or choose another run_dir"
             )
+
+
+def _with_defaults(saved: dict, now: dict) -> dict:
+    """A config that another version saved: what that did not know stands at its default of now."""
+    from .config import Config  # imports this module's options
+
+    def known(saved, now):
+        if not (isinstance(saved, dict) and isinstance(now, dict)):
+            return now
+        return {key: known(saved[key], value) for key, value in now.items() if key in saved}
+
+    def filled(saved, defaults):
+        if not (isinstance(saved, dict) and isinstance(defaults, dict)):
+            return saved
+        return {key: filled(saved[key], value) if key in saved else value for key, value in defaults.items()}
+
+    try:
+        defaults = Config.model_validate(known(saved, now), strict=False).model_dump(mode="json")
+    except ValueError:  # what was added has no default
+        return saved
+    return {**saved, **filled(saved, defaults)}
 
 
 def _differences(saved, now, key: str):

@@ -57,6 +57,12 @@ class Experiment:
     best_by: str | None = None
     parameters: dict[str, int] = field(default_factory=dict)
 
+    def close(self) -> None:
+        """End the workers that read data and give their memory back."""
+        for role in ("source", "target"):
+            if hasattr(self.stage, role):
+                getattr(self.stage, role).close()
+
 
 def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Experiment:
     """Everything that a run needs, freshly initialised."""

@@ -90,10 +90,11 @@ def train(config, resume: str, stop: StopSignal | None = None) -> int:
 def run(config, resume: str, world, run_dir: Path, stop) -> int:
     """One stage in a run folder that this job holds; returns the exit status."""
     training = Training(config, world, run_dir, stop)
-    if training.bring_back(resume):
-        return EXIT_DONE
-    stopped = training.train()
-    return training.leave(stopped)
+    with contextlib.closing(training.experiment):
+        if training.bring_back(resume):
+            return EXIT_DONE
+        stopped = training.train()
+        return training.leave(stopped)
 
 
 class Training:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-
-import numpy as np
+from collections.abc import Collection
 
 from rdmd_fast.data.reading import fill
 from rdmd_fast.data.shards import ShardSet
@@ -47,27 +46,27 @@ class Decoder:
         self._task_samples = max(1, min(TASK_SAMPLES, _TASK_BYTES // max(1, row)))
         self.faults: dict[int, str] = {}
 
-    def submit(self, indices: np.ndarray, rows: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Start on samples ``indices``, each to its row; returns tickets to wait for, each with its samples."""
-        if not len(indices):
-            return []
+    def submit(self, pairs: list[tuple[int, int]]) -> dict[int, int]:
+        """Start on samples, each with its row; returns, by sample, the tickets to wait for: none if all is done."""
+        if not pairs:
+            return {}
         if self._count and self._pool is None:
             self._start()
-        pairs = list(zip(indices.tolist(), rows.tolist(), strict=True))
         if self._pool is None:
             self._fill(pairs)
-            return []
-        tickets = []
+            return {}
+        tickets = {}
         for at in range(0, len(pairs), self._task_samples):
+            task = pairs[at : at + self._task_samples]
             self._tickets += 1
-            self._open[self._tickets] = pairs[at : at + self._task_samples]
+            self._open[self._tickets] = task
             self._unsent.append(self._tickets)
-            tickets.append((self._tickets, indices[at : at + self._task_samples]))
+            tickets |= dict.fromkeys((index for index, _ in task), self._tickets)
         self.poll()
         return tickets
 
-    def wait(self, tickets: list[int]) -> None:
-        """Until these are done."""
+    def wait(self, tickets: Collection[int]) -> None:
+        """Until these are done; meanwhile this process decodes what no worker has begun."""
         while not self._open.keys().isdisjoint(tickets):
             if self._note():
                 continue

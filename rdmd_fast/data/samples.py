@@ -43,16 +43,16 @@ class CachedSamples:
     def load(self, indices: np.ndarray) -> None:
         """Decode what is missing of samples ``indices``; afterwards their status is known."""
         missing = self._missing(indices)
-        if len(missing):
+        if missing:
             self._submit(missing)
-            self.decoder.wait([self._tickets[index] for index in missing.tolist() if index in self._tickets])
+            self.decoder.wait({self._tickets[index] for index in missing if index in self._tickets})
 
     def ahead(self, indices: np.ndarray) -> None:
         """Start decoding what will be asked for."""
         if not self._workers:
             return
         missing = self._missing(indices)
-        if len(missing):
+        if missing:
             self._submit(missing)
         else:
             self.complete = bool((self.status != UNKNOWN).all())
@@ -67,15 +67,12 @@ class CachedSamples:
         self.status = self.status.copy()
         self._store.close()
 
-    def _missing(self, indices: np.ndarray) -> np.ndarray:
+    def _missing(self, indices: np.ndarray) -> list[int]:
         unknown = self.status[indices] == UNKNOWN
-        return np.unique(indices[unknown]) if unknown.any() else indices[:0]
+        return list(dict.fromkeys(indices[unknown].tolist())) if unknown.any() else []
 
-    def _submit(self, missing: np.ndarray) -> None:
-        self.decoder.poll()
-        new = np.array([index for index in missing.tolist() if index not in self._tickets], dtype=np.int64)
-        for ticket, chunk in self.decoder.submit(new, new):
-            self._tickets |= dict.fromkeys(chunk.tolist(), ticket)
+    def _submit(self, missing: list[int]) -> None:
+        self._tickets |= self.decoder.submit([(index, index) for index in missing if index not in self._tickets])
         if len(self._tickets) > 4096:
             self._tickets = {i: ticket for i, ticket in self._tickets.items() if self.status[i] == UNKNOWN}
 
@@ -101,19 +98,20 @@ class WindowedSamples:
 
     def load(self, indices: np.ndarray) -> None:
         """Have samples ``indices`` in the ring; afterwards their status is known."""
-        wanted = np.unique(indices[self.status[indices] != BAD])
+        wanted = self._wanted(indices)
         self._request(wanted)
-        self.decoder.wait([self._tickets[index] for index in wanted.tolist() if index in self._tickets])
-        self.status[wanted] = self._store.status[[self._rows[index] for index in wanted.tolist()]]
+        self.decoder.wait({self._tickets[index] for index in wanted if index in self._tickets})
+        self.status[wanted] = self._store.status[[self._rows[index] for index in wanted]]
 
     def ahead(self, indices: np.ndarray) -> None:
         """Start decoding what will be asked for."""
         if self._workers:
-            self._request(np.unique(indices[self.status[indices] != BAD]))
+            self._request(self._wanted(indices))
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Samples that have been loaded by the last ``load``, a copy."""
-        return self._store.samples.take([self._rows[index] for index in indices.tolist()], axis=0)
+        rows = np.array([self._rows[index] for index in indices.tolist()], dtype=np.int64)
+        return self._store.samples.take(rows, axis=0)
 
     def close(self) -> None:
         """End the workers and give the memory back; ``status`` stays."""
@@ -131,23 +129,25 @@ class WindowedSamples:
         self._tickets: dict[int, int] = {}
         self._free = list(range(rows))
 
-    def _request(self, wanted: np.ndarray) -> None:
+    def _wanted(self, indices: np.ndarray) -> list[int]:
+        return list(dict.fromkeys(indices[self.status[indices] != BAD].tolist()))
+
+    def _request(self, wanted: list[int]) -> None:
         """Give each its row. What was asked for longest ago makes room."""
         if (self._batches + 1) * len(wanted) > len(self._store.status):
             self._grow((self._batches + 1) * len(wanted))
-        for index in wanted.tolist():
+        new = []
+        for index in wanted:
             if index in self._rows:
                 self._rows[index] = self._rows.pop(index)
-        new = [index for index in wanted.tolist() if index not in self._rows]
+            else:
+                new.append(index)
         for index in new:
             if not self._free:
                 self._evict()
             self._rows[index] = self._free.pop()
         if new:
-            rows = np.array([self._rows[index] for index in new])
-            self._store.status[rows] = UNKNOWN
-            for ticket, chunk in self.decoder.submit(np.array(new), rows):
-                self._tickets |= dict.fromkeys(chunk.tolist(), ticket)
+            self._tickets |= self.decoder.submit([(index, self._rows[index]) for index in new])
 
     def _evict(self) -> None:
         oldest = next(iter(self._rows))

@@ -215,3 +215,4 @@ def _close(files: list[int | None]) -> None:
     for file in files:
         if file is not None:
             os.close(file)
+    files.clear()  # their numbers may be another file's next

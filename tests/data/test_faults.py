@@ -1,6 +1,7 @@
 """Real damage to real tars: every readable sample comes, positions do not shift, drops are counted by shard."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from rdmd_fast.data import device
 from rdmd_fast.data import shards as shards_module
 from rdmd_fast.data.faults import StreamReport
 from rdmd_fast.data.samples import WindowedSamples
@@ -248,14 +250,19 @@ def test_strict_opening_refuses_what_training_tolerates(tmp_path):
             ShardSet(folder)
 
 
-def test_a_run_tells_its_drops_and_stops_when_they_are_too_many(tmp_path, capsys):
+def test_a_run_tells_its_drops_and_stops_when_they_are_too_many(tmp_path, capsys, monkeypatch):
     folder = packed(tmp_path / "set")
     flip_data(folder / SHARD)
     network = "network={kind: song_unet, model_channels: 8, channel_mult: [1], num_blocks: 1, attn_resolutions: []}"
     common = ["--config", str(CONFIGS / "digits/teacher_3.yaml"), f"data.target={folder}", network]
     common += ["train.steps=6", "train.global_batch_size=10", "telemetry.log_every=2", "telemetry.tensorboard=false"]
     common += ["telemetry.sample_count=1"]  # the picture is read before training
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    before, kept = set(children.read_text().split()), []
+    open_stream = device.open_stream
+    monkeypatch.setattr(device, "open_stream", lambda *args: kept.append(open_stream(*args)) or kept[-1])
     assert main([*common, f"run_dir={tmp_path}/run", "data.max_dropped=0.05", "data.workers=1"]) == 0
+    assert kept and set(children.read_text().split()) <= before  # its worker has ended, whoever holds the stream
     lines = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     assert [line["dropped_samples"] for line in lines] == [{"target": {SHARD: 1}}] * 3
