@@ -106,9 +106,10 @@ from deepspeed import DeepSpeedEngine
 from rdmd_fast import runtime, trainer
 owner, name = {{"save": (DeepSpeedEngine, "save_checkpoint"), "validate": (trainer.Training, "validate"),
                "look": (trainer.Training, "look")}}["{what}"]
-original = getattr(owner, name)
+original, done = getattr(owner, name), []
 def spoilt(*arguments, **keywords):
-    if rank == {on}:
+    if rank == {on} and not done:
+        done.append(True)
         runtime.REPEAT_SECONDS = 0.1
         for _ in range({insist}):
             os.kill(os.getpid(), signal.{signal})
