@@ -1,10 +1,11 @@
 """Engines that meet bad updates beside twins that do not; executed by each of two ranks, writes REPORT.
 
-Names given: ``rank``, ``REPORT``.
+Name given: ``REPORT``.
 """
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rdmd_fast.ema import EMAOptions, ShardedEMA, master_shards
 from rdmd_fast.guard import GuardOptions, poison
 from rdmd_fast.kernels.inject import inject_gradient
 
+rank = int(os.environ["RANK"])
 ADAM = OptimizerOptions(lr=1e-2, grad_clip=1.0)  # every update is clipped
 GUARD = GuardOptions(spike_factor=10.0, spike_warmup=2, spike_half_life=4.0)
 

@@ -12,20 +12,26 @@ import socket
 import sys
 import time
 
-import torch
+os.environ["DS_ACCELERATOR"] = "cpu"
 
-import rdmd_fast.checkpoint
-import rdmd_fast.distributed
+# All that a rank would import later.
+import deepspeed  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import ot  # noqa: F401
+import torch
+import torch._dynamo
+import torch.utils.flop_counter
+
+import rdmd_fast.dry_run
 import rdmd_fast.experiment
+import rdmd_fast.figures
 import rdmd_fast.guard
-import rdmd_fast.telemetry
+import rdmd_fast.metrics.toys
+import rdmd_fast.networks.exported
 import rdmd_fast.trainer  # noqa: F401
+from rdmd_fast.train import run_rank
 
 torch.set_num_threads(1)
-os.environ["DS_ACCELERATOR"] = "cpu"
-import deepspeed  # noqa: E402, F401
-
-from rdmd_fast.train import run_rank  # noqa: E402
 
 
 def start(job: dict) -> list[int]:

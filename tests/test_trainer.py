@@ -208,15 +208,6 @@ def test_sigterm_saves_exits_75_and_the_same_command_goes_on(tmp_path):
     assert steps == sorted(steps) and stopped < steps[-1] <= stopped + 5
 
 
-def test_the_deepspeed_launcher_starts_it_without_compiling(tmp_path):
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
-    process = start(toy_arguments(tmp_path / "run", 5), launcher, tmp_path)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, output
-    assert "built successfully" not in output and "ninja" not in output.lower()
-    assert (tmp_path / "run/export/generator.safetensors").exists()
-
-
 def test_class_conditional_teacher_is_distilled_at_its_target_class(runs):
     """The label must reach all three networks: another class gives another untrained generator."""
     run = runs / "classes"
