@@ -188,11 +188,12 @@ def _write(node: Node, path: str, text: str) -> None:
     node.run("sh", "-c", 'printf %s "$0" > "$1"', text, path)
 
 
-def wait_until(condition, seconds: float, complaint: str) -> float:
-    """Seconds until ``condition()`` held; TimeoutError with ``complaint`` if it never did."""
+def wait_until(condition, seconds: float, complaint) -> float:
+    """Seconds until ``condition()`` held; else a TimeoutError that says ``complaint``, a text or what returns one."""
     start = time.monotonic()
     while not condition():
         if time.monotonic() - start > seconds:
-            raise TimeoutError(f"{complaint} within {seconds:.0f} s")
+            text = complaint() if callable(complaint) else complaint
+            raise TimeoutError(f"{text} within {seconds:.0f} s")
         time.sleep(0.2)
     return time.monotonic() - start

@@ -163,7 +163,7 @@ def trial_trains(place: Place, name: str, expected: list[dict]) -> str:
         raise AssertionError(f"losses differ by {worst:.1e}")
     if not (run_dir / "export/generator.safetensors").exists():
         raise AssertionError("no export")
-    gone = wait_until(lambda: not left(place), 20, f"left running: {left(place)}")
+    gone = wait_until(lambda: not left(place), 20, lambda: f"left running: {left(place)}")
     return f"losses differ by {worst:.1e} from one node's, exit {statuses}, nothing left after {gone:.0f} s"
 
 
@@ -182,8 +182,8 @@ def trial_loses_a_node(place: Place, name: str) -> str:
         raise AssertionError(f"ranks on node-b: {victims}")
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
-    rank = wait_until(lambda: not place.nodes[0].ranks(), FALL_SECONDS, f"left running: {left(place)}")
-    rest = wait_until(lambda: not left(place), FALL_SECONDS - rank, f"left running: {left(place)}")
+    rank = wait_until(lambda: not place.nodes[0].ranks(), FALL_SECONDS, lambda: f"left running: {left(place)}")
+    rest = wait_until(lambda: not left(place), FALL_SECONDS - rank, lambda: f"left running: {left(place)}")
     statuses = [process.wait(timeout=FALL_SECONDS) for process in started]
     if not any(statuses):
         raise AssertionError(f"exit statuses {statuses} after a rank was killed")
@@ -203,6 +203,20 @@ def trial_unshared(place: Place, name: str) -> str:
     if list(run_dir.glob("checkpoints/*")) or statuses != [2, 2]:
         raise AssertionError(f"exit statuses {statuses}, {list(run_dir.iterdir())}")
     return f"exit {statuses}: {lines[0]}"
+
+
+def trial_loopback_names(place: Place, name: str) -> str:
+    """Each node's own name means 127.0.1.1 there, as Debian's and Ubuntu's /etc/hosts have it."""
+    for node in place.nodes:
+        others = [f"{other.address} {other.name}" for other in place.nodes if other is not node]
+        hosts = place.folder / f"hosts_{node.name}"
+        hosts.write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {node.name}", *others]) + "\n")
+        node.run("mount", "--bind", hosts, "/etc/hosts")
+    run_dir = place.folder / f"{name}_loopback"
+    statuses = launch(place, name, job(run_dir, STEPS))
+    if any(statuses) or not (run_dir / "export/generator.safetensors").exists():
+        raise AssertionError(f"exit statuses {statuses}")
+    return f"exit {statuses}"
 
 
 def trial_requeues(place: Place, name: str) -> str:
@@ -225,7 +239,7 @@ def trial_requeues(place: Place, name: str) -> str:
     first.run("scontrol", "update", "JobId=1", "StartTime=now")  # Slurm would wait two minutes
     wait_until(lambda: lines("resumed"), START_SECONDS, f"not resumed, see {log}")
     first.run("scancel", "1")
-    wait_until(lambda: not left(place), FALL_SECONDS, f"left running: {left(place)}")
+    wait_until(lambda: not left(place), FALL_SECONDS, lambda: f"left running: {left(place)}")
     return f"{lines('state saved')[0].strip()}; {lines('resumed')[0].strip()}"
 
 
@@ -276,7 +290,7 @@ def baseline(folder: Path, environment: dict[str, str]) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [f"{name}:{part}" for name in LAUNCHERS for part in ("trains", "loses_a_node")]
-    names += ["no_ssh:unshared", "sbatch:requeues"]
+    names += ["no_ssh:unshared", "no_ssh:loopback_names", "sbatch:requeues"]
     parser.add_argument("trials", nargs="*", default=names, metavar="TRIAL", help=f"of {', '.join(names)}")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work there and leave logs and runs")
     arguments = parser.parse_args()
