@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import socket
+import struct
 from collections.abc import MutableMapping
 
 from .errors import InputError
@@ -34,6 +37,7 @@ def adopt_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     if "LOCAL_SIZE" in environment:  # DeepSpeed's word
         environment.setdefault("LOCAL_WORLD_SIZE", environment["LOCAL_SIZE"])
     _check_complete(environment)
+    _choose_interface(environment)
 
 
 def _slurm(environment) -> dict[str, str]:
@@ -75,6 +79,61 @@ def _check_complete(environment) -> None:
             f"{' and '.join(missing)}: not set, but WORLD_SIZE is {environment['WORLD_SIZE']}; "
             "set them to the first node's address and a free port there, on all nodes alike"
         )
+
+
+def _choose_interface(environment) -> None:
+    """Set GLOO_SOCKET_IFNAME where gloo would tell other nodes a loopback address.
+
+    gloo takes the address that the host's own name means, and on Debian and Ubuntu /etc/hosts says 127.0.1.1. GPU runs
+    use gloo too, for votes.
+    """
+    size, local = int(environment.get("WORLD_SIZE", 1)), int(environment.get("LOCAL_WORLD_SIZE", 0))
+    one_machine = size in (1, local) or environment["MASTER_ADDR"].startswith(("127.", "localhost"))
+    if one_machine or "GLOO_SOCKET_IFNAME" in environment:
+        return
+    if not _is_loopback(_address_of(socket.gethostname())):
+        return
+    there = _address_of(environment["MASTER_ADDR"])
+    names = {address: name for name, address in interfaces().items() if not _is_loopback(address)}
+    source = None if _is_loopback(there) else _source_address(there)
+    if source in names:
+        environment["GLOO_SOCKET_IFNAME"] = names[source]
+    elif len(names) == 1:  # on the main node its name may mean loopback
+        environment["GLOO_SOCKET_IFNAME"] = next(iter(names.values()))
+
+
+def _address_of(host: str) -> str | None:
+    try:
+        return socket.gethostbyname(host)
+    except OSError:
+        return None
+
+
+def _is_loopback(address: str | None) -> bool:
+    return address is None or address.startswith("127.")
+
+
+def _source_address(target: str) -> str | None:
+    """This host's address on the way to ``target``; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, 9))
+            return probe.getsockname()[0]
+        except OSError:
+            return None
+
+
+def interfaces() -> dict[str, str]:
+    """IPv4 addresses of this host's network interfaces, by name."""
+    found, query = {}, 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, query, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # has no IPv4 address
+                continue
+            found[name] = socket.inet_ntoa(answer[20:24])
+    return found
 
 
 def first_host(nodes: str) -> str:

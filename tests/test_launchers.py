@@ -1,7 +1,10 @@
 """Ranks from the environments that Slurm 22.05 and Open MPI 4.1 gave on two nodes (shortened)."""
 
+import socket
+
 import pytest
 
+from rdmd_fast import launchers
 from rdmd_fast.errors import InputError
 from rdmd_fast.launchers import adopt_launcher, first_host, tasks_per_node
 
@@ -24,6 +27,12 @@ MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def named_host(monkeypatch):
+    """A host whose own name means an address that others reach."""
+    monkeypatch.setattr(launchers, "_address_of", lambda host: "10.0.0.1")
 
 
 def adopted(environment):
@@ -93,3 +102,41 @@ def test_first_host_of_slurms_lists(nodes, first):
 
 def test_tasks_per_node_are_written_out():
     assert tasks_per_node("4") == [4] and tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+
+
+PAIR = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "main", "MASTER_PORT": "4000"}
+
+
+@pytest.mark.parametrize("own,main,cards,chosen", [
+    ("10.0.0.2", "10.0.0.1", {"eth0": "10.0.0.2"}, None),  # gloo finds its way
+    ("127.0.1.1", "10.0.0.1", {"ib0": "10.0.0.2", "docker0": "172.17.0.1"}, "ib0"),  # on the way to the main node
+    (None, "10.0.0.1", {"ib0": "10.0.0.2", "docker0": "172.17.0.1"}, "ib0"),  # a name that means nothing
+    ("127.0.1.1", "127.0.1.1", {"eth0": "10.0.0.2"}, "eth0"),  # the main node itself, by name
+    ("127.0.1.1", "127.0.1.1", {"eth0": "10.0.0.2", "docker0": "172.17.0.1"}, None),  # who could tell
+])  # fmt: skip
+def test_gloo_gets_the_interface_that_nodes_share(monkeypatch, own, main, cards, chosen):
+    monkeypatch.setattr(launchers, "_address_of", lambda host: main if host == "main" else own)
+    monkeypatch.setattr(launchers, "interfaces", lambda: {"lo": "127.0.0.1", **cards})
+    monkeypatch.setattr(launchers, "_source_address", lambda target: "10.0.0.2")
+    environment = dict(PAIR)
+    adopt_launcher(environment)
+    assert environment.get("GLOO_SOCKET_IFNAME") == chosen
+
+
+def test_one_machine_and_the_users_choice_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(launchers, "_address_of", lambda host: "127.0.1.1")
+    monkeypatch.setattr(launchers, "interfaces", lambda: {"eth0": "10.0.0.2"})
+    alone = [PAIR | {"LOCAL_WORLD_SIZE": "2"}, PAIR | {"MASTER_ADDR": "127.0.0.1"}, {"RANK": "0", "WORLD_SIZE": "1"}]
+    for environment in (*alone, PAIR | {"GLOO_SOCKET_IFNAME": "ib0"}):
+        before = environment.get("GLOO_SOCKET_IFNAME")
+        adopt_launcher(environment)
+        assert environment.get("GLOO_SOCKET_IFNAME") == before
+
+
+def test_interfaces_are_this_hosts():
+    addresses = launchers.interfaces()
+    assert addresses["lo"] == "127.0.0.1"
+    assert launchers._source_address("127.0.0.1") == "127.0.0.1"
+    for address in addresses.values():
+        with socket.socket() as probe:
+            probe.bind((address, 0))  # only an address of this host can be bound

@@ -41,15 +41,14 @@ class Node:
         inside = ["sh", "-c", 'cd "$0" && exec "$@"', str(cwd), *command]
         return ["nsenter", "--target", str(self.pid), "--net", "--uts", "--mount", "--pid", "--", *inside]
 
-    def start(self, command, cwd="/", log: Path | None = None, **environment) -> subprocess.Popen:
-        output = open(log, "a") if log else subprocess.PIPE  # noqa: SIM115 (the child keeps it)
-        process = subprocess.Popen(
-            self.enter([str(part) for part in command], cwd), env={**self.environment, **environment},
-            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
+    def start(self, command, cwd: Path | str, log: Path) -> subprocess.Popen:
+        """Start ``command`` on this node; it ends with the node at the latest."""
+        with open(log, "a") as output:
+            process = subprocess.Popen(
+                self.enter([str(part) for part in command], cwd), env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
         self.started.append(process)
-        if log:
-            output.close()
         return process
 
     def run(self, *command, cwd="/", check=True) -> str:
@@ -83,8 +82,6 @@ class Node:
         self.keeper.wait(timeout=10)
         for process in self.started:
             process.wait(timeout=10)
-            if process.stdout:
-                process.stdout.close()
 
 
 def refusal() -> str | None:
@@ -95,20 +92,7 @@ def refusal() -> str | None:
     if os.geteuid():
         return "not root"
     probe = subprocess.run(
-        [
-            "unshare",
-            "--net",
-            "--uts",
-            "--mount",
-            "--pid",
-            "--fork",
-            "--mount-proc",
-            "ip",
-            "link",
-            "add",
-            "type",
-            "veth",
-        ],
+        [*UNSHARE, "ip", "link", "add", "type", "veth"],
         capture_output=True,
         text=True,
     )
@@ -171,7 +155,7 @@ def start_sshd(nodes: list[Node], folder: Path) -> None:
             f"Port {SSH_PORT}\nListenAddress {node.address}\nHostKey /etc/ssh/host\nPasswordAuthentication no\n"
             "AuthorizedKeysFile /etc/ssh/user.pub\nPermitRootLogin prohibit-password\nUsePAM no\nStrictModes no\n"
         ))  # fmt: skip
-        node.start(["/usr/sbin/sshd", "-D", "-e", "-f", "/etc/ssh/sshd_config"], log=folder / f"sshd_{node.name}.log")
+        node.start(["/usr/sbin/sshd", "-D", "-e", "-f", "/etc/ssh/sshd_config"], "/", folder / f"sshd_{node.name}.log")
     first = nodes[0]
     for node in nodes:
         wait_until(lambda node=node: _logs_in(first, node), 20, f"no ssh log-in on {node.name}")
@@ -188,11 +172,12 @@ def _write(node: Node, path: str, text: str) -> None:
     node.run("sh", "-c", 'printf %s "$0" > "$1"', text, path)
 
 
-def wait_until(condition, seconds: float, complaint: str) -> float:
-    """Seconds until ``condition()`` held; TimeoutError with ``complaint`` if it never did."""
+def wait_until(condition, seconds: float, complaint) -> float:
+    """Seconds until ``condition()`` held; else a TimeoutError that says ``complaint``, a text or what returns one."""
     start = time.monotonic()
     while not condition():
         if time.monotonic() - start > seconds:
-            raise TimeoutError(f"{complaint} within {seconds:.0f} s")
+            text = complaint() if callable(complaint) else complaint
+            raise TimeoutError(f"{text} within {seconds:.0f} s")
         time.sleep(0.2)
     return time.monotonic() - start

@@ -42,11 +42,11 @@ def start(nodes: list[Node], shared: Path) -> None:
             node.run("mkdir", "-m", "755", f"/run/{place}")
         files = [f"--{name}-file=/run/munge/{name}" for name in ("pid", "log", "seed")]
         munged = ["munged", "--foreground", "--force", f"--key-file={key}", *files]
-        node.start(munged, log=folder / f"munged_{node.name}.log")
+        node.start(munged, "/", folder / f"munged_{node.name}.log")
         wait_until(lambda node=node: node.run("munge", "-n", check=False), 20, f"no munge on {node.name}")
-    nodes[0].start(["slurmctld", "-D"], log=folder / "slurmctld.log")
+    nodes[0].start(["slurmctld", "-D"], "/", folder / "slurmctld.log")
     for node in nodes:
-        node.start(["slurmd", "-D", "-N", node.name], log=folder / f"slurmd_{node.name}.log")
+        node.start(["slurmd", "-D", "-N", node.name], "/", folder / f"slurmd_{node.name}.log")
     wait_until(lambda: _idle(nodes[0]) == 2, 60, f"no two idle nodes, see {folder}")
 
 

@@ -37,7 +37,7 @@ STEPS, TOLERANCE = 6, 1e-6
 START_SECONDS, FALL_SECONDS = 120, 60
 SKIPPED = 77
 
-Commands = list[tuple[Node, list[str], dict[str, str]]]
+Commands = list[tuple[Node, list[str]]]
 
 
 class Skip(Exception):
@@ -46,10 +46,11 @@ class Skip(Exception):
 
 @dataclass
 class Place:
-    """Where trials happen: ``folder`` is the disk that both nodes share."""
+    """Where a trial happens: ``folder`` is the disk that both nodes share, ``expected`` one node's losses."""
 
     nodes: list[Node]
     folder: Path
+    expected: list[dict]
 
     def hostfile(self) -> str:
         path = self.folder / "hostfile"
@@ -63,7 +64,7 @@ class Place:
 def no_ssh(place: Place, job: list[str]) -> Commands:
     launch = [str(BIN / "deepspeed"), "--hostfile", place.hostfile(), "--no_ssh"]
     meet = ["--master_addr", "node-a", "--master_port", PORT]
-    return [(node, [*launch, "--node_rank", str(rank), *meet, *job], {}) for rank, node in enumerate(place.nodes)]
+    return [(node, [*launch, "--node_rank", str(rank), *meet, *job]) for rank, node in enumerate(place.nodes)]
 
 
 def pdsh(place: Place, job: list[str]) -> Commands:
@@ -71,7 +72,7 @@ def pdsh(place: Place, job: list[str]) -> Commands:
     _sshd(place)
     (place.folder / ".deepspeed_env").write_text("OMP_NUM_THREADS=1\n")
     launch = [str(BIN / "deepspeed"), "--hostfile", place.hostfile(), "--ssh_port", str(SSH_PORT)]
-    return [(place.nodes[0], [*launch, "--master_port", PORT, *job], {})]
+    return [(place.nodes[0], [*launch, "--master_port", PORT, *job])]
 
 
 def openmpi(place: Place, job: list[str]) -> Commands:
@@ -81,38 +82,38 @@ def openmpi(place: Place, job: list[str]) -> Commands:
     names = ["MASTER_ADDR=node-a", f"MASTER_PORT={PORT}", "PYTHONPATH", "OMP_NUM_THREADS"]
     exported = [word for name in names for word in ("-x", name)]
     hosts = ["-n", "2", "--host", "node-a:1,node-b:1", "--allow-run-as-root"]
-    return [(place.nodes[0], ["mpirun", *hosts, *ssh, *exported, sys.executable, *job], {})]
+    return [(place.nodes[0], ["mpirun", *hosts, *ssh, *exported, sys.executable, *job])]
 
 
 def torchrun(place: Place, job: list[str]) -> Commands:
     launch = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1"]
     meet = ["--master_addr", "node-a", "--master_port", PORT]
-    return [(node, [*launch, "--node_rank", str(rank), *meet, *job], {}) for rank, node in enumerate(place.nodes)]
+    return [(node, [*launch, "--node_rank", str(rank), *meet, *job]) for rank, node in enumerate(place.nodes)]
 
 
 def torchrun_c10d(place: Place, job: list[str]) -> Commands:
     launch = [str(BIN / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1"]
     meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"node-a:{PORT}", "--rdzv_id", "trial"]
-    return [(node, [*launch, *meet, *job], {}) for node in place.nodes]
+    return [(node, [*launch, *meet, *job]) for node in place.nodes]
 
 
 def srun(place: Place, job: list[str]) -> Commands:
     _slurm(place)
     launch = ["srun", "--nodes", "2", "--ntasks-per-node", "1", "--kill-on-bad-exit=1", sys.executable]
-    return [(place.nodes[0], [*launch, *job], {})]
+    return [(place.nodes[0], [*launch, *job])]
 
 
 def deepspeed_slurm(place: Place, job: list[str]) -> Commands:
     _slurm(place)
     launch = [str(BIN / "deepspeed"), "--launcher", "slurm", "--hostfile", place.hostfile()]
-    return [(place.nodes[0], [*launch, "--no_ssh_check", "--master_addr", "node-a", *job], {})]
+    return [(place.nodes[0], [*launch, "--no_ssh_check", "--master_addr", "node-a", *job])]
 
 
 def srun_torchrun(place: Place, job: list[str]) -> Commands:
     _slurm(place)
     launch = ["srun", "--nodes", "2", "--ntasks-per-node", "1", "--kill-on-bad-exit=1", str(BIN / "torchrun")]
     meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"node-a:{PORT}", "--rdzv_id", "trial"]
-    return [(place.nodes[0], [*launch, "--nnodes", "2", "--nproc_per_node", "1", *meet, *job], {})]
+    return [(place.nodes[0], [*launch, "--nnodes", "2", "--nproc_per_node", "1", *meet, *job])]
 
 
 LAUNCHERS: dict[str, Callable[[Place, list[str]], Commands]] = {
@@ -152,29 +153,26 @@ def job(run_dir: Path | str, steps: int, *overrides: str) -> list[str]:
     return [str(SCRIPT), *toy, *quick, "telemetry.log_every=1", *overrides]
 
 
-def trial_trains(place: Place, name: str, expected: list[dict]) -> str:
+def trains(place: Place, name: str) -> str:
     """A short run on both nodes; its losses are the baseline's."""
     run_dir = place.folder / f"{name}_trains"
     statuses = launch(place, name, job(run_dir, STEPS))
     if any(statuses):
         raise AssertionError(f"exit statuses {statuses}")
-    worst = difference(expected, losses(run_dir))
+    worst = difference(place.expected, losses(run_dir))
     if worst > TOLERANCE:
         raise AssertionError(f"losses differ by {worst:.1e}")
     if not (run_dir / "export/generator.safetensors").exists():
         raise AssertionError("no export")
-    gone = wait_until(lambda: not left(place), 20, f"left running: {left(place)}")
+    gone = wait_until(lambda: not left(place), 20, lambda: f"left running: {left(place)}")
     return f"losses differ by {worst:.1e} from one node's, exit {statuses}, nothing left after {gone:.0f} s"
 
 
-def trial_loses_a_node(place: Place, name: str) -> str:
+def loses_a_node(place: Place, name: str) -> str:
     """SIGKILL to the second node's ranks: nothing of the job is left within a minute, and it says that it failed."""
     run_dir = place.folder / f"{name}_killed"
     log = place.folder / f"{name}_killed.log"
-    started = [
-        node.start(command, place.folder, log, **environment)
-        for node, command, environment in LAUNCHERS[name](place, job(run_dir, 10**6, "checkpoint.every=0"))
-    ]
+    started = start(place, name, job(run_dir, 10**6, "checkpoint.every=0"), log)
     metrics = run_dir / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.stat().st_size, START_SECONDS, f"no iteration, see {log}")
     victims = place.nodes[1].ranks()
@@ -182,15 +180,15 @@ def trial_loses_a_node(place: Place, name: str) -> str:
         raise AssertionError(f"ranks on node-b: {victims}")
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
-    rank = wait_until(lambda: not place.nodes[0].ranks(), FALL_SECONDS, f"left running: {left(place)}")
-    rest = wait_until(lambda: not left(place), FALL_SECONDS - rank, f"left running: {left(place)}")
+    rank = wait_until(lambda: not place.nodes[0].ranks(), FALL_SECONDS, lambda: f"left running: {left(place)}")
+    rest = wait_until(lambda: not left(place), FALL_SECONDS - rank, lambda: f"left running: {left(place)}")
     statuses = [process.wait(timeout=FALL_SECONDS) for process in started]
     if not any(statuses):
         raise AssertionError(f"exit statuses {statuses} after a rank was killed")
     return f"the other node's rank gone after {rank:.0f} s, all after {rank + rest:.0f} s, exit {statuses}"
 
 
-def trial_unshared(place: Place, name: str) -> str:
+def unshared(place: Place, name: str) -> str:
     """The run folder is a disk of its own on each node: one line, exit 2 of the ranks."""
     run_dir = place.folder / f"{name}_unshared"
     run_dir.mkdir()
@@ -205,7 +203,21 @@ def trial_unshared(place: Place, name: str) -> str:
     return f"exit {statuses}: {lines[0]}"
 
 
-def trial_requeues(place: Place, name: str) -> str:
+def loopback_names(place: Place, name: str) -> str:
+    """Each node's own name means 127.0.1.1 there, as Debian's and Ubuntu's /etc/hosts have it."""
+    for node in place.nodes:
+        others = [f"{other.address} {other.name}" for other in place.nodes if other is not node]
+        hosts = place.folder / f"hosts_{node.name}"
+        hosts.write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {node.name}", *others]) + "\n")
+        node.run("mount", "--bind", hosts, "/etc/hosts")
+    run_dir = place.folder / f"{name}_loopback"
+    statuses = launch(place, name, job(run_dir, STEPS))
+    if any(statuses) or not (run_dir / "export/generator.safetensors").exists():
+        raise AssertionError(f"exit statuses {statuses}")
+    return f"exit {statuses}"
+
+
+def requeues(place: Place, name: str) -> str:
     """docs/train.sbatch: signalled as before its time limit, it saves, is queued again and goes on."""
     _slurm(place)
     first, run_dir, log = place.nodes[0], place.folder / "requeued", place.folder / "rdmd-1.log"
@@ -225,24 +237,30 @@ def trial_requeues(place: Place, name: str) -> str:
     first.run("scontrol", "update", "JobId=1", "StartTime=now")  # Slurm would wait two minutes
     wait_until(lambda: lines("resumed"), START_SECONDS, f"not resumed, see {log}")
     first.run("scancel", "1")
-    wait_until(lambda: not left(place), FALL_SECONDS, f"left running: {left(place)}")
+    wait_until(lambda: not left(place), FALL_SECONDS, lambda: f"left running: {left(place)}")
     return f"{lines('state saved')[0].strip()}; {lines('resumed')[0].strip()}"
+
+
+PARTS = {part.__name__: part for part in (trains, loses_a_node, unshared, loopback_names, requeues)}
+TRIALS = [f"{name}:{part}" for name in LAUNCHERS for part in ("trains", "loses_a_node")]
+TRIALS += ["no_ssh:unshared", "no_ssh:loopback_names", "sbatch:requeues"]
 
 
 def launch(place: Place, name: str, job: list[str], seconds: float = START_SECONDS) -> list[int]:
     """Exit statuses of the commands; the output goes to a log beside the run folder."""
     run_dir = next(word for word in job if word.startswith("run_dir=")).removeprefix("run_dir=")
     log = Path(f"{run_dir}.log")
-    started = [
-        node.start(command, place.folder, log, **environment)
-        for node, command, environment in LAUNCHERS[name](place, job)
-    ]
+    started = start(place, name, job, log)
     deadline = time.monotonic() + seconds
     try:
         statuses = [process.wait(timeout=max(1, deadline - time.monotonic())) for process in started]
     except subprocess.TimeoutExpired:
         raise AssertionError(f"not done in {seconds} s: {log.read_text()[-3000:]}") from None
     return statuses
+
+
+def start(place: Place, name: str, job: list[str], log: Path) -> list[subprocess.Popen]:
+    return [node.start(command, place.folder, log) for node, command in LAUNCHERS[name](place, job)]
 
 
 def left(place: Place) -> list[str]:
@@ -275,14 +293,12 @@ def baseline(folder: Path, environment: dict[str, str]) -> list[dict]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [f"{name}:{part}" for name in LAUNCHERS for part in ("trains", "loses_a_node")]
-    names += ["no_ssh:unshared", "sbatch:requeues"]
-    parser.add_argument("trials", nargs="*", default=names, metavar="TRIAL", help=f"of {', '.join(names)}")
+    parser.add_argument("trials", nargs="*", default=TRIALS, metavar="TRIAL", help=f"of {', '.join(TRIALS)}")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work there and leave logs and runs")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.trials) - set(names))
+    unknown = sorted(set(arguments.trials) - set(TRIALS))
     if unknown:
-        parser.error(f"no trial {', '.join(unknown)}: choose from {', '.join(names)}")
+        parser.error(f"no trial {', '.join(unknown)}: choose from {', '.join(TRIALS)}")
     reason = refusal()
     if reason:
         print(f"skipped: {reason}")
@@ -303,11 +319,7 @@ def try_all(trials: list[str], folder: Path) -> int:
         place_folder = Path(tempfile.mkdtemp(prefix=f"{name}_{part}_", dir=folder))
         try:
             with two_nodes(place_folder, environment) as nodes:
-                place = Place(nodes, place_folder)
-                if part == "trains":
-                    results.append(("passed", trial_trains(place, name, expected)))
-                else:
-                    results.append(("passed", globals()[f"trial_{part}"](place, name)))
+                results.append(("passed", PARTS[part](Place(nodes, place_folder, expected), name)))
         except Skip as reason:
             results.append(("skipped", str(reason)))
         except (AssertionError, TimeoutError, RuntimeError) as error:
