@@ -4,8 +4,8 @@
     python -m benchmarks.communication --table > docs/…      the formula for many GPUs, as Markdown
 
 The counted runs are the toy and the digits' distillation, on this machine's CPU, with networks as initialised: bytes do
-not depend on weights. Rows "as DeepSpeed comes" leave ZeRO-3's prefetching, reuse distance and small parameters at their
-defaults, which spare gathers of networks this small; the other rows of stage 3 set them to 0.
+not depend on weights. Rows "as DeepSpeed comes" leave ZeRO-3's prefetching, reuse distance and small parameters at
+their defaults, which spare gathers of networks this small; the other rows of stage 3 set them to 0.
 """
 
 from __future__ import annotations

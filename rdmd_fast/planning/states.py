@@ -7,8 +7,8 @@ The rules are those of DeepSpeed 0.19 as tests/test_dry_run.py measures them, w 
     moments      8 each, 1/N from stage 1
     gradients    w each at stage 0; 1/N from stage 1, in the accumulation dtype. G's are gone before the fake score's
                  come, but at stage 3 each engine keeps its buffer
-    buckets      w times zero_optimization.reduce_bucket_size (5e8), whatever the network's size: allocated by a backward
-                 pass at stages 1 and 2, for good and by every engine at stage 3
+    buckets      w times zero_optimization.reduce_bucket_size (5e8), whatever the network's size: allocated by a
+                 backward pass at stages 1 and 2, for good and by every engine at stage 3
     EMA          4 each, as the masters are sharded
     update       what the optimizer's step needs for a moment, when activations are gone: its gradients in fp32
 
