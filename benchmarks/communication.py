@@ -11,7 +11,9 @@ their defaults, which spare gathers of networks this small; the other rows of st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import os
 import subprocess
@@ -19,6 +21,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from rdmd_fast import cli
 from rdmd_fast.config import load_config, validate_config
 from rdmd_fast.distributed import BatchLayout, World
 from rdmd_fast.networks import DhariwalUNetOptions, SongUNetOptions, build_network
@@ -42,16 +45,18 @@ EFFICIENCIES = (1.0, 0.7)
 # -- counted -----------------------------------------------------------------------------------------------------------
 
 
-def prepare_digits(folder: Path) -> dict:
-    """Packed digits and a teacher as initialised below ``folder``; plain values of the distillation's configuration."""
-    command = [sys.executable, "-m", "rdmd_fast.cli", "pack", "digits", "--out", str(folder / "shards"), "--hues", "1"]
-    subprocess.run(command, check=True, capture_output=True)
+def prepare_digits(folder: Path, **network) -> dict:
+    """Packed digits and a teacher as initialised below ``folder``; plain values of the distillation's configuration.
+
+    ``network`` changes keys of configs/digits/teacher_3.yaml's.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        if cli.main(["pack", "digits", "--out", str(folder / "shards"), "--hues", "1"]):
+            raise RuntimeError("the digits could not be packed")
     teacher = load_config(str(ROOT / "configs/digits/teacher_3.yaml"))
-    network = build_network(teacher.network, (3, 8, 8))
-    export = ExportConfig(
-        role="teacher", network=teacher.network, sample_shape=[3, 8, 8], diffusion=teacher.diffusion or {}
-    )
-    write_export(folder / "teacher", export, network.state_dict())
+    options = teacher.network.model_copy(update=network)
+    export = ExportConfig(role="teacher", network=options, sample_shape=[3, 8, 8], diffusion=teacher.diffusion or {})
+    write_export(folder / "teacher", export, build_network(options, (3, 8, 8)).state_dict())
     return {
         "stage": "rdmd",
         "run_dir": str(folder / "run"),

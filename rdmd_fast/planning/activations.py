@@ -37,18 +37,30 @@ class Activations:
 
 
 def activations(
-    networks: PlannedNetworks, micro_batch: int, accumulation: int, dtype: str, checkpointing: bool, fused: bool
+    networks: PlannedNetworks,
+    micro_batch: int,
+    accumulation: int,
+    dtype: str,
+    checkpointing: bool,
+    fused: bool,
+    device: str = "meta",
 ) -> Activations:
     """Activations of one iteration: ``accumulation`` micro-batches of ``micro_batch`` samples.
+
+    On another device than "meta" the passes really run, on networks as initialised and uninitialised samples, and
+    nothing stands in (``fused`` has no effect): what is measured there is what is predicted here.
 
     Raises:
         InputError: a network does not fit its samples.
     """
-    held = {role: _prepare(network, dtype, checkpointing) for role, network in networks.trained.items()}
-    teacher = _prepare(networks.frozen, dtype, False).requires_grad_(False).eval() if networks.frozen else None
+    held = {role: _prepare(network, dtype, checkpointing, device) for role, network in networks.trained.items()}
+    teacher = _prepare(networks.frozen, dtype, False, device) if networks.frozen else None
+    if teacher:
+        teacher.requires_grad_(False).eval()
     shape = next(iter(networks.trained.values())).shape
     tracker = LiveStorages(tensor for network in (*held.values(), teacher) if network for tensor in _states(network))
-    with torch.device("meta"), stand_ins(fused), tracker:
+    standing_in = stand_ins(fused) if device == "meta" else contextlib.nullcontext()
+    with torch.device(device), standing_in, tracker:
         iteration = _Iteration(tracker, micro_batch, accumulation, shape, DTYPES[dtype])
         if "generator" in held:
             iteration.distil(held["generator"], held.get("fake_score"), teacher)
@@ -98,8 +110,8 @@ class _Iteration:
         del y
 
 
-def _prepare(planned: PlannedNetwork, dtype: str, checkpointing: bool) -> nn.Module:
-    network = planned.build().to(DTYPES[dtype]).train()
+def _prepare(planned: PlannedNetwork, dtype: str, checkpointing: bool, device: str) -> nn.Module:
+    network = planned.build(device).to(DTYPES[dtype]).train()
     if checkpointing and hasattr(network, "checkpointing"):
         network.checkpointing = True
     for parameter in network.parameters():

@@ -29,9 +29,10 @@ class LiveStorages(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
+        if not any(returned.alias_info for returned in function._schema.returns):  # views and in-place results
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self._see(tensor.untyped_storage())
         return result
 
     def _see(self, storage: torch.UntypedStorage) -> None:

@@ -38,7 +38,8 @@ class PlannedNetwork:
 
     @classmethod
     def of(cls, options: Options, shape: tuple[int, ...], dropout: bool) -> PlannedNetwork:
-        network = on_shapes_alone(options, shape, dropout)
+        with torch.device("meta"):
+            network = build_network(options, shape, dropout=dropout)
         persistent = {name for name in network.state_dict() if name not in dict(network.named_parameters())}
         buffers = sum(4 * buffer.numel() for name, buffer in network.named_buffers() if name in persistent)
         sizes = tuple(parameter.numel() for parameter in network.parameters())
@@ -48,9 +49,10 @@ class PlannedNetwork:
     def parameters(self) -> int:
         return sum(self.sizes)
 
-    def build(self) -> nn.Module:
-        """The network on the meta device, fp32."""
-        return on_shapes_alone(self.options, self.shape, self.dropout)
+    def build(self, device: str = "meta") -> nn.Module:
+        """The network as initialised, fp32; on the meta device shapes alone."""
+        with torch.device(device):
+            return build_network(self.options, self.shape, dropout=self.dropout)
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,6 @@ class PlannedNetworks:
 
     def named(self) -> dict[str, PlannedNetwork]:
         return self.trained | ({"teacher": self.frozen} if self.frozen else {})
-
-
-def on_shapes_alone(options: Options, shape: tuple[int, ...], dropout: bool) -> nn.Module:
-    with torch.device("meta"):
-        return build_network(options, shape, dropout=dropout)
 
 
 def planned_networks(config: Config) -> PlannedNetworks:

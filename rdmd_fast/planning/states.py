@@ -10,7 +10,7 @@ The rules are those of DeepSpeed 0.19 as tests/test_dry_run.py measures them, w 
     buckets      w times zero_optimization.reduce_bucket_size (5e8), whatever the network's size: allocated by a
                  backward pass at stages 1 and 2, for good and by every engine at stage 3
     EMA          4 each, as the masters are sharded
-    update       what the optimizer's step needs for a moment, when activations are gone: its gradients in fp32
+    update       what the optimizer's step needs for a moment, when activations are gone: gradients flat, and in fp32
 
 The frozen teacher is a plain copy below stage 3 and sharded there.
 """
@@ -161,7 +161,8 @@ def _update(network: PlannedNetwork, settings: ZeroSettings, ranks: int, weight:
         return 0 if weight == 4 else 4 * network.parameters
     if settings.offload_optimizer or _accumulates_apart(settings, weight):
         return 0  # kept, and counted with the gradients
-    return 4 * shard_size(network, settings.stage, ranks)
+    # One flat tensor of them, and that in fp32 (a copy in fp32 too).
+    return (weight + 4) * shard_size(network, settings.stage, ranks)
 
 
 def _gathered(networks: PlannedNetworks, settings: ZeroSettings) -> int:
