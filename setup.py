@@ -56,6 +56,7 @@ setup(
         "rdmd_fast.data.sources",
         "rdmd_fast.networks",
         "rdmd_fast.metrics",
+        "rdmd_fast.planning",
         "rdmd_fast.kernels",
     ],
     # `kernels` alone is the name of another package on PyPI, so ours is importable only inside rdmd_fast.

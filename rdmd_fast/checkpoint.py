@@ -19,6 +19,7 @@ from pydantic import Field
 
 from .distributed import World, on_main, together, zero_stage
 from .errors import InputError, WriteError
+from .guard import GuardOptions
 from .manifest import (
     Defect,
     check_hashes,
@@ -205,9 +206,10 @@ def load_checkpoint(
 
 # Sections and keys that may change between a stop and its continuation without making it another experiment.
 _FREE = {"run_dir", "telemetry", "checkpoint", "validation", "deepspeed"}
-# How data come, not which; how a batch is split; and how long.
+# How data come, not which; how a batch is split; how long; and what a run that broke off wants changed.
 _FREE_KEYS = {
-    *("train.steps", "train.micro_batch_size", "train.activation_checkpointing"),
+    *(f"train.{key}" for key in ("steps", "micro_batch_size", "activation_checkpointing", "collective_timeout")),
+    *(f"train.guard.{key}" for key in GuardOptions.model_fields),
     *(f"data.{key}" for key in ("cache_gib", "cache_dir", "workers", "prefetch", "max_dropped")),
 }
 

@@ -1,81 +1,146 @@
-"""``--dry-run``: the resolved configuration, parameters, memory by ZeRO stage and samples per step; trains nothing."""
+"""``--dry-run``: the resolved configuration, and what it will take: memory by ZeRO stage, disk, bytes sent, time."""
 
 from __future__ import annotations
 
-import math
 import os
 
+import torch
+
 from .config import Config, dump_config
-from .data.shards import ShardSet
-from .data.stream import channels_first
-from .data.toys import ToyDistribution
-from .distributed import BatchLayout, World, zero_stage
-from .networks import build_network
+from .distributed import BatchLayout, World, join_world, zero_stage
+from .errors import InputError
+from .planning.activations import Activations, activations
+from .planning.communication import iteration_payload
+from .planning.networks import PlannedNetworks, planned_networks
+from .planning.states import ModelStates, ZeroSettings, model_states
+from .planning.storage import disk_use
+from .planning.timing import WARM_UP, Timing, time_iterations
 from .runtime import EXIT_DONE
 
+MIB = 2**20
+COLUMNS = ("parameters", "gradients", "buckets", "optimizer", "EMA")
 
-def dry_run(config: Config) -> int:
-    import torch
 
-    world = World(0, int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
-    layout = BatchLayout.of(config.train, world)
-    print(dump_config(config))
-    counts = parameter_counts(config)
-    for name, count in counts.items():
-        print(f"{name:<12} {count / 1e6:10.3f} M parameters")
-    print(
-        f"batch        {layout.global_batch} samples a step = {world.size} ranks × {layout.accumulation} "
-        f"accumulated × {layout.micro_batch}"
-    )
-    print("model states by rank, MiB (weights, gradients, Adam, fp32 masters, EMA; activations come on top):")
-    for stage in range(4):
-        mark = "  <- configured" if stage == zero_stage(config.deepspeed) else ""
-        size = model_state_bytes(counts, stage, world.size, config.train.dtype)
-        print(f"  ZeRO {stage}: {size / 2**20:10.1f}{mark}")
+def dry_run(config: Config, ranks: int | None = None, iterations: int = 0) -> int:
+    """Print it all on the main rank; trains nothing.
+
+    Args:
+        ranks: predict for so many; None for the processes that a launcher started.
+        iterations: time so many of them on the processes there are, 0 for none.
+
+    Raises:
+        InputError: the configuration does not work, or does not divide over ``ranks``.
+    """
+    if iterations < 0 or (ranks is not None and ranks < 1):
+        raise InputError("--ranks and --time-iterations: must be positive")
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = ranks or started
+    layout = BatchLayout.of(config.train, World(0, ranks, torch.device("cpu")))
+    networks = planned_networks(config)
+    used = activations(
+        networks, layout.micro_batch, layout.accumulation, config.train.dtype,
+        config.train.activation_checkpointing, fused=os.environ.get("RDMD_KERNELS") != "reference",
+    )  # fmt: skip
+    lines = [dump_config(config), *network_lines(networks, layout), "", *memory_lines(config, networks, layout, used)]
+    lines += ["", *disk_lines(config, networks)]
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("\n".join(lines), flush=True)
+    if iterations:
+        world = join_world()
+        timing = time_iterations(config, world, iterations)
+        if world.is_main:
+            predicted = predicted_bytes(config, networks, BatchLayout.of(config.train, world), used)
+            print("\n".join(["", *timing_lines(config, world, timing, predicted)]), flush=True)
     return EXIT_DONE
 
 
-def parameter_counts(config: Config) -> dict[str, int]:
-    """Parameters of each network that the run holds, by name."""
-    from .experiment import count_parameters
-    from .networks.teachers import read_teacher_config
-
-    domain = config.data.target if config.stage == "teacher" else config.data.source
-    shape = (2,)
-    if not isinstance(domain, ToyDistribution):
-        shape = channels_first(ShardSet(domain, cache_dir=config.data.cache_dir))
-    options = config.network
-    if config.teacher not in (None, "analytic"):
-        options = read_teacher_config(config.teacher).network
-    size = count_parameters(build_network(options, shape)) if options else 0
-    if config.stage == "teacher":
-        return {"teacher": size}
-    generator = size if config.generator.kind == "teacher" else count_parameters(build_network(config.generator, shape))
-    fake = size if config.rdmd.fake_score == "learned" else 0
-    return {
-        "generator": generator,
-        "fake_score": fake,
-        "teacher": 0 if config.teacher == "analytic" else size,
-    }
+def network_lines(networks: PlannedNetworks, layout: BatchLayout) -> list[str]:
+    lines = [f"{name:<12} {network.parameters / 1e6:10.3f} M parameters" for name, network in networks.named().items()]
+    return [
+        *lines,
+        f"batch        {layout.global_batch} samples a step = {layout.world_size} ranks × {layout.accumulation} "
+        f"accumulated × {layout.micro_batch}",
+    ]
 
 
-def model_state_bytes(counts: dict[str, int], stage: int, ranks: int, dtype: str) -> float:
-    """Bytes a rank holds besides activations (ZeRO, arXiv 1910.02054, Section 3; masters where weights have 16 bits).
+def memory_lines(config: Config, networks: PlannedNetworks, layout: BatchLayout, used: Activations) -> list[str]:
+    """The table of memory and bytes sent by ZeRO stage."""
+    ranks, dtype = layout.world_size, config.train.dtype
+    heading = "".join(f"{name:>12}" for name in (*COLUMNS, "activations", "total", "sent"))
+    lines = [
+        f"memory of a GPU by ZeRO stage, MiB, and what it sends in an iteration, MiB; {ranks} ranks, {dtype}",
+        f"  stage{heading}",
+    ]
+    notes = []
+    for stage in range(4):
+        settings = ZeroSettings.of(config.deepspeed, stage)
+        states = model_states(networks, settings, ranks, dtype, layout.accumulation)
+        payloads = iteration_payload(
+            networks, settings, ranks, dtype, layout.accumulation, config.rdmd.fake_updates,
+            config.train.activation_checkpointing,
+        )  # fmt: skip
+        sent = sum(payload.sent(ranks) for payload in payloads.values())
+        values = [*(states.device[part] for part in COLUMNS), used.peak, total(states, used), sent]
+        mark = "  <- configured" if stage == zero_stage(config.deepspeed) else ""
+        lines.append(f"  {stage:<5}" + "".join(f"{value / MIB:12.1f}" for value in values) + mark)
+        if stage == zero_stage(config.deepspeed):
+            notes = _notes(states, settings, used)
+    return lines + notes
 
-    The frozen teacher of the rdmd stage is replicated below stage 3; G's (or the trained teacher's) EMA is as large
-    as the masters' shard.
-    """
-    weight = 4 if dtype == "fp32" else 2
-    trained = {name: count for name, count in counts.items() if name != "teacher" or len(counts) == 1}
-    averaged = counts.get("generator", counts.get("teacher", 0))
-    parameters = sum(trained.values())
-    share = {
-        part: 1 / ranks if stage >= first else 1.0
-        for part, first in (("optimizer", 1), ("gradients", 2), ("weights", 3))
-    }
-    masters = 4 if dtype != "fp32" or stage > 0 else 0
-    total = parameters * (weight * share["weights"] + weight * share["gradients"] + (8 + masters) * share["optimizer"])
-    total += averaged * 4 * share["optimizer"]
-    if len(counts) > 1:
-        total += counts["teacher"] * weight * share["weights"]
-    return math.ceil(total)
+
+def _notes(states: ModelStates, settings: ZeroSettings, used: Activations) -> list[str]:
+    saved = ", ".join(f"{size / MIB:.1f} of {role}" for role, size in used.saved.items())
+    notes = [f"  activations kept for the backward pass: {saved}; not counted: CUDA context, workspaces, fragmentation"]
+    if states.gathered:
+        notes.append(f"  parameters at stage 3: up to {states.gathered / MIB:.1f} of them are gathered for a while")
+    held = {part: size for part, size in states.host.items() if size}
+    if held:
+        listing = ", ".join(f"{part} {size / MIB:.1f}" for part, size in held.items())
+        notes.append(f"  offloaded to host memory or NVMe, by rank: {listing}")
+    if states.device["buckets"] > states.device["parameters"]:
+        notes.append(
+            f"  buckets: deepspeed.zero_optimization.reduce_bucket_size={settings.bucket} elements are allocated "
+            "whatever the network's size; a smaller number saves memory"
+        )
+    return notes
+
+
+def total(states: ModelStates, used: Activations) -> int:
+    """Bytes of a GPU at the highest moment: of the passes, or of the optimizer's step."""
+    return sum(states.device[part] for part in COLUMNS) + max(used.peak, states.device["update"])
+
+
+def predicted_bytes(config: Config, networks: PlannedNetworks, layout: BatchLayout, used: Activations) -> int:
+    """The total of the configured stage on the ranks that ``layout`` is of."""
+    settings = ZeroSettings.of(config.deepspeed)
+    if layout.micro_batch * layout.accumulation:
+        used = activations(
+            networks, layout.micro_batch, layout.accumulation, config.train.dtype,
+            config.train.activation_checkpointing, fused=os.environ.get("RDMD_KERNELS") != "reference",
+        )  # fmt: skip
+    states = model_states(networks, settings, layout.world_size, config.train.dtype, layout.accumulation)
+    return total(states, used)
+
+
+def disk_lines(config: Config, networks: PlannedNetworks) -> list[str]:
+    disk = disk_use(networks, config.checkpoint.keep)
+    return [
+        f"disk, MiB: {disk.checkpoint / MIB:.1f} a checkpoint, {disk.peak / MIB:.1f} for checkpoint.keep = {disk.kept} "
+        f"and the one being written; {disk.export / MIB:.1f} an export (export/ and best/)"
+    ]
+
+
+def timing_lines(config: Config, world: World, timing: Timing, predicted: int) -> list[str]:
+    steps, batch = config.train.steps, config.train.global_batch_size
+    spread = f"{min(timing.seconds):.4g} to {max(timing.seconds):.4g}"
+    lines = [
+        f"time: {timing.median:.4g} s an iteration ({spread}; median of {len(timing.seconds)} after {WARM_UP}) on "
+        f"{world.size} ranks, {batch / timing.median:.1f} samples/s",
+        f"      {steps * timing.median / 3600:.3g} h for train.steps = {steps}, without checkpoints, pictures, "
+        "validation and fake_warmup",
+    ]
+    if timing.peak_bytes is not None:
+        lines.append(
+            f"      torch.cuda.max_memory_allocated {timing.peak_bytes / MIB:.1f} MiB, predicted {predicted / MIB:.1f}"
+        )
+    return lines

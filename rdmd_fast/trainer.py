@@ -36,7 +36,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required="--options" not in (argv or sys.argv), help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of a config key, value in YAML")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to go on from (auto)")
-    parser.add_argument("--dry-run", action="store_true", help="print config, parameters and memory, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print config, memory, disk, traffic; train nothing")
+    parser.add_argument("--ranks", type=int, metavar="N", help="--dry-run: predict for N GPUs (those of the launcher)")
+    parser.add_argument("--time-iterations", type=int, default=0, metavar="N", help="--dry-run: time N iterations (0)")
     parser.add_argument("--options", action="store_true", help="list every config key with default and meaning")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_intermixed_args(argv)
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
         if arguments.dry_run:
             from .dry_run import dry_run
 
-            return dry_run(config)
+            return dry_run(config, arguments.ranks, arguments.time_iterations)
         return train(config, arguments.resume, stop)
     except InputError as error:
         return end_on_bad_input(error)

@@ -1,0 +1,104 @@
+"""The networks that a configuration holds, built on shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..data.shards import ShardSet
+from ..data.stream import channels_first
+from ..data.toys import ToyDistribution
+from ..networks import build_network
+from ..networks.teachers import read_teacher_config
+from ..options import Options
+
+
+@dataclass(frozen=True)
+class PlannedNetwork:
+    """One network of a run.
+
+    Attributes:
+        options: what it is built from.
+        shape: of a sample, (D,) or (C, H, W).
+        dropout: whether the options' dropout is in it.
+        sizes: elements of each parameter, in order.
+        buffers: bytes of the buffers that exports and checkpoints hold, fp32.
+        inside_blocks: elements of parameters in blocks that activation checkpointing computes again.
+    """
+
+    options: Options
+    shape: tuple[int, ...]
+    dropout: bool
+    sizes: tuple[int, ...]
+    buffers: int
+    inside_blocks: int
+
+    @classmethod
+    def of(cls, options: Options, shape: tuple[int, ...], dropout: bool) -> PlannedNetwork:
+        with torch.device("meta"):
+            network = build_network(options, shape, dropout=dropout)
+        persistent = {name for name in network.state_dict() if name not in dict(network.named_parameters())}
+        buffers = sum(4 * buffer.numel() for name, buffer in network.named_buffers() if name in persistent)
+        sizes = tuple(parameter.numel() for parameter in network.parameters())
+        return cls(options, shape, dropout, sizes, buffers, _inside_blocks(network))
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.sizes)
+
+    def build(self, device: str = "meta") -> nn.Module:
+        """The network as initialised, fp32; on the meta device shapes alone."""
+        with torch.device(device):
+            return build_network(self.options, self.shape, dropout=self.dropout)
+
+
+@dataclass(frozen=True)
+class PlannedNetworks:
+    """All networks of a stage by role; ``frozen`` is the teacher of the rdmd stage, None where it is analytic."""
+
+    trained: dict[str, PlannedNetwork]
+    frozen: PlannedNetwork | None
+    averaged: str
+
+    def named(self) -> dict[str, PlannedNetwork]:
+        return self.trained | ({"teacher": self.frozen} if self.frozen else {})
+
+
+def planned_networks(config: Config) -> PlannedNetworks:
+    """What ``experiment.build_experiment`` would build; reads headers of data and teacher, no weights of an export.
+
+    Raises:
+        InputError: data or teacher are not there, or do not fit.
+    """
+    shape = sample_shape(config)
+    options = config.network
+    if config.teacher not in (None, "analytic"):
+        options = read_teacher_config(config.teacher).network
+    if config.stage == "teacher":
+        if config.teacher_stage.dropout is not None and hasattr(options, "dropout"):
+            options = options.model_copy(update={"dropout": config.teacher_stage.dropout})
+        return PlannedNetworks({"teacher": PlannedNetwork.of(options, shape, True)}, None, "teacher")
+    score = PlannedNetwork.of(options, shape, False) if options else None
+    copied = config.generator.kind == "teacher"
+    trained = {"generator": score if copied else PlannedNetwork.of(config.generator, shape, False)}
+    if config.rdmd.fake_score == "learned":
+        trained["fake_score"] = score
+    return PlannedNetworks(trained, None if config.teacher == "analytic" else score, "generator")
+
+
+def sample_shape(config: Config) -> tuple[int, ...]:
+    domain = config.data.target if config.stage == "teacher" else config.data.source
+    if isinstance(domain, ToyDistribution):
+        return (2,)
+    return tuple(channels_first(ShardSet(domain, cache_dir=config.data.cache_dir)))
+
+
+def _inside_blocks(network: nn.Module) -> int:
+    from ..networks.unet2d import Level, MidBlock
+    from ..networks.unet_layers import UNetBlock
+
+    blocks = [module for module in network.modules() if isinstance(module, UNetBlock | Level | MidBlock)]
+    return sum(parameter.numel() for block in blocks for parameter in block.parameters())
