@@ -22,9 +22,10 @@ from rdmd_fast.distributed import (
     set_learning_rate,
     take_step,
 )
-from rdmd_fast.ema import EMAOptions, ShardedEMA, master_shards
+from rdmd_fast.ema import EMAOptions, ShardedEMA
 from rdmd_fast.guard import GuardOptions, poison
 from rdmd_fast.kernels.inject import inject_gradient
+from rdmd_fast.masters import master_shards
 
 rank = int(os.environ["RANK"])
 ADAM = OptimizerOptions(lr=1e-2, grad_clip=1.0)  # every update is clipped
