@@ -158,7 +158,7 @@ def test_config_changed_between_runs_is_refused(runs, capsys):
 
 def test_broken_checkpoint_is_passed_over(runs, capsys):
     checkpoints = runs / "rdmd/checkpoints"
-    victim = next(path for path in sorted((checkpoints / "step_00000004").rglob("*.pt")))
+    victim = checkpoints / "step_00000004/generator/00000.safetensors"
     whole = victim.read_bytes()
     victim.write_bytes(whole[:-7])
     arguments = [*distillation(runs, "rdmd"), "train.global_batch_size=4", "telemetry.log_every=1"]
@@ -175,7 +175,8 @@ def test_dry_run_trains_nothing(runs, capsys):
     assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), "--dry-run", *arguments]) == 0
     printed = capsys.readouterr().out
     size = sum(tensor.numel() for tensor in load_denoiser(runs / "teacher/export").parameters())
-    assert f"{size / 1e6:.3f} M parameters" in printed and "ZeRO 2" in printed
+    assert f"{size / 1e6:.3f} M parameters" in printed
+    assert any(line.startswith("  2") and line.endswith("<- configured") for line in printed.splitlines())
     assert not (runs / "dry").exists()
 
 
