@@ -105,8 +105,9 @@ def srun(place: Place, job: list[str]) -> Commands:
 
 def deepspeed_slurm(place: Place, job: list[str]) -> Commands:
     _slurm(place)
-    launch = [str(BIN / "deepspeed"), "--launcher", "slurm", "--hostfile", place.hostfile()]
-    return [(place.nodes[0], [*launch, "--no_ssh_check", "--master_addr", "node-a", *job])]
+    launch = [str(BIN / "deepspeed"), "--launcher", "slurm", "--hostfile", place.hostfile(), "--no_ssh_check"]
+    spread = ["--launcher_args=--nodes 2 --ntasks-per-node 1 --kill-on-bad-exit=1"]
+    return [(place.nodes[0], [*launch, *spread, "--master_addr", "node-a", *job])]
 
 
 def srun_torchrun(place: Place, job: list[str]) -> Commands:
