@@ -86,7 +86,7 @@ class Node:
 
 def refusal() -> str | None:
     """Why this machine cannot have nodes, None if it can."""
-    missing = [name for name in ("ip", "nsenter", "unshare", "mount") if not shutil.which(name)]
+    missing = [name for name in ("ip", "nsenter", "unshare", "setpriv", "mount") if not shutil.which(name)]
     if missing:
         return f"{', '.join(missing)} not installed"
     if os.geteuid():
@@ -119,7 +119,8 @@ def two_nodes(folder: Path, environment: dict[str, str]) -> Iterator[list[Node]]
 
 def _boot(name: str, folder: Path, environment: dict[str, str]) -> Node:
     keeper = subprocess.Popen(
-        [*UNSHARE, "--kill-child", "sh", "-c", "echo up; exec sleep infinity"],
+        # Dies with this program, however that ends.
+        ["setpriv", "--pdeathsig", "KILL", *UNSHARE, "--kill-child", "sh", "-c", "echo up; exec sleep infinity"],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
