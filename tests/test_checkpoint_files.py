@@ -238,14 +238,14 @@ def folder_in_place_of_file(folder):
 
 DAMAGES = [
     (remove, f"{FILE} is missing"),
-    (truncate, f"{FILE} has 5000 bytes instead of 12"),
+    (truncate, f"{FILE} has 5000 bytes instead of 1"),
     (flip_bit, f"{FILE} is not what was written"),
     (of_another_step, f"{FILE} is not what was written"),
     (folder_in_place_of_file, f"{FILE} "),
     (truncate_manifest, "manifest.json cannot be read"),
     (remove_manifest, "manifest.json is missing"),
     (edit_manifest, "manifest.json has changed"),
-    (older_format, "format 1 is older than the 2"),
+    (older_format, "format of manifest.json, 1, is older than the 2"),
 ]
 
 
