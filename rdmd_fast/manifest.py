@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> dict:
         raise Defect(f"{FILE} cannot be read") from None
     if form != FORMAT:
         older = "older than" if isinstance(form, int) and form < FORMAT else "not"
-        raise Defect(f"its format {form!r} is {older} the {FORMAT} of this version")
+        raise Defect(f"the format of {FILE}, {form!r}, is {older} the {FORMAT} of this version")
     if manifest.get("sha256") != _digest(manifest):
         raise Defect(f"{FILE} has changed since it was written")
     return manifest

@@ -15,11 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rdmd_fast import telemetry
+from rdmd_fast.distributed import World
 from rdmd_fast.manifest import Defect, check_hashes, checkpoint_folders, read_manifest
-from rdmd_fast.telemetry import TIME_KEYS
+from rdmd_fast.telemetry import TIME_KEYS, Telemetry, TelemetryOptions
 from rdmd_fast.trainer import main
 
 STEPS = 6
@@ -184,6 +186,7 @@ def test_pictures_that_cannot_be_written(tmp_path, capsys):
         assert (run / "export").exists() == (status == 0)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_tensorboard_on_a_full_disk(train, tmp_path, small_disk):
     """Its writer works in a thread of its own, whose errors must not be a traceback either."""
     (tmp_path / "run").mkdir()
@@ -269,6 +272,17 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_export_ends_the_same(c
     assert status == 0 and "nothing to do" not in printed
     assert json.loads((run / "export/config.json").read_text())["step"] == 8
     assert "nothing to do" in train(run, "train.steps=8")[1]
+
+
+def test_lines_that_a_resumed_run_writes_again_are_cut(tmp_path):
+    lines = [{"step": 1}, {"step": 2}, {"step": 2, "validation": {}}, {"step": 3}, {"step": 3, "validation": {}}]
+    world = World(0, 1, torch.device("cpu"))
+    for step, ended, kept in ((2, False, 3), (3, True, 4), (3, False, 5), (0, False, 0)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "metrics.jsonl").write_text(text + '{"step": 1, "lo')
+        Telemetry(TelemetryOptions(), world, tmp_path, 3, 8).cut_back(step, ended)
+        written = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in written] == lines[:kept]
 
 
 # -- two runs in one folder --------------------------------------------------------------------------------------------
