@@ -84,7 +84,7 @@ def open_domain(
 
 
 def default_workers(device: torch.device) -> int:
-    """One where the host of a GPU has a core to spare for each of its ranks; a CPU's steps want the cores themselves."""
+    """One where a GPU's host has a core to spare for each of its ranks; steps on the CPU want the cores themselves."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(device.type == "cuda" and cores >= 2)
 
