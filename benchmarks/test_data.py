@@ -5,9 +5,10 @@
 64x64 JPEG and PNG, batches of 64, one and two workers; first epoch (nothing decoded yet) and cached epochs. Each round
 opens its pipeline anew, workers included, but for the cached epochs; indexes are on disk, as after `rdmd pack`. Others:
 a plain WebDataset pipeline (shuffle, decode, batch), a torch DataLoader over the image folder, mosaicml-streaming
-(extra `bench`; MDS shards of the same files). Workers are worker processes; the stream's own process only collects.
-"Added MiB" is what process and workers hold more than before (PSS), in a round that is not timed. Speeds are
-the best of three rounds (cached: of five): the machine may have other work.
+(extra `bench`; MDS shards of the same files). Workers are worker processes. While our stream waits for a batch its own
+process decodes too, what no worker has begun: with one worker two processes decode, where the others' main process
+only collects. "Added MiB" is what process and workers hold more than before (PSS), in a round that is not timed.
+Speeds are the best of three rounds (cached: of five): the machine may have other work.
 """
 
 from __future__ import annotations

@@ -70,6 +70,8 @@ def open_domain(
     Raises:
         InputError: no data there, or flips of something that has no left and right.
     """
+    if options.workers is None:
+        options = options.model_copy(update={"workers": default_workers(device)})
     stream = open_stream(getattr(options, role), philox, role, options)
     if isinstance(stream, SampleStream):
         _warn_of_crowding(role, len(stream.shards.shards), options.workers)
@@ -79,6 +81,12 @@ def open_domain(
         raise InputError(f"data.flip: mirrors images, data.{role} has samples of shape {tuple(stream.shape)}")
     number = {"source": Stream.SOURCE_FLIP, "target": Stream.TARGET_FLIP}[role]
     return DeviceStream(stream, device, (philox.seed, int(number)))
+
+
+def default_workers(device: torch.device) -> int:
+    """One where a GPU's host has a core to spare for each of its ranks; steps on the CPU want the cores themselves."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(device.type == "cuda" and cores >= 2)
 
 
 def _warn_of_crowding(role: str, shards: int, workers: int) -> None:

@@ -133,7 +133,10 @@ def _indexed_walk(path: Path, cache: Path) -> Walked:
             return known._replace(faults=walked.faults)
         if entry is not None:
             with contextlib.suppress(OSError):
-                write_atomically(entry, json.dumps({"stamp": now, **walked._asdict()}))
+                # By columns: with a list for each member a large index takes twice as long to load.
+                columns = list(zip(*walked.members, strict=True))
+                index = {"stamp": now, "columns": columns, "faults": walked.faults, "complete": walked.complete}
+                write_atomically(entry, json.dumps(index))
         return walked
 
 
@@ -141,7 +144,7 @@ def _load_index(entry: Path | None) -> tuple[list | None, Walked | None]:
     """(size, mtime and inode of the tar, what was known of it)."""
     try:
         index = json.loads(entry.read_text(encoding="utf-8")) if entry else None
-        members = [TarMember(str(key), str(form), int(at), int(size)) for key, form, at, size in index["members"]]
+        members = list(map(TarMember._make, zip(*index["columns"], strict=True)))
         faults = [str(fault) for fault in index["faults"]]
         return index["stamp"], Walked(members, faults, bool(index["complete"]))
     except (OSError, ValueError, KeyError, TypeError):

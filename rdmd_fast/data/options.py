@@ -47,12 +47,12 @@ class DataOptions(Options):
         description="shards whose samples are shuffled together; sets of no more shards are permuted as a whole. Part "
         "of the order: a change gives other batches (ours)",
     )
-    workers: int = Field(
-        0,
+    workers: int | None = Field(
+        None,
         ge=0,
         le=64,
-        description="processes of a rank that decode one stream, forked from it; 0 to decode in line, which a set that "
-        "stays in memory needs once. The samples do not depend on it (ours)",
+        description="processes of a rank that decode ahead of its steps; 0 to decode in line; unset: one for a rank on "
+        "a GPU that has two cores or more, else none. The samples do not depend on it (ours)",
     )
     prefetch: int = Field(
         4,

@@ -39,9 +39,9 @@ examples:
   rdmd pack photos/wild --out shards/wild --resolution 64 --other shards/cats   (reports images that both hold)
   rdmd pack --check shards/cats shards/wild             (hashes, index and every image; exit status 2 on a fault)
 
-A killed packing goes on after its last finished shard when the same command is run again, and shards that were
-deleted from a complete set are made again. DIR/report.json lists unreadable, near-empty and duplicate samples and
-images unlike the rest in colour; none but the unreadable is left out.
+A killed packing goes on after its last finished shard when the same command is run again, and shards of a complete
+set that are gone or damaged (by their sha256) are made again. DIR/report.json lists unreadable, near-empty and
+duplicate samples and images unlike the rest in colour; none but the unreadable is left out.
 """
 
 EXIT_INTERRUPTED = 128 + 2  # as shells report SIGINT

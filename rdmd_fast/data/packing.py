@@ -26,6 +26,7 @@ from rdmd_fast.data.writer import (
     ShardFile,
     ShardWriter,
     encode_sample,
+    file_sha256,
     folder_lock,
     remove_leftovers,
     shard_name,
@@ -116,12 +117,9 @@ def _present_set(folder: Path, content: dict) -> dict | None:
 
 
 def _complete(folder: Path, each: SampleSet, manifest: dict, args) -> None:
-    """Make the shards again that are gone from a complete set, or are of another size."""
-    missing = [
-        number
-        for number, shard in enumerate(manifest["shards"])
-        if not (folder / shard["file"]).is_file() or (folder / shard["file"]).stat().st_size != shard["bytes"]
-    ]
+    """Make the shards again that are gone from a complete set, or hold other bytes than its manifest says."""
+    whole = map_in_order(partial(_is_whole, folder), manifest["shards"], args.workers)
+    missing = [number for number, is_whole in enumerate(whole) if not is_whole]
     if not (folder / UNFINISHED_MANIFEST).exists():  # else a replacement is under way, which --force may resume
         remove_leftovers(folder)
     if not missing:
@@ -143,7 +141,12 @@ def _complete(folder: Path, each: SampleSet, manifest: dict, args) -> None:
             os.replace(path, folder / expected["file"])
         finally:
             shard.discard()
-    print(f"{folder}: completed, {len(missing)} of {len(manifest['shards'])} shards were missing or cut short")
+    print(f"{folder}: completed, {len(missing)} of {len(manifest['shards'])} shards were missing or damaged")
+
+
+def _is_whole(folder: Path, shard: dict) -> bool:
+    path = folder / shard["file"]
+    return path.is_file() and path.stat().st_size == shard["bytes"] and file_sha256(path) == shard["sha256"]
 
 
 def _write(each: SampleSet, folder: Path, writer: ShardWriter, unreadable: Unreadable, args) -> None:

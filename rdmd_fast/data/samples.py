@@ -54,8 +54,9 @@ class CachedSamples:
         missing = self._missing(indices)
         if missing:
             self._submit(missing)
-        else:
-            self.complete = bool((self.status != UNKNOWN).all())
+        elif (self.status != UNKNOWN).all():
+            self.complete = True
+            self.decoder.close()  # workers have nothing left to do
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Samples that have been loaded, a copy."""

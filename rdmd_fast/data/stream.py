@@ -269,7 +269,7 @@ def open_stream(
         philox,
         order,
         int(options.cache_gib * 2**30),
-        options.workers,
+        options.workers or 0,
         options.prefetch,
         options.shuffle_shards,
         share=True,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rdmd_fast.data.device import open_domain
+from rdmd_fast.data.device import default_workers, open_domain
 from rdmd_fast.data.options import DataOptions
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.data.writer import ShardWriter
@@ -84,6 +84,15 @@ def test_what_has_no_left_and_right_is_refused():
     with pytest.raises(InputError, match=r"data.flip: .*data.source has samples of shape \(2,\)"):
         domain(ToyDistribution(toy="gaussian"), True, "source")
     assert domain(ToyDistribution(toy="gaussian"), False).batch(torch.arange(3)).shape == (3, 2)
+
+
+def test_a_rank_on_a_gpu_with_a_core_to_spare_gets_a_worker(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert default_workers(torch.device("cuda", 1)) == 1 and default_workers(CPU) == 0
+    for ranks, workers in ((4, 1), (5, 0), (8, 0), (16, 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert default_workers(torch.device("cuda")) == workers
 
 
 def test_more_workers_or_ranks_than_shards_are_told(images, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from rdmd_fast import cli
 from rdmd_fast.data import writer
 from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.errors import InputError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from damaged import flip
 
 
 def pack(*words):
@@ -194,8 +198,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, monkeypatc
     assert "resumed, 2 of 4 shards" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["deleted", "cut"])
-def test_a_missing_shard_of_a_complete_set_is_made_again(tmp_path, capsys, damage):
+@pytest.mark.parametrize("damage", ["deleted", "cut", "flipped"])
+def test_a_missing_or_damaged_shard_of_a_complete_set_is_made_again(tmp_path, capsys, damage):
     photos, out = write_images(tmp_path / "photos", 200), tmp_path / "out"
     (photos / "010.png").write_bytes(b"x")
     words = [photos, "--out", out, "--resolution", 8, "--shard-size", 50]
@@ -204,8 +208,10 @@ def test_a_missing_shard_of_a_complete_set_is_made_again(tmp_path, capsys, damag
     for name in ("shard-000000.tar", "shard-000003.tar"):
         if damage == "deleted":
             (out / name).unlink()
-        else:
+        elif damage == "cut":
             os.truncate(out / name, 5000)
+        else:
+            flip(out / name, 5000)
     assert pack(*words) == 0
     assert "completed, 2 of 4 shards" in capsys.readouterr().out
     assert folder_bytes(out) == whole and (out / "shard-000002.tar").stat().st_ino == kept

@@ -187,6 +187,14 @@ def test_killed_workers_leave_no_trace_in_a_stream(folder, expected, capfd, cach
     assert children() == before
 
 
+def test_workers_end_when_all_is_decoded(folder, expected):
+    before = children()
+    stream = stream_of(folder, workers=2)
+    assert served(stream, count=12, batch=2) == expected[:12] and len(children() - before) == 2
+    assert served(stream, 12, 3 * COUNT - 12)[: COUNT - 12] == expected[12:]
+    assert children() == before and stream._samples.complete
+
+
 def test_signals_are_left_to_the_parent(folder):
     before = children()
     decoder = decoder_of(folder, 2)
