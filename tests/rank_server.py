@@ -6,11 +6,14 @@ and stands for what goes wrong. {"wait": [ids], "seconds": S} answers with their
 running, negative for the number of a signal that ended it.
 """
 
+import atexit
+import gc
 import json
 import os
 import socket
 import sys
 import time
+import traceback
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -42,7 +45,11 @@ def start(job: dict) -> list[int]:
     for rank in range(job["ranks"]):
         ids.append(os.fork())
         if ids[-1] == 0:
-            live(job, rank, port)
+            try:
+                live(job, rank, port)
+            finally:
+                traceback.print_exc()
+                os._exit(99)
     return ids
 
 
@@ -57,8 +64,15 @@ def live(job: dict, rank: int, port: int):
             MASTER_PORT=str(port),
         )  # fmt: skip
     sys.argv = ["train.py", *job["argv"]]
-    exec(job.get("before", ""), {"rank": rank})
-    sys.exit(run_rank())
+    try:
+        exec(job.get("before", ""), {"rank": rank})
+        status = run_rank()
+    except SystemExit as end:
+        status = end.code
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)  # to take all these modules down one by one would take a second
 
 
 def wait(ids: list[int], seconds: float) -> list[int | None]:
@@ -74,8 +88,10 @@ def wait(ids: list[int], seconds: float) -> list[int | None]:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # or each rank would copy the pages of all these objects to mark them
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         answer = wait(request["wait"], request["seconds"]) if "wait" in request else start(request)
         print(json.dumps(answer), flush=True)
+    os._exit(0)

@@ -1,11 +1,9 @@
 """A rank that breaks, dies or hangs takes the job down, with its own error on top."""
 
-import json
 import os
 import signal
 import time
 
-import pytest
 import yaml
 
 CONFIG = {
@@ -56,11 +54,8 @@ class Job:
         return [line for line in self.log.read_text().splitlines() if line.startswith(("rank ", "error: "))]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_exception_stands_on_top_and_the_other_rank_follows(rank_server, tmp_path, stage):
-    what = "raise RuntimeError('the cat sat on the optimizer')"
-    stage = f"deepspeed.zero_optimization.stage={stage}"
-    job = Job(rank_server, tmp_path, stage, before=RAISE.format(what=what))
+def test_exception_stands_on_top_and_the_other_rank_follows(rank_server, tmp_path):
+    job = Job(rank_server, tmp_path, before=RAISE.format(what="raise RuntimeError('the cat sat on the optimizer')"))
     assert job.ended() == [1, 1]
     errors = job.errors()
     assert errors[0] == "rank 1: Traceback (most recent call last):"
@@ -93,9 +88,24 @@ def test_killed_rank_takes_the_job_down(rank_server, tmp_path):
     assert len(job.errors()) == 1 and job.errors()[0].startswith("rank 0: lost another rank (")
 
 
+TIMEOUTS = """
+import torch
+from torch.distributed import distributed_c10d
+from rdmd_fast import trainer
+train = trainer.Training.train
+def spoilt(self):
+    groups = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
+    print("timeouts", len(groups), {str(group.options._timeout) for group in groups}, flush=True)
+    return train(self)
+trainer.Training.train = spoilt
+"""
+
+
 def test_rank_that_hangs_is_given_up(rank_server, tmp_path):
-    """The timeout reaches DeepSpeed's own groups too: without, theirs would be torch's 30 minutes."""
-    job = Job(rank_server, tmp_path, "train.collective_timeout=10", "deepspeed.zero_optimization.stage=3")
+    """The timeout reaches DeepSpeed's own groups too: theirs would be torch's 30 minutes."""
+    job = Job(
+        rank_server, tmp_path, "train.collective_timeout=10", "deepspeed.zero_optimization.stage=3", before=TIMEOUTS
+    )
     job.until_training()
     os.kill(job.ranks[1], signal.SIGSTOP)
     try:
@@ -103,4 +113,4 @@ def test_rank_that_hangs_is_given_up(rank_server, tmp_path):
     finally:
         os.kill(job.ranks[1], signal.SIGKILL)
     assert len(job.errors()) == 1 and "no answer from another rank within train.collective_timeout" in job.errors()[0]
-    assert json.loads((job.run / "metrics.jsonl").read_text().splitlines()[-1])["step"] >= 1
+    assert "timeouts 2 {'0:00:10'}" in job.log.read_text()
