@@ -30,6 +30,8 @@ from rdmd_fast.planning.communication import iteration_payload
 from rdmd_fast.planning.networks import PlannedNetwork, PlannedNetworks, planned_networks
 from rdmd_fast.planning.states import ZeroSettings
 
+from .collectives import ITERATIONS
+
 ROOT = Path(__file__).parent.parent
 EVERY_GATHER = {
     "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
@@ -103,9 +105,9 @@ def on_ranks(worker: list[str], cases: list[dict], ranks: int, folder: Path) -> 
     return json.loads(results.read_text())
 
 
-def count(cases: list[dict], ranks: int, folder: Path) -> list[dict]:
+def count(cases: list[dict], ranks: int, folder: Path, iterations: int = ITERATIONS) -> list[dict]:
     """``collectives.measure`` of each case."""
-    return on_ranks(["-m", "benchmarks.collectives"], cases, ranks, folder)
+    return on_ranks(["-m", "benchmarks.collectives", "--iterations", str(iterations)], cases, ranks, folder)
 
 
 def formula(values: dict, ranks: int) -> float:

@@ -3,8 +3,8 @@
     python -m benchmarks.scaling [--stage 0 2] [--ranks 2] [--iterations 10] [--rounds 5] [--batch 16] [--json FILE]
 
 One rank and N ranks distil the digits in turn, one thread a rank, each rank with the same micro-batch. A round times
-``iterations`` of both, and each side's best round counts, since machines are shared; with fewer cores than ranks the
-ratio says nothing. 1.00 would be perfect: N ranks take as long for N times the samples.
+``iterations`` of both, and each side's best iteration counts, since machines are shared; with fewer idle cores than
+ranks the ratio says nothing. 1.00 would be perfect: N ranks take as long for N times the samples.
 """
 
 from __future__ import annotations
