@@ -65,7 +65,7 @@ def memory_lines(config: Config, networks: PlannedNetworks, layout: BatchLayout,
     heading = "".join(f"{name:>12}" for name in (*COLUMNS, "activations", "total", "sent"))
     lines = [
         f"memory of a GPU by ZeRO stage, MiB, and what it sends in an iteration, MiB; {ranks} ranks, {dtype}",
-        f"  stage{heading}",
+        f"        {heading}",
     ]
     notes = []
     for stage in range(4):
@@ -78,7 +78,7 @@ def memory_lines(config: Config, networks: PlannedNetworks, layout: BatchLayout,
         sent = sum(payload.sent(ranks) for payload in payloads.values())
         values = [*(states.device[part] for part in COLUMNS), used.peak, total(states, used), sent]
         mark = "  <- configured" if stage == zero_stage(config.deepspeed) else ""
-        lines.append(f"  {stage:<5}" + "".join(f"{value / MIB:12.1f}" for value in values) + mark)
+        lines.append(f"  ZeRO {stage}" + "".join(f"{value / MIB:12.1f}" for value in values) + mark)
         if stage == zero_stage(config.deepspeed):
             notes = _notes(states, settings, used)
     return lines + notes

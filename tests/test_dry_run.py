@@ -176,9 +176,9 @@ def test_fused_kernels_keep_what_is_predicted():
 def rows_of(printed):
     """The table's numbers by stage, MiB, and which stage is marked."""
     lines = printed.splitlines()
-    head = next(index for index, line in enumerate(lines) if line.startswith("  stage"))
-    names = lines[head].split()[1:]
-    rows = [line.split() for line in lines[head + 1 : head + 5]]
+    head = next(index for index, line in enumerate(lines) if "parameters   gradients" in line)
+    names = lines[head].split()
+    rows = [line.split()[1:] for line in lines[head + 1 : head + 5]]
     marked = [int(row[0]) for row in rows if row[-1] == "configured"]
     return [dict(zip(names, map(float, row[1:]), strict=False)) for row in rows], marked
 
