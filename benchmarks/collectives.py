@@ -2,14 +2,14 @@
 
 As a worker, started on each rank by benchmarks/communication.py and the tests:
 
-    torchrun --nproc_per_node N -m benchmarks.collectives CASES.json RESULTS.json
+    torchrun --nproc_per_node N -m benchmarks.collectives [--iterations 5] CASES.json RESULTS.json
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ RING = {
     "barrier": (0, 0),
     "monitored_barrier_": (0, 0),
 }
-ITERATIONS = 5  # until ZeRO-3's traces of the networks recur; the last one is reported
+ITERATIONS = 5  # until ZeRO-3's traces of the networks recur; the last one is counted
 
 
 class CollectiveBytes(TorchDispatchMode):
@@ -72,7 +72,7 @@ class CollectiveBytes(TorchDispatchMode):
         self.label = outer
 
 
-def measure(values: dict, world) -> dict:
+def measure(values: dict, world, iterations: int = ITERATIONS) -> dict:
     """Bytes that each rank sends in an iteration of the run that ``values`` configure: a collective call.
 
     Returns:
@@ -87,10 +87,11 @@ def measure(values: dict, world) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         telemetry = Telemetry(config.telemetry, world, Path(folder), 1, config.train.global_batch_size)
         experiment = build_experiment(config, world, telemetry)
-        for step in range(ITERATIONS):
-            with CollectiveBytes() as counted:
+        counted = CollectiveBytes()
+        for step in range(iterations):
+            with counted if step == iterations - 1 else contextlib.nullcontext():
                 for name, engine in experiment.state.engines.items():
-                    set_learning_rate(engine, experiment.optimizers[name], step, ITERATIONS)
+                    set_learning_rate(engine, experiment.optimizers[name], step, iterations)
                 experiment.stage.iteration(step)
                 experiment.state.ema.update(step)
                 with counted.of("votes"):
@@ -107,10 +108,15 @@ def measure(values: dict, world) -> dict:
 def main() -> None:
     from rdmd_fast.distributed import join_world
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--iterations", type=int, default=ITERATIONS, help="the last one is counted (5)")
+    parser.add_argument("cases", type=Path)
+    parser.add_argument("results", type=Path)
+    arguments = parser.parse_args()
     world = join_world()
-    results = [measure(values, world) for values in json.loads(Path(sys.argv[1]).read_text())]
+    results = [measure(values, world, arguments.iterations) for values in json.loads(arguments.cases.read_text())]
     if world.is_main:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+        arguments.results.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from rdmd_fast.planning.communication import iteration_payload
 from rdmd_fast.planning.networks import PlannedNetwork, PlannedNetworks, planned_networks
 from rdmd_fast.planning.states import ZeroSettings
 
+from .collectives import ITERATIONS
+
 ROOT = Path(__file__).parent.parent
 EVERY_GATHER = {
     "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0,
@@ -84,8 +86,8 @@ def at_stage(values: dict, stage: int, **zero) -> dict:
     return values
 
 
-def count(cases: list[dict], ranks: int, folder: Path) -> list[dict]:
-    """``collectives.measure`` of each case, in one group of ``ranks`` processes on the CPU.
+def on_ranks(worker: list[str], cases: list[dict], ranks: int, folder: Path) -> list[dict]:
+    """What ``worker CASES.json RESULTS.json`` finds for each case in one group of ``ranks`` processes on the CPU.
 
     Raises:
         RuntimeError: the processes failed; holds the end of what they printed.
@@ -96,12 +98,16 @@ def count(cases: list[dict], ranks: int, folder: Path) -> list[dict]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     done = subprocess.run(
-        [*launcher, "-m", "benchmarks.collectives", str(listing), str(results)],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+        [*launcher, *worker, str(listing), str(results)], env=environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{ranks} ranks failed: {done.stderr[-3000:]}")
     return json.loads(results.read_text())
+
+
+def count(cases: list[dict], ranks: int, folder: Path, iterations: int = ITERATIONS) -> list[dict]:
+    """``collectives.measure`` of each case."""
+    return on_ranks(["-m", "benchmarks.collectives", "--iterations", str(iterations)], cases, ranks, folder)
 
 
 def formula(values: dict, ranks: int) -> float:

@@ -37,10 +37,7 @@ def dry_run(config: Config, ranks: int | None = None, iterations: int = 0) -> in
     ranks = ranks or started
     layout = BatchLayout.of(config.train, World(0, ranks, torch.device("cpu")))
     networks = planned_networks(config)
-    used = activations(
-        networks, layout.micro_batch, layout.accumulation, config.train.dtype,
-        config.train.activation_checkpointing, fused=os.environ.get("RDMD_KERNELS") != "reference",
-    )  # fmt: skip
+    used = activations_of(config, networks, layout)
     lines = [dump_config(config), *network_lines(networks, layout), "", *memory_lines(config, networks, layout, used)]
     lines += ["", *disk_lines(config, networks)]
     if int(os.environ.get("RANK", 0)) == 0:
@@ -49,8 +46,7 @@ def dry_run(config: Config, ranks: int | None = None, iterations: int = 0) -> in
         world = join_world()
         timing = time_iterations(config, world, iterations)
         if world.is_main:
-            predicted = predicted_bytes(config, networks, BatchLayout.of(config.train, world), used)
-            print("\n".join(["", *timing_lines(config, world, timing, predicted)]), flush=True)
+            print("\n".join(["", *timing_lines(config, networks, world, timing)]), flush=True)
     return EXIT_DONE
 
 
@@ -69,7 +65,7 @@ def memory_lines(config: Config, networks: PlannedNetworks, layout: BatchLayout,
     heading = "".join(f"{name:>12}" for name in (*COLUMNS, "activations", "total", "sent"))
     lines = [
         f"memory of a GPU by ZeRO stage, MiB, and what it sends in an iteration, MiB; {ranks} ranks, {dtype}",
-        f"  stage{heading}",
+        f"        {heading}",
     ]
     notes = []
     for stage in range(4):
@@ -82,7 +78,7 @@ def memory_lines(config: Config, networks: PlannedNetworks, layout: BatchLayout,
         sent = sum(payload.sent(ranks) for payload in payloads.values())
         values = [*(states.device[part] for part in COLUMNS), used.peak, total(states, used), sent]
         mark = "  <- configured" if stage == zero_stage(config.deepspeed) else ""
-        lines.append(f"  {stage:<5}" + "".join(f"{value / MIB:12.1f}" for value in values) + mark)
+        lines.append(f"  ZeRO {stage}" + "".join(f"{value / MIB:12.1f}" for value in values) + mark)
         if stage == zero_stage(config.deepspeed):
             notes = _notes(states, settings, used)
     return lines + notes
@@ -110,16 +106,19 @@ def total(states: ModelStates, used: Activations) -> int:
     return sum(states.device[part] for part in COLUMNS) + max(used.peak, states.device["update"])
 
 
-def predicted_bytes(config: Config, networks: PlannedNetworks, layout: BatchLayout, used: Activations) -> int:
-    """The total of the configured stage on the ranks that ``layout`` is of."""
+def activations_of(config: Config, networks: PlannedNetworks, layout: BatchLayout) -> Activations:
+    """Of an iteration on a GPU, unless RDMD_KERNELS=reference leaves the fused kernels out."""
+    fused = os.environ.get("RDMD_KERNELS") != "reference"
+    checkpointing = config.train.activation_checkpointing
+    return activations(networks, layout.micro_batch, layout.accumulation, config.train.dtype, checkpointing, fused)
+
+
+def predicted_bytes(config: Config, networks: PlannedNetworks, world: World) -> int:
+    """The total of the configured stage on the ranks there are."""
+    layout = BatchLayout.of(config.train, world)
     settings = ZeroSettings.of(config.deepspeed)
-    if layout.micro_batch * layout.accumulation:
-        used = activations(
-            networks, layout.micro_batch, layout.accumulation, config.train.dtype,
-            config.train.activation_checkpointing, fused=os.environ.get("RDMD_KERNELS") != "reference",
-        )  # fmt: skip
-    states = model_states(networks, settings, layout.world_size, config.train.dtype, layout.accumulation)
-    return total(states, used)
+    states = model_states(networks, settings, world.size, config.train.dtype, layout.accumulation)
+    return total(states, activations_of(config, networks, layout))
 
 
 def disk_lines(config: Config, networks: PlannedNetworks) -> list[str]:
@@ -130,7 +129,7 @@ def disk_lines(config: Config, networks: PlannedNetworks) -> list[str]:
     ]
 
 
-def timing_lines(config: Config, world: World, timing: Timing, predicted: int) -> list[str]:
+def timing_lines(config: Config, networks: PlannedNetworks, world: World, timing: Timing) -> list[str]:
     steps, batch = config.train.steps, config.train.global_batch_size
     spread = f"{min(timing.seconds):.4g} to {max(timing.seconds):.4g}"
     lines = [
@@ -140,7 +139,8 @@ def timing_lines(config: Config, world: World, timing: Timing, predicted: int) -
         "validation and fake_warmup",
     ]
     if timing.peak_bytes is not None:
+        predicted = predicted_bytes(config, networks, world) / MIB
         lines.append(
-            f"      torch.cuda.max_memory_allocated {timing.peak_bytes / MIB:.1f} MiB, predicted {predicted / MIB:.1f}"
+            f"      torch.cuda.max_memory_allocated {timing.peak_bytes / MIB:.1f} MiB, predicted {predicted:.1f}"
         )
     return lines

@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
             from .dry_run import dry_run
 
             return dry_run(config, arguments.ranks, arguments.time_iterations)
+        if arguments.ranks or arguments.time_iterations:
+            raise InputError("--ranks, --time-iterations: are options of --dry-run, add it or leave them out")
         return train(config, arguments.resume, stop)
     except InputError as error:
         return end_on_bad_input(error)

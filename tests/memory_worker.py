@@ -21,7 +21,7 @@ from rdmd_fast.experiment import build_experiment
 from rdmd_fast.planning.live import LiveStorages
 from rdmd_fast.telemetry import Telemetry
 
-ITERATIONS = 3
+ITERATIONS = 2
 
 
 class Storages:
@@ -73,6 +73,7 @@ def held(engine, storages: Storages) -> dict[str, int]:
     buckets = getattr(optimizer, "ipg_buckets", {}).values()
     parts["buckets"] = storages.add(tensors_in([bucket.buffer for bucket in buckets]))
     gradients = [parameter.grad for parameter in parameters]
+    gradients += [parameter.grad for group in adam.param_groups for parameter in group["params"]]
     for flats in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
         gradients += [flat.grad for flat in getattr(optimizer, flats, [])]
     gradients += [getattr(optimizer, "grad_partitions_flat_buffer", None)]

@@ -154,12 +154,12 @@ def stand_ins(fused: bool) -> Iterator[None]:
     launches replaced by empty results.
     """
     replaced = [(torch.nn.functional, "scaled_dot_product_attention", _flash_attention)]
+    for module in (norm_kernels, residual_kernels):
+        replaced.append((module, "backend", lambda device: "triton" if fused else "reference"))
     if fused:
         replaced += [
-            (norm_kernels, "backend", lambda device: "triton"),
             (norm_kernels, "group_norm_silu_forward", _norm_forward),
             (norm_kernels, "group_norm_silu_backward", _norm_backward),
-            (residual_kernels, "backend", lambda device: "triton"),
             (residual_kernels, "_sum", lambda h, x, y, scale: y),
             (residual_kernels, "_packed", lambda dy, dx, scale: dx),
         ]

@@ -12,9 +12,9 @@ parameters, w bytes each, an update moves, as DeepSpeed 0.19 does it with ``a`` 
 With ``use_multi_rank_bucket_allreduce: false`` stages 1 and 2 reduce to owners: Ψ in place of 2 Ψ. At stage 3 an
 iteration of RDMD with k fake-score updates makes these passes a micro-batch: G forward and backward, and k - 1 forward
 for fresh outputs; teacher one forward; fake score one forward without gradient, then k forward and k backward.
-Activation checkpointing gathers the blocks' parameters once more in every backward pass. DeepSpeed's prefetching,
-reuse distance and small parameters that stay (``ZeroSettings``) spare part of stage 3's gathers: the formula is an
-upper bound there, and equal where they are set to 0.
+Activation checkpointing gathers most of the blocks' parameters once more in every backward pass. DeepSpeed's
+prefetching, reuse distance and small parameters that stay (``ZeroSettings``) spare part of stage 3's gathers: the
+formula is an upper bound there, and equal where they are set to 0.
 """
 
 from __future__ import annotations
@@ -102,6 +102,6 @@ def _sharded(
     network: PlannedNetwork, run: Passes, ranks: int, weight: int, accumulation: int, checkpointing: bool
 ) -> Payload:
     whole = weight * ranks * shard_size(network, 3, ranks)
-    again = weight * network.inside_blocks if checkpointing else 0
+    again = weight * network.gathered_again if checkpointing else 0
     gathered = (run.forward + run.backward) * whole + run.backward * again
     return Payload(all_gather=accumulation * gathered, reduce_scatter=accumulation * run.updates * whole)

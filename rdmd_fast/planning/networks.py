@@ -26,7 +26,8 @@ class PlannedNetwork:
         dropout: whether the options' dropout is in it.
         sizes: elements of each parameter, in order.
         buffers: bytes of the buffers that exports and checkpoints hold, fp32.
-        inside_blocks: elements of parameters in blocks that activation checkpointing computes again.
+        gathered_again: elements of parameters that activation checkpointing makes ZeRO-3 gather once more: those of
+            the blocks, but for the last layer of each, where the second computation stops and the backward pass begins.
     """
 
     options: Options
@@ -34,7 +35,7 @@ class PlannedNetwork:
     dropout: bool
     sizes: tuple[int, ...]
     buffers: int
-    inside_blocks: int
+    gathered_again: int
 
     @classmethod
     def of(cls, options: Options, shape: tuple[int, ...], dropout: bool) -> PlannedNetwork:
@@ -43,7 +44,7 @@ class PlannedNetwork:
         persistent = {name for name in network.state_dict() if name not in dict(network.named_parameters())}
         buffers = sum(4 * buffer.numel() for name, buffer in network.named_buffers() if name in persistent)
         sizes = tuple(parameter.numel() for parameter in network.parameters())
-        return cls(options, shape, dropout, sizes, buffers, _inside_blocks(network))
+        return cls(options, shape, dropout, sizes, buffers, _gathered_again(network))
 
     @property
     def parameters(self) -> int:
@@ -96,9 +97,17 @@ def sample_shape(config: Config) -> tuple[int, ...]:
     return tuple(channels_first(ShardSet(domain, cache_dir=config.data.cache_dir)))
 
 
-def _inside_blocks(network: nn.Module) -> int:
+def _gathered_again(network: nn.Module) -> int:
     from ..networks.unet2d import Level, MidBlock
     from ..networks.unet_layers import UNetBlock
 
+    def elements(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    def last(block: UNetBlock) -> nn.Module:
+        if block.heads:
+            return block.proj
+        return block.conv1 if block.skip is None or block.skip.weight is None else block.skip
+
     blocks = [module for module in network.modules() if isinstance(module, UNetBlock | Level | MidBlock)]
-    return sum(parameter.numel() for block in blocks for parameter in block.parameters())
+    return sum(elements(block) - (elements(last(block)) if isinstance(block, UNetBlock) else 0) for block in blocks)

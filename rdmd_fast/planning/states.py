@@ -159,8 +159,10 @@ def _gradients(
 def _update(network: PlannedNetwork, settings: ZeroSettings, ranks: int, weight: int) -> int:
     if settings.stage == 0:
         return 0 if weight == 4 else 4 * network.parameters
-    if settings.offload_optimizer or _accumulates_apart(settings, weight):
-        return 0  # kept, and counted with the gradients
+    if settings.offload_optimizer:
+        return 0  # in host memory
+    if _accumulates_apart(settings, weight):
+        return weight * network.parameters
     # One flat tensor of them, and that in fp32 (a copy in fp32 too).
     return (weight + 4) * shard_size(network, settings.stage, ranks)
 
