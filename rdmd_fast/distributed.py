@@ -249,6 +249,16 @@ class BatchLayout:
         return torch.arange(start, start + self.micro_batch, dtype=torch.int64)
 
 
+# DeepSpeed allocates its bucket whole, 5e8 elements unless told: more than most networks here and all their optimizers.
+LARGEST_BUCKET = 50_000_000
+
+
+def reduce_bucket_size(deepspeed_section: dict, parameters: int) -> int:
+    """Elements of the buffer in which an engine of so many parameters reduces gradients at ZeRO 1 to 3."""
+    zero = deepspeed_section.get("zero_optimization", {})
+    return zero.get("reduce_bucket_size", min(LARGEST_BUCKET, parameters))
+
+
 def zero_stage(deepspeed_section: dict) -> int:
     return deepspeed_section.get("zero_optimization", {}).get("stage", 0)
 
@@ -299,6 +309,10 @@ def initialize_engine(
         fused=True,
     )
     config = _deepspeed_config(section, layout, train.dtype, optimizer.grad_clip)
+    elements = sum(parameter.numel() for parameter in parameters)
+    config["zero_optimization"] = {
+        **config.get("zero_optimization", {}), "reduce_bucket_size": reduce_bucket_size(section, elements)
+    }  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -93,11 +93,6 @@ def _notes(states: ModelStates, settings: ZeroSettings, used: Activations) -> li
     if held:
         listing = ", ".join(f"{part} {size / MIB:.1f}" for part, size in held.items())
         notes.append(f"  offloaded to host memory or NVMe, by rank: {listing}")
-    if states.device["buckets"] > states.device["parameters"]:
-        notes.append(
-            f"  buckets: deepspeed.zero_optimization.reduce_bucket_size={settings.bucket} elements are allocated "
-            "whatever the network's size; a smaller number saves memory"
-        )
     return notes
 
 

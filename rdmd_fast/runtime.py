@@ -143,6 +143,11 @@ def run_lock(folder: Path) -> Iterator[None]:
             raise InputError(
                 f"run_dir {folder}: another job is training in it, choose another or stop that one"
             ) from None
+        except OSError as error:  # some clusters mount Lustre without it
+            reason = error.strerror
+            print(
+                f"warning: run_dir {folder}: no lock there ({reason}), see that no other job uses it", file=sys.stderr
+            )
         _held_locks.add(descriptor)
         # For whoever wants to signal the job.
         os.ftruncate(descriptor, 0)

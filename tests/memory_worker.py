@@ -16,8 +16,8 @@ import torch
 from rdmd_fast import rdmd, teacher
 from rdmd_fast.config import validate_config
 from rdmd_fast.distributed import join_world, take_step
-from rdmd_fast.masters import master_shards
 from rdmd_fast.experiment import build_experiment
+from rdmd_fast.masters import master_shards
 from rdmd_fast.planning.live import LiveStorages
 from rdmd_fast.telemetry import Telemetry
 

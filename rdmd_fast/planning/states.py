@@ -7,8 +7,8 @@ The rules are those of DeepSpeed 0.19 as tests/test_dry_run.py measures them, w 
     moments      8 each, 1/N from stage 1
     gradients    w each at stage 0; 1/N from stage 1, in the accumulation dtype. G's are gone before the fake score's
                  come, but at stage 3 each engine keeps its buffer
-    buckets      w times zero_optimization.reduce_bucket_size (5e8), whatever the network's size: allocated by a
-                 backward pass at stages 1 and 2, for good and by every engine at stage 3
+    buckets      w times ``distributed.reduce_bucket_size``: allocated by a backward pass at stages 1 and 2, for good
+                 and by every engine at stage 3
     EMA          4 each, as the masters are sharded
     update       what the optimizer's step needs for a moment, when activations are gone: gradients flat, and in fp32
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..distributed import LARGEST_BUCKET
 from .networks import PlannedNetwork, PlannedNetworks
 
 PARTS = ("parameters", "gradients", "buckets", "optimizer", "EMA", "update")
@@ -43,7 +44,7 @@ class ZeroSettings:
     """What of a DeepSpeed section decides over bytes; DeepSpeed's defaults."""
 
     stage: int
-    bucket: int
+    bucket: int | None  # elements; None: fits the network
     buffers: int
     accumulation_bytes: int | None
     persistence: int
@@ -59,8 +60,9 @@ class ZeroSettings:
         zero = section.get("zero_optimization", {})
         stage = zero.get("stage", 0) if stage is None else stage
 
-        def number(name: str, default: float) -> int:
-            return int(zero.get(name, zero.get(f"stage3_{name}", default)))
+        def number(name: str, default: float | None) -> int | None:
+            value = zero.get(name, zero.get(f"stage3_{name}", default))
+            return None if value is None else int(value)
 
         def offloads(name: str) -> bool:
             return ((zero.get(name) or {}).get("device") or "none") != "none"
@@ -69,7 +71,7 @@ class ZeroSettings:
         buffers = 2 if zero.get("overlap_comm") and stage in (1, 2) else 1
         return cls(
             stage=stage,
-            bucket=number("reduce_bucket_size", 5e8),
+            bucket=number("reduce_bucket_size", None),
             buffers=buffers if zero.get("contiguous_gradients", True) else 0,
             accumulation_bytes=WEIGHT_BYTES.get(dtype),
             persistence=number("param_persistence_threshold", 1e5),
@@ -119,8 +121,11 @@ def model_states(
     averaged = networks.trained[networks.averaged]
     optimizer["EMA"] = 4 * (averaged.parameters if stage == 0 else shard_size(averaged, stage, ranks))
     if stage and not _accumulates_apart(settings, weight):
-        engines = len(trained) if stage == 3 else 1
-        device["buckets"] = engines * settings.buffers * settings.bucket * weight
+        buckets = [
+            min(LARGEST_BUCKET, network.parameters) if settings.bucket is None else settings.bucket
+            for network in trained
+        ]
+        device["buckets"] = settings.buffers * weight * (sum(buckets) if stage == 3 else max(buckets))
     optimizer["update"] = max(_update(network, settings, ranks, weight) for network in trained)
     return states
 
