@@ -22,13 +22,11 @@ from rdmd_fast.planning.states import ZeroSettings
 
 CASES = {
     "toy 0": (0, {}),
-    "toy 1": (1, {}),
     "toy 2": (2, {}),
     "toy 2, to owners": (2, {"use_multi_rank_bucket_allreduce": False}),
     "toy 3": (3, EVERY_GATHER),
     "digits 2, accumulated": (2, {}),
-    "digits 3, accumulated": (3, EVERY_GATHER),
-    "digits 3, checkpointed": (3, EVERY_GATHER),
+    "digits 3, accumulated, checkpointed": (3, EVERY_GATHER),
 }
 
 
@@ -43,7 +41,7 @@ def counted(tmp_path_factory):
         if "accumulated" in name:
             values["train"] = {**values["train"], "dtype": "bf16", "micro_batch_size": 2}
         if "checkpointed" in name:
-            values["train"] = {**values["train"], "activation_checkpointing": True}
+            values["train"]["activation_checkpointing"] = True
     results = count(list(values_of.values()), 2, folder, iterations=2)  # where all is gathered, each is alike
     return {name: (values, result) for (name, values), result in zip(values_of.items(), results, strict=True)}
 
