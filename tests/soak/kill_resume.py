@@ -49,8 +49,8 @@ VALUES = {
         "ema": {"half_life": 100.0},
     },
     "train": {"steps": STEPS, "global_batch_size": 16},
-    # A line averages over three iterations, a checkpoint comes every four: unfinished means are in it, too.
-    "telemetry": {"log_every": 3, "sample_every": 0, "tensorboard": False},
+    # A line averages over five iterations, a checkpoint comes every four: unfinished means are in it, too.
+    "telemetry": {"log_every": 5, "sample_every": 0, "tensorboard": False},
     "validation": {"count": 16, "every": 10},
     "checkpoint": {"every": EVERY},
 }
