@@ -195,6 +195,30 @@ def test_workers_end_when_all_is_decoded(folder, expected):
     assert children() == before and stream._samples.complete
 
 
+PARENT = """
+import sys
+from rdmd_fast.data.decoding import Decoder
+from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.store import private_store
+shards = ShardSet(sys.argv[1])
+decoder = Decoder(shards, private_store(len(shards), shards.shape, "uint8"), 3)
+decoder.wait(set(decoder.submit([(index, index) for index in range(len(shards))]).values()))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(folder):
+    command = [sys.executable, "-c", PARENT, str(folder)]
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout.readline() == "ready\n"
+    workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    assert len(workers) == 3 and all(Path(f"/proc/{pid}").exists() for pid in workers)
+    parent.kill()
+    parent.communicate()
+    assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
 def test_signals_are_left_to_the_parent(folder):
     before = children()
     decoder = decoder_of(folder, 2)
