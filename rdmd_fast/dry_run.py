@@ -37,6 +37,8 @@ def dry_run(config: Config) -> int:
 
 def parameter_counts(config: Config) -> dict[str, int]:
     """Parameters of each network that the run holds, by name."""
+    import torch
+
     from .experiment import count_parameters
     from .networks.teachers import read_teacher_config
 
@@ -47,10 +49,15 @@ def parameter_counts(config: Config) -> dict[str, int]:
     options = config.network
     if config.teacher not in (None, "analytic"):
         options = read_teacher_config(config.teacher).network
-    size = count_parameters(build_network(options, shape)) if options else 0
+
+    def count(options) -> int:
+        with torch.device("meta"):  # counted, not made: what is asked for may be larger than this machine
+            return count_parameters(build_network(options, shape))
+
+    size = count(options) if options else 0
     if config.stage == "teacher":
         return {"teacher": size}
-    generator = size if config.generator.kind == "teacher" else count_parameters(build_network(config.generator, shape))
+    generator = size if config.generator.kind == "teacher" else count(config.generator)
     fake = size if config.rdmd.fake_score == "learned" else 0
     return {
         "generator": generator,

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,3 +85,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     fsync_path(partial)
     os.replace(partial, path)
+
+
+def read_text(path: str | Path, most: int) -> str:
+    """The text of a small file in UTF-8. Pipes and devices, on which reading may never end, are not opened.
+
+    Raises:
+        OSError, ValueError: not there, no regular file, more than ``most`` bytes, or no text.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"larger than {most // 1024} KiB")
+    return content.decode()

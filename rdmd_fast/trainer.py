@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import InputError
+from .errors import InputError, of_the_machine
 from .runtime import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 
 EPILOG = """examples:
@@ -54,6 +54,15 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
+    except (OSError, MemoryError, RuntimeError) as error:
+        # Memory that a network or a batch asks for, and a path that the system will have none of, are input as well.
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        line = of_the_machine(MemoryError(str(error)) if isinstance(error, RuntimeError) else error)
+        print(f"error: {line}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT
 
 

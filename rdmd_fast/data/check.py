@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections import defaultdict
@@ -11,11 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from rdmd_fast.data.images import UNREADABLE, map_in_order, to_rgb
+from rdmd_fast.data.contents import decode_sample
+from rdmd_fast.data.images import UNREADABLE, map_in_order
 from rdmd_fast.data.parts import (
     ARRAY_EXTENSION,
     IMAGE_EXTENSIONS,
@@ -27,7 +25,6 @@ from rdmd_fast.data.parts import (
 )
 from rdmd_fast.data.report import digest_of, shared_samples
 from rdmd_fast.data.shards import ShardSet
-from rdmd_fast.data.sources.files import load_array
 from rdmd_fast.data.tar import TarMember, scan_shard
 from rdmd_fast.data.writer import file_sha256
 from rdmd_fast.errors import InputError
@@ -211,14 +208,6 @@ def _decode(path: Path, shape: tuple | None, samples: list[TarMember]) -> list[F
                 if shape is not None and found != shape:
                     faults.append(Fault(where, f"has shape {found} where {MANIFEST} says {shape}"))
     return faults
-
-
-def decode_sample(data: bytes, extension: str) -> np.ndarray:
-    """Uint8 [H, W, 3] of an image, float32 of an array; raises ``images.UNREADABLE``."""
-    if extension == ARRAY_EXTENSION:
-        return load_array(data)
-    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-        return np.asarray(to_rgb(image))
 
 
 class OtherSet:

@@ -18,9 +18,12 @@ from rdmd_fast.errors import InputError
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 
+# Of those that Pillow knows, the ones of these suffixes: it would run Ghostscript on others, whatever they are named.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
 # What Pillow and NumPy raise for files that are broken, empty, cut short, absurdly large or of another kind.
 UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError, MemoryError),
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError, MemoryError, AttributeError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 
@@ -63,7 +66,7 @@ def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = 
         OSError, ValueError and others: unreadable image (``UNREADABLE``), or one smaller than ``crop``.
     """
     try:
-        opened = Image.open(file)
+        opened = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:  # its message holds a memory address
         raise ValueError("not an image of a known format") from None
     with opened:

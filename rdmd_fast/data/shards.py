@@ -8,7 +8,6 @@ their headers are scanned once, at opening.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import weakref
@@ -18,9 +17,9 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from rdmd_fast.data.images import UNREADABLE, to_rgb
+from rdmd_fast.data.contents import decode_array, decode_image
+from rdmd_fast.data.images import UNREADABLE
 from rdmd_fast.data.locate import locate
 from rdmd_fast.data.parts import Part
 from rdmd_fast.errors import InputError
@@ -177,10 +176,7 @@ class ShardSet:
 
     def _decode(self, index: int, data: bytes) -> np.ndarray:
         try:
-            if self.kind == "array":
-                return np.load(io.BytesIO(data), allow_pickle=False).astype(np.float32, casting="same_kind")
-            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-                return np.asarray(to_rgb(image))
+            return decode_array(data) if self.kind == "array" else decode_image(data)
         except UNREADABLE as error:
             raise InputError(f"{self._where(index)} cannot be decoded ({error}); pack the set again") from error
 
