@@ -16,9 +16,7 @@ from rdmd_fast.data.parts import ARRAY_EXTENSION
 MOST_PIXELS = 2**24
 """Of an image in a shard, 4096 x 4096: a file of a few KiB can ask for thousands of times as much."""
 
-# What libraries think of a strange file is no news to whoever reads that it was refused, or replaced.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-warnings.filterwarnings("ignore", message="Reading `.npy`")
+warnings.filterwarnings("ignore", message="Reading `.npy`")  # by Python 2: read without a word, or refused
 
 
 def decode_sample(data: bytes, extension: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,9 @@ IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".
 
 # Of those that Pillow knows, the ones of these suffixes: it would run Ghostscript on others, whatever they are named.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+MOST_PIXELS = 90_000_000  # about where Pillow begins to warn
+warnings.filterwarnings("ignore", module=r"PIL\.")  # an odd file is refused, or read without a word
 
 # What Pillow and NumPy raise for files that are broken, empty, cut short, absurdly large or of another kind.
 UNREADABLE = (
@@ -70,6 +74,9 @@ def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = 
     except UnidentifiedImageError:  # its message holds a memory address
         raise ValueError("not an image of a known format") from None
     with opened:
+        width, height = opened.size
+        if width * height > MOST_PIXELS:  # a file of a few KiB can ask for gigabytes
+            raise ValueError(f"{width}x{height} pixels are more than {MOST_PIXELS}")
         image = to_rgb(ImageOps.exif_transpose(opened))
     width, height = image.size
     side = crop or min(width, height)

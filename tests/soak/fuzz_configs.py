@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import yaml
-
 from fuzz_mutations import mutate_bytes, mutate_text, mutate_tree, odd_files, odd_value, replace_by_odd
 from fuzz_sandbox import ROOT, Rules
 
@@ -45,7 +44,9 @@ def laughs(width: int = 9) -> str:
 def merges(width: int = 9) -> str:
     """The same through merge keys, which the loader itself expands."""
     rows = ["a: &a {k: 1}"]
-    rows += [f"{new}: &{new} {{<<: [{', '.join([f'*{o}'] * width)}]}}" for o, new in zip(LETTERS, LETTERS[1:], strict=False)]
+    rows += [
+        f"{new}: &{new} {{<<: [{', '.join([f'*{o}'] * width)}]}}" for o, new in zip(LETTERS, LETTERS[1:], strict=False)
+    ]
     return f"{{{', '.join(rows)}}}"
 
 
@@ -103,7 +104,9 @@ class Configs:
         given = "config.yaml"
         if case.odd is not None:
             chance = random.Random(case.odd)
-            given = chance.choice(["config.yaml", "config.yaml", "/dev/zero", "/dev/stdin", "folder", "", "a\nb", "x" * 300])
+            given = chance.choice(
+                ["config.yaml", "config.yaml", "/dev/zero", "/dev/stdin", "folder", "", "a\nb", "x" * 300]
+            )
             if given == "config.yaml":
                 replace_by_odd(path, folder, chance)
         arguments = ["--config", given, *case.overrides]
@@ -144,7 +147,11 @@ class ConfigCase:
     def snippet(self, chance: random.Random, paths: tuple[str, ...]) -> str:
         if chance.random() < 0.5:
             return chance.choice(SNIPPETS)
-        return yaml.safe_dump(odd_value(chance, paths), default_flow_style=True, width=10**9).removesuffix("\n...\n").strip()
+        return (
+            yaml.safe_dump(odd_value(chance, paths), default_flow_style=True, width=10**9)
+            .removesuffix("\n...\n")
+            .strip()
+        )
 
     def put_snippet(self, chance: random.Random) -> str:
         section = chance.choice([self.values, *(value for value in self.values.values() if isinstance(value, dict))])

@@ -119,6 +119,7 @@ def work(kind, seed: int, numbers: list[int], scratch: Path, out: Path | None) -
 def keep(folder: Path, target: Path, finding: dict) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
+
     # Pipes and devices cannot be copied; the plan makes them again.
     def special(parent: str, names: list[str]) -> list[str]:
         return [name for name in names if (Path(parent) / name).is_fifo()]
@@ -160,7 +161,9 @@ def again(kind, arguments, number: int, scratch: Path) -> int:
     plan = plan_of(kind, arguments.seed, number)
     outcome, told = run_plan(kind, plan, scratch / "again")
     print("\n".join(told), outcome.stdout[-3000:], outcome.stderr, sep="\n")
-    print(f"status {outcome.status}, {outcome.seconds:.2f} s, {outcome.bytes >> 20} MiB, {outcome.problem or 'as it should'}")
+    print(
+        f"status {outcome.status}, {outcome.seconds:.2f} s, {outcome.bytes >> 20} MiB, {outcome.problem or 'as it should'}"
+    )
     if outcome.problem and arguments.out is not None:
         keep(scratch / "again", arguments.out / f"{kind.name}-{number}", {"problem": outcome.problem, "plan": plan})
     return int(outcome.problem is not None)
@@ -206,7 +209,9 @@ def report(tallies: dict[str, Tally], arguments, seconds: float) -> None:
             problems.setdefault((finding["kind"], finding["problem"]), []).append(finding["number"])
     for (kind, problem), numbers in sorted(problems.items()):
         print(f"{kind:<12} {len(numbers):>5} × {problem}  (--only {kind}:{min(numbers)} --seed {arguments.seed})")
-    print(f"\n{'kind':<12} {'cases':>6} {'exit 0':>7} {'exit 2':>7} {'other':>6} {'findings':>9} {'worst s':>8} {'worst MiB':>10}")
+    print(
+        f"\n{'kind':<12} {'cases':>6} {'exit 0':>7} {'exit 2':>7} {'other':>6} {'findings':>9} {'worst s':>8} {'worst MiB':>10}"
+    )
     for kind, tally in tallies.items():
         print(
             f"{kind:<12} {tally.cases:>6} {tally.done:>7} {tally.refused:>7} {tally.other:>6} {len(tally.findings):>9} "

@@ -10,15 +10,16 @@ import tarfile
 from io import BytesIO
 from pathlib import Path
 
-import deepspeed  # noqa: F401  (imported before the forks, once)
+import deepspeed
+import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import tensorboard  # noqa: F401
 import torch
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 import yaml
-from PIL import Image
-
 from fuzz_sandbox import ROOT
+from PIL import Image
 
 from rdmd_fast import cli, evaluate, figures, import_edm, sample, trainer, translate  # noqa: F401
 from rdmd_fast.data import check, pack, stream  # noqa: F401
@@ -28,13 +29,22 @@ from rdmd_fast.networks import AffineOptions, DhariwalUNetOptions, MLPOptions, S
 from rdmd_fast.networks.exported import ExportConfig, write_export
 
 Image.init()
+matplotlib.get_configdir(), matplotlib.get_cachedir()  # made here, once
 _ = deepspeed.ops.__compatible_ops__  # tries compilers, once
 torch.set_num_threads(1)
 
 SIDE, COUNT, EACH = 8, 12, 4
-TINY = SongUNetOptions(kind="song_unet", model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[8], dropout=0.0)
+TINY = SongUNetOptions(
+    kind="song_unet", model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[8], dropout=0.0
+)
 CONDITIONAL = DhariwalUNetOptions(
-    kind="dhariwal_unet", model_channels=32, channel_mult=[1], num_blocks=1, attn_resolutions=[], label_dim=3, dropout=0.0
+    kind="dhariwal_unet",
+    model_channels=32,
+    channel_mult=[1],
+    num_blocks=1,
+    attn_resolutions=[],
+    label_dim=3,
+    dropout=0.0,
 )
 SHAPE = [3, SIDE, SIDE]
 

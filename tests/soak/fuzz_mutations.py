@@ -60,7 +60,9 @@ def mutate_bytes(data: bytes, chance: random.Random, reach: int | None = None) -
     end = min(size, reach) if reach and chance.random() < 0.8 else size
     at = chance.randrange(end) if end else 0
     length = min(chance.choice([1, 1, 2, 4, 8, 64, 512]), size - at)
-    kind = chance.choice(["flip", "set", "cut", "drop", "repeat", "insert", "splice", "number", "zero", "append", "empty"])
+    kind = chance.choice(
+        ["flip", "set", "cut", "drop", "repeat", "insert", "splice", "number", "zero", "append", "empty"]
+    )
     if kind == "flip" and size:
         return data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :]
     if kind == "set":
@@ -173,7 +175,17 @@ def mutate_tree(tree, chance: random.Random, extra: tuple = ()) -> str:
         name = str(key)
         at = chance.randrange(len(name) + 1)
         new = chance.choice(
-            [name[:at] + name[at + 1 :], name + "s", name.upper(), "", "a" * 3000, f"{name}.{name}", "\x00", "é" * 40, 7]
+            [
+                name[:at] + name[at + 1 :],
+                name + "s",
+                name.upper(),
+                "",
+                "a" * 3000,
+                f"{name}.{name}",
+                "\x00",
+                "é" * 40,
+                7,
+            ]
         )
         container[new] = container.pop(key)
     elif kind == "wrap":

@@ -95,7 +95,9 @@ def damage_model(model: Path, kind: str, chance: random.Random, folder: Path) ->
         elif move == 2 and tensors:
             shutil.move(tensors[0], model / "generator.safetensors")
         elif tensors:
-            names = chance.choice([["a"], ["../up"], [tensors[0].name], [tensors[0].name, "b"], ["/etc/passwd"], [7], []])
+            names = chance.choice(
+                [["a"], ["../up"], [tensors[0].name], [tensors[0].name, "b"], ["/etc/passwd"], [7], []]
+            )
             (model / f"{tensors[0].name}.index.json").write_text(json.dumps({"weight_map": dict(enumerate(names))}))
             tensors[0].rename(model / "moved.safetensors")
         return
@@ -141,19 +143,62 @@ def mutate_header(data: bytes, chance: random.Random) -> bytes:
     entry = header.get(name)
     if kind == 0 and isinstance(entry, dict) and "dtype" in entry:
         entry["dtype"] = chance.choice(
-            ["F64", "F16", "BF16", "I8", "U8", "I64", "BOOL", "F8_E4M3", "F8_E5M2", "C64", "U16", "F4", "X", "", 7, None]
+            [
+                "F64",
+                "F16",
+                "BF16",
+                "I8",
+                "U8",
+                "I64",
+                "BOOL",
+                "F8_E4M3",
+                "F8_E5M2",
+                "C64",
+                "U16",
+                "F4",
+                "X",
+                "",
+                7,
+                None,
+            ]
         )
     elif kind == 1 and isinstance(entry, dict) and "shape" in entry:
         entry["shape"] = chance.choice(
-            [[], [0], [-1], [1], [2**63], [2**32, 2**32], [1.5], ["a"], None, entry["shape"][::-1], entry["shape"] + [1], [1] * 70]
+            [
+                [],
+                [0],
+                [-1],
+                [1],
+                [2**63],
+                [2**32, 2**32],
+                [1.5],
+                ["a"],
+                None,
+                entry["shape"][::-1],
+                entry["shape"] + [1],
+                [1] * 70,
+            ]
         )
     elif kind == 2 and isinstance(entry, dict) and "data_offsets" in entry:
         begin, end = entry["data_offsets"]
         entry["data_offsets"] = chance.choice(
-            [[end, begin], [0, end], [begin, end + 4], [begin, 2**63], [-4, 0], [begin], [], None, [begin + 2, end + 2], ["a", 1]]
+            [
+                [end, begin],
+                [0, end],
+                [begin, end + 4],
+                [begin, 2**63],
+                [-4, 0],
+                [begin],
+                [],
+                None,
+                [begin + 2, end + 2],
+                ["a", 1],
+            ]
         )
     elif kind == 3 and entry is not None:
-        header[chance.choice([name + "x", "", "../" + name, "\x00", "a" * 10000, name.upper(), "model." + name])] = header.pop(name)
+        header[chance.choice([name + "x", "", "../" + name, "\x00", "a" * 10000, name.upper(), "model." + name])] = (
+            header.pop(name)
+        )
     elif kind == 4:
         header[chance.choice(["extra", "__metadata__"])] = chance.choice(
             [entry, {}, {"a": 1}, {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, None, [], "x"]

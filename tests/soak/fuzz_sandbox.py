@@ -25,7 +25,17 @@ LONGEST_LINE = 1000  # characters: more is no clear line
 STOP_AFTER = 6.0  # seconds after which a training is asked to stop
 
 # Libraries compile code of their own; these also have ways to compile what they read.
-READERS = ("pickle", "yaml", "serialization", "unpickler", "numpy/lib", "multiprocessing", "rdmd_fast", "kernels", "tests")
+READERS = (
+    "pickle",
+    "yaml",
+    "serialization",
+    "unpickler",
+    "numpy/lib",
+    "multiprocessing",
+    "rdmd_fast",
+    "kernels",
+    "tests",
+)
 RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn", "subprocess.Popen")
 REACHES = ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.bind", "urllib.Request")
 CHANGES = ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod")
@@ -218,7 +228,9 @@ def _problem(outcome: Outcome, rules: Rules, limits: Limits) -> str | None:
         return f"exit status {outcome.status}"
     if outcome.bytes > limits.bytes:
         return f"memory: more than {limits.bytes >> 20} MiB"
-    others = [line for line in lines if not line.startswith(("error: ", "warning: ")) and not re.match(rules.notes, line)]
+    others = [
+        line for line in lines if not line.startswith(("error: ", "warning: ")) and not re.match(rules.notes, line)
+    ]
     if others:
         return f"stderr: {re.sub(r'[0-9]+', '#', others[0])[:150]}"
     errors = [line for line in lines if line.startswith("error: ")]

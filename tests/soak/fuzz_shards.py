@@ -29,7 +29,20 @@ NAMES = [
     "a.png.cls", ".png", "a", "", "a.PNG", "a.b.c.png", "é\udcff.png", "a\nb.png", "\x1b[31m.png", "same.png", "x.npy", "x.cls",
     "x.pyd", "x.pkl", "-rf.png", "a b.png", "CON.png", ".hidden.png", "0_0.png", "0_0.jpg", "0_0.cls",
 ]  # fmt: skip
-LABELS = [b"", b"-1", b"1e3", b"9" * 30, b"0x1", b"1\n", b" 2 ", b"\xff", "²".encode(), b"3" * 19, b"1" + b"0" * 17, b"\x00"]
+LABELS = [
+    b"",
+    b"-1",
+    b"1e3",
+    b"9" * 30,
+    b"0x1",
+    b"1\n",
+    b" 2 ",
+    b"\xff",
+    "²".encode(),
+    b"3" * 19,
+    b"1" + b"0" * 17,
+    b"\x00",
+]
 
 
 class Shards:
@@ -118,7 +131,11 @@ def damage_set(data: Path, kind: str, chance: random.Random, folder: Path) -> No
         path = chance.choice(whole) if whole else None
         if path and path.is_file():
             form = path.suffix.removeprefix(".")
-            path.write_bytes(odd_sample(path.read_bytes(), form, chance) if kind == "member" else mutate_bytes(path.read_bytes(), chance))
+            path.write_bytes(
+                odd_sample(path.read_bytes(), form, chance)
+                if kind == "member"
+                else mutate_bytes(path.read_bytes(), chance)
+            )
         return
     path = chance.choice([path for path in tars if path.is_file()] or [None])
     if path is None:
@@ -184,7 +201,9 @@ def rewrite(path: Path, kind: str, chance: random.Random) -> None:
     if kind == "name":
         info.name = chance.choice(NAMES)
         if chance.random() < 0.2:
-            info.type = chance.choice([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+            info.type = chance.choice(
+                [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+            )
             info.linkname, content = "/etc/passwd", b""
         if chance.random() < 0.3:
             info.pax_headers = chance.choice(
@@ -198,7 +217,9 @@ def rewrite(path: Path, kind: str, chance: random.Random) -> None:
     members[at] = info, content
     if chance.random() < 0.1:
         members.append(members[chance.randrange(len(members))])
-    with tarfile.open(path, "w", format=chance.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), errors="surrogateescape") as tar:
+    with tarfile.open(
+        path, "w", format=chance.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), errors="surrogateescape"
+    ) as tar:
         for each, data in members:
             each.size = len(data)
             try:
@@ -207,8 +228,21 @@ def rewrite(path: Path, kind: str, chance: random.Random) -> None:
                 continue
 
 
-NUMBERS = [b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x80" + b"\x00" * 3 + b"\x7f" + b"\xff" * 7, b"\xff" * 10 + b"\xfe\x00", b"77777777777\0"]
-NUMBERS += [b"-0000000001\0", b"           \0", b"abcdefghijk\0", b"00000000000\0", b"00000001000\0", b"\xff" * 11 + b"\x00"]
+NUMBERS = [
+    b"\x80" + b"\xff" * 11,
+    b"\xff" * 12,
+    b"\x80" + b"\x00" * 3 + b"\x7f" + b"\xff" * 7,
+    b"\xff" * 10 + b"\xfe\x00",
+    b"77777777777\0",
+]
+NUMBERS += [
+    b"-0000000001\0",
+    b"           \0",
+    b"abcdefghijk\0",
+    b"00000000000\0",
+    b"00000001000\0",
+    b"\xff" * 11 + b"\x00",
+]
 
 
 def mutate_headers(data: bytes, chance: random.Random) -> bytes:
@@ -223,7 +257,9 @@ def mutate_headers(data: bytes, chance: random.Random) -> bytes:
         start = 124 if kind == "size" else chance.choice([136, 100])
         block[start : start + (12 if start != 100 else 8)] = chance.choice(NUMBERS)[: 12 if start != 100 else 8]
     elif kind == "type":
-        block[156:157] = chance.choice([b"1", b"2", b"3", b"5", b"6", b"7", b"g", b"x", b"L", b"K", b"S", b"V", b"M", b"X", b"\0", b"\xff"])
+        block[156:157] = chance.choice(
+            [b"1", b"2", b"3", b"5", b"6", b"7", b"g", b"x", b"L", b"K", b"S", b"V", b"M", b"X", b"\0", b"\xff"]
+        )
     elif kind == "name":
         block[:100] = chance.choice([bytes(100), b"\xff" * 100, b"../" * 33 + b"a", b"a/" * 50, b"./.png" + bytes(94)])
     elif kind == "magic":
@@ -249,14 +285,20 @@ def odd_sample(content: bytes, form: str, chance: random.Random) -> bytes:
     if kind == 0:
         return mutate_bytes(content, chance, reach=128)
     if kind == 1:
-        return chance.choice([b"", b"<html>", b"PK\x03\x04", b"\x80\x04cos\nsystem\n.", b"GIF89a", b"%PDF", b"\x93NUMPY", bytes(64)])
+        return chance.choice(
+            [b"", b"<html>", b"PK\x03\x04", b"\x80\x04cos\nsystem\n.", b"GIF89a", b"%PDF", b"\x93NUMPY", bytes(64)]
+        )
     return odd_array(content, chance) if form == "npy" else odd_image(chance)
 
 
 def odd_image(chance: random.Random) -> bytes:
     kind = chance.choice(["bomb", "wide", "mode", "other size", "chunk", "animation", "jpeg size", "format", "exif"])
     if kind in ("bomb", "wide"):
-        sides = (60000, 60000) if kind == "bomb" else chance.choice([(11000, 11000), (2**31 - 1, 1), (1, 10**6), (0, 5), (16000, 9000)])
+        sides = (
+            (60000, 60000)
+            if kind == "bomb"
+            else chance.choice([(11000, 11000), (2**31 - 1, 1), (1, 10**6), (0, 5), (16000, 9000)])
+        )
         return png(*sides, zlib.compress(bytes(1 << 20)))
     if kind == "mode":
         mode = chance.choice(["1", "L", "LA", "P", "RGBA", "I;16", "CMYK"])
@@ -287,10 +329,14 @@ def odd_image(chance: random.Random) -> bytes:
         image.save(buffer, "JPEG", exif=data if chance.random() < 0.5 else b"Exif\0\0" + chance.randbytes(60))
         return buffer.getvalue()
     if kind == "format":
-        return encode(Image.new("RGB", (8, 8)), chance.choice(["BMP", "TIFF", "PPM", "GIF", "ICO", "TGA", "PDF", "EPS"]))
+        return encode(
+            Image.new("RGB", (8, 8)), chance.choice(["BMP", "TIFF", "PPM", "GIF", "ICO", "TGA", "PDF", "EPS"])
+        )
     data = bytearray(encode(Image.new("RGB", (8, 8)), "JPEG"))
     at = data.find(b"\xff\xc0")
-    data[at + 5 : at + 9] = struct.pack(">HH", *chance.choice([(65535, 65535), (0, 8), (8, 0), (12000, 12000), (8, 65535)]))
+    data[at + 5 : at + 9] = struct.pack(
+        ">HH", *chance.choice([(65535, 65535), (0, 8), (8, 0), (12000, 12000), (8, 65535)])
+    )
     return bytes(data)
 
 
