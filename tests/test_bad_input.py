@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -158,10 +159,10 @@ def test_class_of_a_network_without_classes(capsys, tmp_path, shards):
 
 LETTERS = "abcdefghij"
 LAUGHS = "deepspeed: {a: &a [x, x, x], " + ", ".join(
-    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip(LETTERS, LETTERS[1:], strict=False)
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise(LETTERS)
 )
 MERGES = "deepspeed: {a: &a {k: 1}, " + ", ".join(
-    f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}" for old, new in zip(LETTERS, LETTERS[1:], strict=False)
+    f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}" for old, new in pairwise(LETTERS)
 )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import random
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -26,10 +26,10 @@ SNIPPETS = [
     "!!pairs [a: 1]", "!!null x", "!!str 1", "!!map [1]", "!!seq {a: 1}", "!unknown x", "!<tag:x> y", "! x",
     "2001-01-01", "2001-99-99", "2001-01-01 25:61:61", "0x" + "f" * 5000, "9" * 5000, "0b" + "1" * 20000, "1_000",
     "1:30:30", "0o777", "0777", ".inf", "-.inf", ".nan", "1e999", "*undefined", "&a [*a]", "&a {b: *a}", '"\\ud800"',
-    '"\\x00"', '"\\e[31m"', "{[1]: 2}", "{{a: 1}: 2}", "{1: 2}", "{null: 2}", "{? : 1}", "'unterminated", "[1, 2", "{a: 1",
-    "]", "|", ">", "@", "`", "%TAG", "? a", "<<", "{<<: 1}", "{<<: [1]}", "{<<: *x}", "[" * 2000, "[" * 300 + "]" * 300,
-    "[" * 20 + "]" * 20, "{a: " * 300 + "1" + "}" * 300, "1" + "0" * 400, "-1", "1e-400", "~", "yes", "on", "=",
-    "!!python/object/apply:builtins.eval ['__import__(\"os\").system(\"touch executed\")']",
+    '"\\x00"', '"\\e[31m"', "{[1]: 2}", "{{a: 1}: 2}", "{1: 2}", "{null: 2}", "{? : 1}", "'unterminated", "[1, 2",
+    "{a: 1", "]", "|", ">", "@", "`", "%TAG", "? a", "<<", "{<<: 1}", "{<<: [1]}", "{<<: *x}", "[" * 2000,
+    "[" * 300 + "]" * 300, "[" * 20 + "]" * 20, "{a: " * 300 + "1" + "}" * 300, "1" + "0" * 400, "-1", "1e-400", "~",
+    "yes", "on", "=", "!!python/object/apply:builtins.eval ['__import__(\"os\").system(\"touch executed\")']",
 ]  # fmt: skip
 LETTERS = "abcdefghij"
 
@@ -37,16 +37,14 @@ LETTERS = "abcdefghij"
 def laughs(width: int = 9) -> str:
     """Ten anchors, each a list of the one before: 10^9 values in a few lines."""
     rows = [f"&a [{', '.join(['x'] * width)}]"]
-    rows += [f"&{new} [{', '.join([f'*{old}'] * width)}]" for old, new in zip(LETTERS, LETTERS[1:], strict=False)]
+    rows += [f"&{new} [{', '.join([f'*{old}'] * width)}]" for old, new in pairwise(LETTERS)]
     return f"[{', '.join(rows)}]"
 
 
 def merges(width: int = 9) -> str:
     """The same through merge keys, which the loader itself expands."""
     rows = ["a: &a {k: 1}"]
-    rows += [
-        f"{new}: &{new} {{<<: [{', '.join([f'*{o}'] * width)}]}}" for o, new in zip(LETTERS, LETTERS[1:], strict=False)
-    ]
+    rows += [f"{new}: &{new} {{<<: [{', '.join([f'*{o}'] * width)}]}}" for o, new in pairwise(LETTERS)]
     return f"{{{', '.join(rows)}}}"
 
 
@@ -123,10 +121,11 @@ class Configs:
 DEEPSPEED_SAYS = r"\[20\d\d-|Stage 3 initialize|\[Gloo\]"
 
 OVERRIDES = [
-    "=", "a", "a=", ".=1", "a.=1", ".a=1", "a..b=1", "train=1", "train.steps.x=1", "seed.x=1", "stage.x.y=1", "data=",
-    "data.source=[", "teacher=!!python/name:os.system", "x" * 5000 + "=1", ".".join("a" * 2000) + "=1", "seed=-1", "\x00=1",
-    "run_dir=\udcff", "train.steps=1e3", "train={}", "train=[]", "train=null", "data=null", "rdmd.sigma=null", "network=null",
-    "generator={}", "diffusion={}", "=" * 300, "train.steps=1=2", "deepspeed.a.b.c.d=1", "deepspeed=[1]", "деньги=1",
+    "=", "a", "a=", ".=1", "a.=1", ".a=1", "a..b=1", "train=1", "train.steps.x=1", "seed.x=1", "stage.x.y=1",
+    "data=", "data.source=[", "teacher=!!python/name:os.system", "x" * 5000 + "=1", ".".join("a" * 2000) + "=1",
+    "seed=-1", "\x00=1", "run_dir=\udcff", "train.steps=1e3", "train={}", "train=[]", "train=null", "data=null",
+    "rdmd.sigma=null", "network=null", "generator={}", "diffusion={}", "=" * 300, "train.steps=1=2",
+    "deepspeed.a.b.c.d=1", "deepspeed=[1]", "деньги=1",
 ]  # fmt: skip
 
 
@@ -187,9 +186,8 @@ def absurd(values, key: str):
     elif isinstance(values, list):
         for value in values:
             yield from absurd(value, key)
-    elif isinstance(values, int | float) and not isinstance(values, bool) and key != "seed":
-        if not math.isfinite(values) or abs(values) > LARGEST:
-            yield f"accepted: {key} = {values:.3g}" if isinstance(values, float) else f"accepted: a huge {key}"
+    elif isinstance(values, int | float) and key != "seed" and not abs(values) <= LARGEST:
+        yield f"accepted: {key} = {values:.3g}" if isinstance(values, float) else f"accepted: a huge {key}"
 
 
 def trainer_keys():
@@ -226,7 +224,8 @@ def small_rdmd() -> dict:
 def small_teacher(material) -> dict:
     return {
         "stage": "teacher", "run_dir": "run", "data": {"target": str(material.images), "flip": True},
-        "network": {"kind": "song_unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []},
+        "network": {"kind": "song_unet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1,
+                    "attn_resolutions": []},
         "teacher_stage": {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.99]}, "ema": {"half_life": 100.0}},
         "train": {"steps": 2, "global_batch_size": 4}, "checkpoint": {"every": 0}, "deepspeed": {},
         "telemetry": {"log_every": 1, "sample_every": 0, "sample_count": 2, "tensorboard": False},
@@ -235,7 +234,8 @@ def small_teacher(material) -> dict:
 
 def small_distillation(material) -> dict:
     return {
-        "stage": "rdmd", "run_dir": "run", "data": {"source": str(material.images), "source_holdout": str(material.images)},
+        "stage": "rdmd", "run_dir": "run", 
+        "data": {"source": str(material.images), "source_holdout": str(material.images)},
         "teacher": str(material.teacher), "rdmd": {"sigma": {"kind": "lognormal", "mean": -1.0, "std": 1.0}},
         "train": {"steps": 2, "global_batch_size": 4, "micro_batch_size": 2}, "checkpoint": {"every": 1, "keep": 1},
         "deepspeed": {"zero_optimization": {"stage": 1}}, "validation": {"every": 1, "count": 4},

@@ -4,8 +4,8 @@
     python tests/soak/fuzz_inputs.py --only exports:137 --seed 0      (one case again, with what it says)
 
 Each case is a few mutations of a sound input, drawn from (seed, kind, number), and runs in a process forked from one
-that has imported everything. It must end with status 0 or 2, within the time and the memory, and say one line on 2. What
-does not is printed with its number, reduced to the mutations that it needs, and kept under --out.
+that has imported everything. It must end with status 0 or 2, within the time and the memory, and say one line on 2.
+What does not is printed with its number, reduced to the mutations that it needs, and kept under --out.
 """
 
 from __future__ import annotations
@@ -161,9 +161,8 @@ def again(kind, arguments, number: int, scratch: Path) -> int:
     plan = plan_of(kind, arguments.seed, number)
     outcome, told = run_plan(kind, plan, scratch / "again")
     print("\n".join(told), outcome.stdout[-3000:], outcome.stderr, sep="\n")
-    print(
-        f"status {outcome.status}, {outcome.seconds:.2f} s, {outcome.bytes >> 20} MiB, {outcome.problem or 'as it should'}"
-    )
+    print(f"status {outcome.status}, {outcome.seconds:.2f} s, {outcome.bytes >> 20} MiB")
+    print(outcome.problem or "as it should be")
     if outcome.problem and arguments.out is not None:
         keep(scratch / "again", arguments.out / f"{kind.name}-{number}", {"problem": outcome.problem, "plan": plan})
     return int(outcome.problem is not None)
@@ -198,6 +197,7 @@ def main() -> int:
             count = getattr(arguments, kind.name)
             if count:
                 tallies[kind.name] = spread(kind, arguments, count, scratch)
+                print(row(kind.name, tallies[kind.name]), flush=True)
     report(tallies, arguments, time.monotonic() - begin)
     return int(any(tally.findings for tally in tallies.values()))
 
@@ -209,15 +209,23 @@ def report(tallies: dict[str, Tally], arguments, seconds: float) -> None:
             problems.setdefault((finding["kind"], finding["problem"]), []).append(finding["number"])
     for (kind, problem), numbers in sorted(problems.items()):
         print(f"{kind:<12} {len(numbers):>5} × {problem}  (--only {kind}:{min(numbers)} --seed {arguments.seed})")
-    print(
-        f"\n{'kind':<12} {'cases':>6} {'exit 0':>7} {'exit 2':>7} {'other':>6} {'findings':>9} {'worst s':>8} {'worst MiB':>10}"
-    )
+    heads = ("cases", "exit 0", "exit 2", "other", "findings", "worst s", "worst MiB")
+    print("\n" + " ".join([f"{'kind':<12}", *(f"{head:>9}" for head in heads)]))
     for kind, tally in tallies.items():
-        print(
-            f"{kind:<12} {tally.cases:>6} {tally.done:>7} {tally.refused:>7} {tally.other:>6} {len(tally.findings):>9} "
-            f"{tally.seconds:>8.2f} {tally.bytes / 2**20:>10.0f}"
-        )
-    print(f"{json.dumps({'seed': arguments.seed, 'seconds': round(seconds, 1)})}")
+        print(row(kind, tally))
+    print(json.dumps({"seed": arguments.seed, "seconds": round(seconds, 1)}))
+
+
+def row(kind: str, tally: Tally) -> str:
+    counts = (tally.cases, tally.done, tally.refused, tally.other, len(tally.findings))
+    return " ".join(
+        [
+            f"{kind:<12}",
+            *(f"{count:>9}" for count in counts),
+            f"{tally.seconds:>9.2f}",
+            f"{tally.bytes / 2**20:>9.0f}",
+        ]
+    )
 
 
 if __name__ == "__main__":

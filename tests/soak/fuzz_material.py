@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -14,20 +15,32 @@ import deepspeed
 import matplotlib
 import matplotlib.pyplot
 import numpy as np
-import tensorboard  # noqa: F401
 import torch
 import torch.utils.tensorboard
 import yaml
 from fuzz_sandbox import ROOT
 from PIL import Image
 
-from rdmd_fast import cli, evaluate, figures, import_edm, sample, trainer, translate  # noqa: F401
-from rdmd_fast.data import check, pack, stream  # noqa: F401
+from rdmd_fast import trainer
 from rdmd_fast.data.writer import ShardWriter
 from rdmd_fast.diffusion import DiffusionOptions
+from rdmd_fast.experiment import forward_flops
 from rdmd_fast.networks import AffineOptions, DhariwalUNetOptions, MLPOptions, SongUNetOptions, build_network
 from rdmd_fast.networks.exported import ExportConfig, write_export
 
+# Everything is imported before the forks, once.
+for _name in (
+    "cli",
+    "evaluate",
+    "figures",
+    "import_edm",
+    "sample",
+    "translate",
+    "data.check",
+    "data.pack",
+    "data.stream",
+):
+    importlib.import_module(f"rdmd_fast.{_name}")
 Image.init()
 matplotlib.get_configdir(), matplotlib.get_cachedir()  # made here, once
 _ = deepspeed.ops.__compatible_ops__  # tries compilers, once
@@ -68,6 +81,7 @@ class Material:
         self.root = root
         self._make_sets()
         self._make_exports()
+        forward_flops(TINY, tuple(SHAPE))  # imports what meta tensors need, a second's worth
         self._make_pickles(edm)
         self.diffusers = Path(
             shutil.copytree(
@@ -117,10 +131,12 @@ class Material:
                 role="teacher", network=CONDITIONAL, sample_shape=SHAPE, diffusion=edm, target_class=1
             ),
             "generator": ExportConfig(
-                role="generator", network=TINY, sample_shape=SHAPE, diffusion=edm, reading="teacher", generator_sigma=1.0
+                role="generator", network=TINY, sample_shape=SHAPE, diffusion=edm, reading="teacher",
+                generator_sigma=1.0,
             ),
             "affine": ExportConfig(
-                role="generator", network=AffineOptions(kind="affine"), sample_shape=[2], diffusion=edm, reading="affine",
+                role="generator", network=AffineOptions(kind="affine"), sample_shape=[2], diffusion=edm,
+                reading="affine",
                 generator_sigma=1.0,
             ),
             "points": ExportConfig(

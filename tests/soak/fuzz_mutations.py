@@ -14,11 +14,11 @@ NUMBERS = [
     float("-inf"), float("nan"), 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**12, 10**30, -(10**30), -(2**63),
 ]  # fmt: skip
 WORDS = [
-    "", " ", "a", "0", "nan", "inf", "1e400", "true", "null", "~", "\x00", "a\x00b", "a\nb", "\x1b[31mred", "\u202eabc",
-    "\ud800", "\U0001f600" * 20, "ÿ", "a" * 300, "a" * 5000, "x/" * 3000, "..", "../..", "../../../../etc/passwd", "/",
-    "/etc/passwd", "/dev/zero", "/dev/stdin", "/dev/full", "/proc/self/mem", "/dev/null", "~root", "$HOME", "%s%n", "{0}",
-    "{1..100000000}", "{a,b}" * 30, "{", "}", "[", "*", "**", "::", "a::b", "toy:gaussian", "toy:nothing", "analytic",
-    "teacher", "os.system", "__class__", "__proto__",
+    "", " ", "a", "0", "nan", "inf", "1e400", "true", "null", "~", "\x00", "a\x00b", "a\nb", "\x1b[31mred",
+    "\u202eabc", "\ud800", "\U0001f600" * 20, "ÿ", "a" * 300, "a" * 5000, "x/" * 3000, "..", "../..",
+    "../../../../etc/passwd", "/", "/etc/passwd", "/dev/zero", "/dev/stdin", "/dev/full", "/proc/self/mem",
+    "/dev/null", "~root", "$HOME", "%s%n", "{0}", "{1..100000000}", "{a,b}" * 30, "{", "}", "[", "*", "**", "::",
+    "a::b", "toy:gaussian", "toy:nothing", "analytic", "teacher", "os.system", "__class__", "__proto__",
 ]  # fmt: skip
 # Files of a case's folder that are no files (see ``odd_files``).
 ODD = ["fifo", "folder", "loop", "dangling", "empty", "zeros", "noise", "to_zero"]
@@ -94,7 +94,21 @@ def mutate_text(text: str, chance: random.Random) -> bytes:
     """One damage to a text's lines, characters or encoding."""
     lines = text.splitlines(keepends=True) or [""]
     at = chance.randrange(len(lines))
-    kind = chance.choice(["bytes", "drop", "double", "swap", "tab", "indent", "encode", "nul", "quote", "word", "join"])
+    kind = chance.choice(
+        [
+            "bytes",
+            "drop",
+            "double",
+            "swap",
+            "tab",
+            "indent",
+            "encode",
+            "nul",
+            "quote",
+            "word",
+            "join",
+        ]
+    )
     if kind == "bytes":
         return mutate_bytes(text.encode(errors="surrogatepass"), chance)
     if kind == "drop":
@@ -147,7 +161,18 @@ def odd_value(chance: random.Random, extra: tuple = ()):
     if kind == 8:
         return nested(chance.choice([1, 2, 30, 400]), chance.choice([None, 1, "a"]), chance.random() < 0.5)
     return chance.choice(
-        [[], {}, [[]], [{}], {"": 1}, {"kind": "mlp"}, {"toy": "gaussian"}, list(range(5000)), [0.5] * 300, ["a"] * 50]
+        [
+            [],
+            {},
+            [[]],
+            [{}],
+            {"": 1},
+            {"kind": "mlp"},
+            {"toy": "gaussian"},
+            list(range(5000)),
+            [0.5] * 300,
+            ["a"] * 50,
+        ]
     )
 
 
@@ -167,7 +192,19 @@ def mutate_tree(tree, chance: random.Random, extra: tuple = ()) -> str:
     old = container[key]
     if kind == "number" and isinstance(old, int | float) and not isinstance(old, bool):
         container[key] = chance.choice(
-            [-old, old + 1, old - 1, old * 2, old * 1000, old * 10**12, old / 3, float(old), old + 0.5, str(old), [old]]
+            [
+                -old,
+                old + 1,
+                old - 1,
+                old * 2,
+                old * 1000,
+                old * 10**12,
+                old / 3,
+                float(old),
+                old + 0.5,
+                str(old),
+                [old],
+            ]
         )
     elif kind == "drop":
         del container[key]

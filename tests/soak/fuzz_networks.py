@@ -19,9 +19,10 @@ from rdmd_fast.errors import InputError
 
 SAYS = r"sampling without a class"
 NETWORK_WORDS = (
-    "song_unet", "dhariwal_unet", "diffusers_unet", "affine", "mlp", "teacher", "generator", "fourier", "residual", "skip",
-    "edm", "epsilon", "v", "x0", "flow", "DownBlock2D", "AttnDownBlock2D", "v_prediction", "sample", "scaled_linear",
-    "squaredcos_cap_v2", "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "scale_shift", "resnet",
+    "song_unet", "dhariwal_unet", "diffusers_unet", "affine", "mlp", "teacher", "generator", "fourier", "residual",
+    "skip", "edm", "epsilon", "v", "x0", "flow", "DownBlock2D", "AttnDownBlock2D", "v_prediction", "sample",
+    "scaled_linear", "squaredcos_cap_v2", "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "scale_shift",
+    "resnet",
 )  # fmt: skip
 
 
@@ -132,7 +133,22 @@ def mutate_header(data: bytes, chance: random.Random) -> bytes:
         return data
     [size] = struct.unpack("<Q", data[:8])
     if chance.random() < 0.15:
-        wrong = chance.choice([0, 1, 7, size - 1, size + 1, size * 2, len(data), 2**20, 2**31, 2**40, 2**63, 2**64 - 1])
+        wrong = chance.choice(
+            [
+                0,
+                1,
+                7,
+                size - 1,
+                size + 1,
+                size * 2,
+                len(data),
+                2**20,
+                2**31,
+                2**40,
+                2**63,
+                2**64 - 1,
+            ]
+        )
         return struct.pack("<Q", wrong % 2**64) + data[8:]
     try:
         header = json.loads(data[8 : 8 + size])
@@ -227,12 +243,14 @@ def mutate_weights(data: bytes, chance: random.Random) -> bytes:
 
 CALLS = [
     b"cos\nsystem\n(S'touch executed'\ntR", b"cposix\nsystem\n(S'touch executed'\ntR",
-    b"csubprocess\ncheck_output\n((lp0\nS'touch'\naS'executed'\natR", b"cbuiltins\neval\n(S'open(\"executed\",\"w\")'\ntR",
-    b"cbuiltins\nexec\n(S'open(\"executed\",\"w\")'\ntR", b"\x8c\x02os\x8c\x06system\x93\x8c\x0etouch executed\x85R",
-    b"(S'touch executed'\nios\nsystem\n", b"cbuiltins\ngetattr\n", b"ctorch\nload\n", b"c__builtin__\napply\n",
-    b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n(dtR", b"ccollections\nOrderedDict\n)R", b"cnumpy\ndtype\n(S'O8'\ntR",
-    b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'f8'\ntRS'12345678'\ntR", b"\x82\x01", b"P0\n", b"\x8fN\x90", b"\x97\x98",
-    b"cbuiltins\nset\n(]tR", b"ctorch._utils\n_rebuild_tensor_v2\n(NNNNtR", b"ctorch.storage\n_load_from_bytes\n(C\x02ab\x85R",
+    b"csubprocess\ncheck_output\n((lp0\nS'touch'\naS'executed'\natR",
+    b"cbuiltins\neval\n(S'open(\"executed\",\"w\")'\ntR", b"cbuiltins\nexec\n(S'open(\"executed\",\"w\")'\ntR",
+    b"\x8c\x02os\x8c\x06system\x93\x8c\x0etouch executed\x85R", b"(S'touch executed'\nios\nsystem\n",
+    b"cbuiltins\ngetattr\n", b"ctorch\nload\n", b"c__builtin__\napply\n",
+    b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n(dtR", b"ccollections\nOrderedDict\n)R",
+    b"cnumpy\ndtype\n(S'O8'\ntR", b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S'f8'\ntRS'12345678'\ntR",
+    b"\x82\x01", b"P0\n", b"\x8fN\x90", b"\x97\x98", b"cbuiltins\nset\n(]tR",
+    b"ctorch._utils\n_rebuild_tensor_v2\n(NNNNtR", b"ctorch.storage\n_load_from_bytes\n(C\x02ab\x85R",
 ]  # fmt: skip
 OPCODES = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
 
@@ -305,7 +323,7 @@ def change_opcodes(data: bytes, opcodes, chance: random.Random) -> bytes:
     """Drop, repeat, exchange, move or replace an opcode."""
     if len(opcodes) < 2:
         return data
-    name, start, end = chance.choice(opcodes)
+    _, start, end = chance.choice(opcodes)
     kind = chance.randrange(5)
     if kind == 0:
         return data[:start] + data[end:]
@@ -334,14 +352,20 @@ def change_argument(data: bytes, opcodes, chance: random.Random) -> bytes:
     name, start, end = chance.choice(small or held)
     if "UNICODE" in name or "STRING" in name:
         text = chance.choice(
-            [b"os", b"system", b"builtins", b"eval", b"SongUNet", b"DhariwalUNet", b"EDMPrecond", b"model", b"", b"a" * 70000,
-             b"\xed\xa0\x80", b"_modules", b"_parameters", b"weight", b"../x", b"img_resolution", b"channel_mult", b"\n"]
+            [
+                b"os", b"system", b"builtins", b"eval", b"SongUNet", b"DhariwalUNet", b"EDMPrecond", b"model", b"",
+                b"a" * 70000, b"\xed\xa0\x80", b"_modules", b"_parameters", b"weight", b"../x", b"img_resolution",
+                b"channel_mult", b"\n",
+            ]
         )  # fmt: skip
         return data[:start] + b"X" + struct.pack("<I", len(text)) + text + data[end:]
     if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "NEWTRUE", "NEWFALSE"):
         value = chance.choice(
-            [b"K\x00", b"K\xff", b"J\xff\xff\xff\xff", b"J\xff\xff\xff\x7f", b"\x8a\x09" + b"\xff" * 8 + b"\x00", b"N", b"\x88",
-             b"G" + struct.pack(">d", float("nan")), b"G" + struct.pack(">d", 1e300), b"\x8a\xff" + b"\x7f" * 255, b"]", b"}"]
+            [
+                b"K\x00", b"K\xff", b"J\xff\xff\xff\xff", b"J\xff\xff\xff\x7f", b"\x8a\x09" + b"\xff" * 8 + b"\x00",
+                b"N", b"\x88", b"G" + struct.pack(">d", float("nan")), b"G" + struct.pack(">d", 1e300),
+                b"\x8a\xff" + b"\x7f" * 255, b"]", b"}",
+            ]
         )  # fmt: skip
         return data[:start] + value + data[end:]
     return data[: start + 1] + mutate_bytes(data[start + 1 : end], chance) + data[end:]

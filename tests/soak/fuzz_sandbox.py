@@ -22,7 +22,7 @@ from rdmd_fast.data import store
 ROOT = Path(__file__).resolve().parents[2]
 EXECUTED = 99  # status of a case that tried to run or write what it must not
 LONGEST_LINE = 1000  # characters: more is no clear line
-STOP_AFTER = 6.0  # seconds after which a training is asked to stop
+STOP_AFTER = 12.0  # seconds after which a training is asked to stop
 
 # Libraries compile code of their own; these also have ways to compile what they read.
 READERS = (
@@ -146,8 +146,8 @@ def _live(action, folder: Path, rules: Rules, limits: Limits, out, err, silence:
         os.chdir(folder)
         for source, target in ((silence, 0), (out.fileno(), 1), (err.fileno(), 2)):
             os.dup2(source, target)
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
         pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (pages + limits.bytes,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -186,7 +186,7 @@ def _guard(folder: Path, rules: Rules) -> None:
 
     def hook(event: str, arguments: tuple) -> None:
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
             if isinstance(flags, int) and flags & writes and not allowed(path):
                 refuse(event, path)

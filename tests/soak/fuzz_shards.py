@@ -25,9 +25,10 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.randomness import Philox
 
 NAMES = [
-    "../outside.png", "/tmp/fuzz_outside.png", "a/../../../outside.png", "a" * 150 + ".png", ("b" * 90 + "/") * 3 + "c.png",
-    "a.png.cls", ".png", "a", "", "a.PNG", "a.b.c.png", "é\udcff.png", "a\nb.png", "\x1b[31m.png", "same.png", "x.npy", "x.cls",
-    "x.pyd", "x.pkl", "-rf.png", "a b.png", "CON.png", ".hidden.png", "0_0.png", "0_0.jpg", "0_0.cls",
+    "../outside.png", "/tmp/fuzz_outside.png", "a/../../../outside.png", "a" * 150 + ".png",
+    ("b" * 90 + "/") * 3 + "c.png", "a.png.cls", ".png", "a", "", "a.PNG", "a.b.c.png", "é\udcff.png", "a\nb.png",
+    "\x1b[31m.png", "same.png", "x.npy", "x.cls", "x.pyd", "x.pkl", "-rf.png", "a b.png", "CON.png", ".hidden.png",
+    "0_0.png", "0_0.jpg", "0_0.cls",
 ]  # fmt: skip
 LABELS = [
     b"",
@@ -46,7 +47,7 @@ LABELS = [
 
 
 class Shards:
-    """Packed and foreign sets, through `rdmd pack --check`, a stream that reads all, `rdmd pack` and `rdmd translate`."""
+    """Packed and foreign sets, through `rdmd pack`, its `--check`, `rdmd translate` and a stream that reads all."""
 
     name = "shards"
 
@@ -207,9 +208,12 @@ def rewrite(path: Path, kind: str, chance: random.Random) -> None:
             info.linkname, content = "/etc/passwd", b""
         if chance.random() < 0.3:
             info.pax_headers = chance.choice(
-                [{"size": "-1"}, {"size": "1e30"}, {"path": "\x00"}, {"path": "../x.png"}, {"GNU.sparse.map": "0,1,a"},
-                 {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"mtime": "nan"}, {"comment": "x" * 100000},
-                 {"GNU.sparse.size": "1000000000000000"}, {"uid": "9" * 5000}, {"hdrcharset": "BINARY"}]
+                [
+                    {"size": "-1"}, {"size": "1e30"}, {"path": "\x00"}, {"path": "../x.png"},
+                    {"GNU.sparse.map": "0,1,a"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
+                    {"mtime": "nan"}, {"comment": "x" * 100000}, {"GNU.sparse.size": "1000000000000000"},
+                    {"uid": "9" * 5000}, {"hdrcharset": "BINARY"},
+                ]
             )  # fmt: skip
     else:
         form = info.name.rpartition(".")[2]
@@ -261,7 +265,15 @@ def mutate_headers(data: bytes, chance: random.Random) -> bytes:
             [b"1", b"2", b"3", b"5", b"6", b"7", b"g", b"x", b"L", b"K", b"S", b"V", b"M", b"X", b"\0", b"\xff"]
         )
     elif kind == "name":
-        block[:100] = chance.choice([bytes(100), b"\xff" * 100, b"../" * 33 + b"a", b"a/" * 50, b"./.png" + bytes(94)])
+        block[:100] = chance.choice(
+            [
+                bytes(100),
+                b"\xff" * 100,
+                b"../" * 33 + b"a",
+                b"a/" * 50,
+                b"./.png" + bytes(94),
+            ]
+        )
     elif kind == "magic":
         block[257:265] = chance.choice([b"ustar  \0", bytes(8), b"ustar\00099", b"USTAR\00000"])
     elif kind == "link":
@@ -312,8 +324,10 @@ def odd_image(chance: random.Random) -> bytes:
     if kind == "other size":
         return encode(Image.new("RGB", chance.choice([(1, 1), (9, 8), (3000, 2), (300, 300)])), "PNG")
     if kind == "chunk":
-        name, body = chance.choice([(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 24))), (b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 22))),
-                                    (b"tEXt", b"a\0" + b"x" * 100000), (b"tRNS", b"\xff" * 300), (b"gAMA", b"\0"), (b"eXIf", b"MM\0*\xff")])  # fmt: skip
+        name, body = chance.choice([
+            (b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 24))), (b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 22))),
+            (b"tEXt", b"a\0" + b"x" * 100000), (b"tRNS", b"\xff" * 300), (b"gAMA", b"\0"), (b"eXIf", b"MM\0*\xff"),
+        ])  # fmt: skip
         return png(8, 8, zlib.compress(bytes(8 * 25)), extra=chunk(name, body))
     if kind == "animation":
         frames = [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(3)]
@@ -356,19 +370,31 @@ def chunk(name: bytes, body: bytes) -> bytes:
 
 
 HEADERS = [
-    "{'descr': '<f4', 'fortran_order': True, 'shape': (4, 8, 8), }", "{'descr': '|O', 'fortran_order': False, 'shape': (4,), }",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }", "{'descr': '<f4', 'fortran_order': False, 'shape': (-4, 8, 8), }",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (4000, 300, 300), }", "{'descr': '<f8', 'fortran_order': False, 'shape': (4, 8, 4), }",
-    "{'descr': '<i4', 'fortran_order': False, 'shape': (4, 8, 8), }", "{'descr': '<c8', 'fortran_order': False, 'shape': (4, 8, 4), }",
-    "{'descr': '<M8[s]', 'fortran_order': False, 'shape': (4, 8, 4), }", "{'descr': '|V4', 'fortran_order': False, 'shape': (4, 8, 8), }",
-    "{'descr': '|S4', 'fortran_order': False, 'shape': (4, 8, 8), }", "{'descr': '<U1', 'fortran_order': False, 'shape': (4, 8, 8), }",
-    "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (4, 8, 8), }", "{'descr': [('a', '<f4', (2**9,))], 'shape': ()}",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 8, 8), }", "{'descr': '<f4', 'fortran_order': False, 'shape': (), }",
-    "{'descr': '<f4', 'fortran_order': 1, 'shape': (4, 8, 8), }", "{'descr': '<f4', 'fortran_order': False, 'shape': 4, }",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (4L, 8L, 8L), }", "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 8, 8), }",
-    "__import__('os').system('touch executed')", "(" * 300, "-" * 9000 + "1", "[" * 90 + "]" * 90, "", "{", "{}", "1+1", "'a'" * 2000, "{'descr': 'f2,f2,(3)f4'}",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807,), }", "{'descr': '>f4', 'fortran_order': False, 'shape': (4, 8, 8), }",
-    "{'descr': 'a4', 'fortran_order': False, 'shape': (4, 8, 8), }", "{'descr': '\\x00', 'fortran_order': False, 'shape': (4, 8, 8), }",
+    "{'descr': '<f4', 'fortran_order': True, 'shape': (4, 8, 8), }",
+    "{'descr': '|O', 'fortran_order': False, 'shape': (4,), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (-4, 8, 8), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (4000, 300, 300), }",
+    "{'descr': '<f8', 'fortran_order': False, 'shape': (4, 8, 4), }",
+    "{'descr': '<i4', 'fortran_order': False, 'shape': (4, 8, 8), }",
+    "{'descr': '<c8', 'fortran_order': False, 'shape': (4, 8, 4), }",
+    "{'descr': '<M8[s]', 'fortran_order': False, 'shape': (4, 8, 4), }",
+    "{'descr': '|V4', 'fortran_order': False, 'shape': (4, 8, 8), }",
+    "{'descr': '|S4', 'fortran_order': False, 'shape': (4, 8, 8), }",
+    "{'descr': '<U1', 'fortran_order': False, 'shape': (4, 8, 8), }",
+    "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (4, 8, 8), }",
+    "{'descr': [('a', '<f4', (2**9,))], 'shape': ()}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 8, 8), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (), }",
+    "{'descr': '<f4', 'fortran_order': 1, 'shape': (4, 8, 8), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': 4, }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (4L, 8L, 8L), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (True, 8, 8), }", "__import__('os').system('touch executed')",
+    "(" * 300, "-" * 9000 + "1", "[" * 90 + "]" * 90, "", "{", "{}", "1+1", "'a'" * 2000, "{'descr': 'f2,f2,(3)f4'}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775807,), }",
+    "{'descr': '>f4', 'fortran_order': False, 'shape': (4, 8, 8), }",
+    "{'descr': 'a4', 'fortran_order': False, 'shape': (4, 8, 8), }",
+    "{'descr': '\\x00', 'fortran_order': False, 'shape': (4, 8, 8), }",
 ]  # fmt: skip
 
 
