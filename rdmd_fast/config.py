@@ -120,7 +120,7 @@ def _deepspeed_problems(section: dict):
         yield "deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3"
 
 
-MOST_BYTES, MOST_VALUES, MOST_LEVELS = 1 << 18, 10_000, 32
+MOST_BYTES, MOST_VALUES, MOST_LEVELS = 1 << 16, 10_000, 32
 """Of a configuration: bytes of its file, values and levels once aliases are followed. The longest preset has 60."""
 
 

@@ -285,3 +285,31 @@ def test_weights_that_are_no_numbers(tmp_path, teacher):
     os.mkfifo(folder / "teacher.safetensors")
     with pytest.raises(InputError, match="missing"):
         load_denoiser(folder)
+
+
+def test_translate_writes_no_file_outside_its_output(capsys, tmp_path, teacher):
+    """The keys of other people's tars are file names of their choice."""
+    import tarfile
+
+    import numpy as np
+
+    from rdmd_fast.data.shards import ShardSet
+    from rdmd_fast.networks.exported import read_export, write_export
+
+    config, weights = read_export(teacher, "teacher")
+    update = {"role": "generator", "reading": "teacher", "generator_sigma": 1.0}
+    write_export(tmp_path / "generator", config.model_copy(update=update), weights)
+    np.save(tmp_path / "a.npy", np.zeros((3, 8, 8), np.float32))
+    for name in ("../outside.npy", "/tmp/rdmd_outside.npy", "a/../../outside.npy", "a\n.npy"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "in/a.tar", "w") as tar:
+            tar.add(tmp_path / "a.npy", "good.npy")
+            member = tarfile.TarInfo(name)
+            member.size = (tmp_path / "a.npy").stat().st_size
+            with open(tmp_path / "a.npy", "rb") as file:
+                tar.addfile(member, file)
+        assert len(ShardSet(tmp_path / "in")) == 2
+        arguments = ["--model", str(tmp_path / "generator"), "--input", str(tmp_path / "in")]
+        assert cli.main(["translate", *arguments, "--output", str(tmp_path / "out/put")]) == 2
+        assert "no name for a file below --output" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("outside*")) and not (tmp_path / "out").exists()

@@ -197,7 +197,7 @@ def _guard(folder: Path, rules: Rules) -> None:
             paths = [path for path in arguments[:2] if isinstance(path, str | bytes | os.PathLike)]
             if not isinstance(arguments[-1], int) or arguments[-1] < 0 or event in ("os.mkdir", "os.chmod"):
                 for path in paths[-1:] if event in ("os.link", "os.symlink") else paths:
-                    if not allowed(path):
+                    if not allowed(path) and not (event == "os.mkdir" and os.path.isdir(path)):
                         refuse(event, path)
         elif event == "pickle.find_class" and not rules.pickles:
             refuse(event, arguments)
