@@ -312,7 +312,7 @@ def opcodes_of(data: bytes) -> list[tuple[str, int, int]]:
     except Exception:  # whatever a damaged pickle makes of the lister
         pass
     ends = [position for _, position in found[1:]] + [len(data)]
-    return [(name, start, end) for (name, start), end in zip(found, ends, strict=True)]
+    return [(name, start, end) for (name, start), end in zip(found, ends, strict=False)]
 
 
 def change_bytes(data: bytes, opcodes, chance: random.Random) -> bytes:
