@@ -43,7 +43,7 @@ def test_fuzz_in_short():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     cases = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("configs", "exports", "pickles"))]
-    assert cases == ["30", "12", "12"]
+    assert cases[-3:] == ["30", "12", "12"]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
-from rdmd_fast.data.images import to_rgb
+from rdmd_fast.data.images import check_webp_size, to_rgb
 from rdmd_fast.data.parts import ARRAY_EXTENSION
 
 MOST_PIXELS = 2**24
@@ -26,6 +26,7 @@ def decode_sample(data: bytes, extension: str) -> np.ndarray:
 
 def decode_image(data: bytes) -> np.ndarray:
     """A png, jpg or webp file as uint8 [H, W, 3]; raises ``images.UNREADABLE``, too large ones ahead of decoding."""
+    check_webp_size(data[:32], MOST_PIXELS)
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
         width, height = image.size
         if width * height > MOST_PIXELS:

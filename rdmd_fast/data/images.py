@@ -55,6 +55,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def check_webp_size(head: bytes, most: int) -> None:
+    """ValueError for a WebP file of more pixels, by its first 32 bytes: to open it takes the memory already."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return
+    numbers = [
+        int.from_bytes(head[at : at + size], "little") for at, size in ((24, 3), (27, 3), (21, 4), (26, 2), (28, 2))
+    ]
+    width, height = {
+        b"VP8X": (numbers[0] + 1, numbers[1] + 1),
+        b"VP8L": ((numbers[2] & 0x3FFF) + 1, (numbers[2] >> 14 & 0x3FFF) + 1),
+        b"VP8 ": (numbers[3] & 0x3FFF, numbers[4] & 0x3FFF),
+    }.get(head[12:16], (0, 0))
+    if width * height > most:
+        raise ValueError(f"{width}x{height} pixels are more than {most}")
+
+
 def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = None) -> np.ndarray:
     """Turn a picture upright (EXIF orientation), crop its central square, resize it by a Lanczos filter.
 
@@ -69,6 +85,13 @@ def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = 
     Raises:
         OSError, ValueError and others: unreadable image (``UNREADABLE``), or one smaller than ``crop``.
     """
+    if isinstance(file, str | Path):
+        if not Path(file).is_file():  # a pipe would never end
+            raise ValueError("not a regular file")
+        with open(file, "rb") as content:
+            return load_image(content, resolution, crop)
+    check_webp_size(file.read(32), MOST_PIXELS)
+    file.seek(0)
     try:
         opened = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:  # its message holds a memory address

@@ -1,3 +1,4 @@
+import os
 import struct
 import zlib
 
@@ -156,4 +157,22 @@ def test_an_image_of_too_many_pixels_is_refused_ahead_of_decoding(tmp_path):
     framed = [struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) for body in chunks]
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
     with pytest.raises(ValueError, match="12000x12000 pixels"):
+        load_image(tmp_path / "a.png", 8)
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_a_webp_of_too_many_pixels_is_refused_before_it_is_opened(tmp_path, monkeypatch, lossless):
+    animated = [Image.new("RGB", (300, 200), colour) for colour in ("red", "blue")]
+    animated[0].save(tmp_path / "a.webp", lossless=lossless)
+    animated[0].save(tmp_path / "b.webp", lossless=lossless, save_all=True, append_images=animated[1:])
+    monkeypatch.setattr("rdmd_fast.data.images.MOST_PIXELS", 59_999)
+    monkeypatch.setattr("rdmd_fast.data.images.Image.open", None)
+    for name in ("a.webp", "b.webp"):
+        with pytest.raises(ValueError, match="300x200 pixels"):
+            load_image(tmp_path / name, 8)
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="not a regular file"):
         load_image(tmp_path / "a.png", 8)
