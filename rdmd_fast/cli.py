@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-from .errors import InputError
+from .errors import InputError, of_the_machine
 from .runtime import EXIT_BAD_INPUT
 
 # name -> (module with add_arguments(parser) and run(arguments) -> exit status, one line of help)
@@ -43,6 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except BrokenPipeError:
         return 1
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        print(f"error: {of_the_machine(error)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

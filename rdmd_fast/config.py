@@ -6,7 +6,6 @@ import difflib
 import re
 import types
 import typing
-from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -21,6 +20,7 @@ from .errors import InputError
 from .networks import GeneratorOptions, NetworkOptions, TeacherCopyOptions
 from .options import Options
 from .rdmd import RDMDOptions
+from .runtime import read_text
 from .teacher import TeacherStageOptions
 from .telemetry import TelemetryOptions
 from .validation import ValidationOptions
@@ -31,6 +31,8 @@ class Config(Options):
 
     stage: Literal["teacher", "rdmd"] = Field(description="teacher: score of the target domain; rdmd: distillation")
     run_dir: str = Field(description="folder of the run: config, metrics, pictures, checkpoints, export")
+    any_size = frozenset(["seed"])
+
     seed: int = Field(0, ge=0, lt=2**64, description="key of all counter-based randomness, 64 bits (ours)")
     data: DataOptions = Field(default_factory=DataOptions)
     teacher: str | None = Field(
@@ -114,7 +116,7 @@ def _deepspeed_problems(section: dict):
         if key in section:
             yield f"deepspeed.{key}: set {replacement} instead"
     zero = section.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+    if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
         yield "deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3"
         return
     for name in ("offload_optimizer", "offload_param"):
@@ -125,8 +127,21 @@ def _deepspeed_problems(section: dict):
         yield "deepspeed.zero_optimization.compute_grad_norm: must stay true, updates are guarded by the norm"
 
 
+MOST_BYTES, MOST_VALUES, MOST_LEVELS = 1 << 16, 10_000, 32
+"""Of a configuration: bytes of its file, values and levels once aliases are followed. The longest preset has 60."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as a string; people who write configs mean a number."""
+
+    merged = 0
+
+    def flatten_mapping(self, node) -> None:
+        """Merge keys (<<), which can double a mapping again and again, are counted."""
+        super().flatten_mapping(node)
+        self.merged += len(node.value)
+        if self.merged > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, "too many values", node.start_mark)
 
 
 _Loader.add_implicit_resolver(
@@ -138,6 +153,42 @@ _Loader.add_implicit_resolver(
 )
 
 
+# What PyYAML raises for values that do not fit their tags, beside its own errors.
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def _check_plain(values: dict, where: str) -> None:
+    """Refuse what no configuration is, ahead of checks that would take for ever: aliases can make 10^9 values of ten.
+
+    Raises:
+        InputError: too many values, too deeply nested, a key that is no name, characters that do not print.
+    """
+    count, level = 0, [("", values)]
+    for _ in range(MOST_LEVELS):
+        below = []
+        for key, value in level:
+            if isinstance(value, dict):
+                below += [(f"{key}.{name}" if key else name, each) for name, each in value.items()]
+                strange = next((name for name in value if not isinstance(name, str) or not name.isprintable()), None)
+                if strange is not None or None in value:
+                    raise InputError(f"{where}: {key or 'top'}: key {str(strange)[:60]!r} is no name")
+            elif isinstance(value, list):
+                below += [(key, each) for each in value]
+            elif isinstance(value, str) and not value.isprintable():
+                raise InputError(f"{where}: {key}: holds characters that do not print ({value[:60]!r})")
+            elif isinstance(value, int | float) and not abs(value) < 2**64:
+                raise InputError(f"{where}: {key}: is {_brief(value)}, must be a finite number of a size that is meant")
+            elif not isinstance(value, str | int | float | None):
+                raise InputError(f"{where}: {key}: is a {type(value).__name__}, write a number, a text or a list")
+            count += 1
+            if count + len(below) > MOST_VALUES:
+                raise InputError(f"{where}: more than {MOST_VALUES} values: remove aliases and long lists")
+        level = below
+        if not level:
+            return
+    raise InputError(f"{where}: {level[0][0][:60]}: nested deeper than {MOST_LEVELS} levels")
+
+
 def load_config(path: str, overrides: list[str] = ()) -> Config:
     """Read a YAML file, apply ``key=value`` overrides (dotted keys, YAML values), validate.
 
@@ -145,14 +196,15 @@ def load_config(path: str, overrides: list[str] = ()) -> Config:
         InputError: one line that names the file or key, what is wrong and the nearest right key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise InputError(f"config {path}: cannot be read ({_reason(error)})") from None
     values = _parse_yaml(text, f"config {path}")
     if not isinstance(values, dict):
         raise InputError(f"config {path}: must be a mapping of keys to values, found {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
+    _check_plain(values, f"config {path}")
     return validate_config(values, path)
 
 
@@ -171,7 +223,7 @@ def _reason(error: Exception) -> str:
 def _parse_yaml(text: str, where: str):
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except _NOT_YAML as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or type(error).__name__
@@ -183,6 +235,8 @@ def _apply_override(values: dict, override: str) -> None:
     if not separator or not all(part for part in key.split(".")):
         raise InputError(f"override {override!r}: write it as key=value, for example train.steps=1000")
     *parents, leaf = key.split(".")
+    if len(parents) >= MOST_LEVELS:
+        raise InputError(f"override {override!r}: no key has so many parts")
     section = values
     for depth, part in enumerate(parents):
         if section.get(part) is None:
@@ -220,8 +274,16 @@ def _explain(error: dict) -> str:
         return f"{located}: missing" if located else message
     if error["type"] == "value_error" and not located:
         return message
-    found = f", found {error['input']!r}" if not isinstance(error["input"], dict | BaseModel) else ""
+    found = f", found {_brief(error['input'])}" if not isinstance(error["input"], dict | BaseModel) else ""
     return f"{located}: {message[0].lower() + message[1:]}{found}"
+
+
+def _brief(value) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        return "a huge number"
+    return text if len(text) <= 100 else f"{text[:60]} … {text[-30:]}"
 
 
 def option_table() -> list[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from .kernels.coefficients import Coefficients
 from .kernels.noise_forward import CounterNoise
@@ -34,7 +34,8 @@ class DiffusionOptions(Options):
     )
     sigma_data: float = Field(
         0.5,
-        gt=0,
+        ge=1e-6,
+        le=1e6,
         description="standard deviation of the data that edm's scaling assumes, data units (EDM: 0.5)",
     )
 
@@ -87,8 +88,8 @@ class LogNormalSigma(Options):
     """ln σ̃ ~ N(mean, std²): EDM's training distribution."""
 
     kind: Literal["lognormal"] = "lognormal"
-    mean: float = Field(-1.2, description="mean of ln σ̃ (EDM)")
-    std: float = Field(1.2, gt=0, description="standard deviation of ln σ̃ (EDM)")
+    mean: float = Field(-1.2, ge=-20, le=20, description="mean of ln σ̃ (EDM)")
+    std: float = Field(1.2, gt=0, le=10, description="standard deviation of ln σ̃ (EDM)")
 
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
         return torch.exp(self.mean + self.std * torch.special.ndtri(u))
@@ -98,12 +99,18 @@ class KarrasUniformSigma(Options):
     """Uniform over the middle of EDM's sampling levels, as DMD and DMD2 draw them."""
 
     kind: Literal["karras_uniform"] = "karras_uniform"
-    sigma_min: float = Field(0.002, gt=0, description="lowest level, data units (EDM)")
-    sigma_max: float = Field(80.0, gt=0, description="highest level, data units (EDM)")
-    rho: float = Field(7.0, gt=0, description="curvature of the levels (EDM)")
+    sigma_min: float = Field(0.002, ge=1e-6, le=1e6, description="lowest level, data units (EDM)")
+    sigma_max: float = Field(80.0, ge=1e-6, le=1e6, description="highest level, data units (EDM)")
+    rho: float = Field(7.0, ge=0.1, le=100, description="curvature of the levels (EDM)")
     low: float = Field(0.02, ge=0, lt=1, description="lowest share of the levels that is drawn (DMD2)")
     high: float = Field(0.98, gt=0, le=1, description="highest share of the levels that is drawn (DMD2)")
-    levels: int = Field(1000, ge=2, description="number of levels (DMD2)")
+    levels: int = Field(1000, ge=2, le=10**6, description="number of levels (DMD2)")
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.sigma_min > self.sigma_max or self.low >= self.high:
+            raise ValueError("sigma_min must not exceed sigma_max, and low must be below high")
+        return self
 
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
         first, last = round(self.low * self.levels), round(self.high * self.levels)
@@ -117,8 +124,14 @@ class LogUniformSigma(Options):
     """ln σ̃ uniform between two bounds."""
 
     kind: Literal["log_uniform"] = "log_uniform"
-    sigma_min: float = Field(0.01, gt=0, description="lower bound of σ̃, data units (ours)")
-    sigma_max: float = Field(10.0, gt=0, description="upper bound of σ̃, data units (ours)")
+    sigma_min: float = Field(0.01, ge=1e-6, le=1e6, description="lower bound of σ̃, data units (ours)")
+    sigma_max: float = Field(10.0, ge=1e-6, le=1e6, description="upper bound of σ̃, data units (ours)")
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.sigma_min > self.sigma_max:
+            raise ValueError("sigma_min must not exceed sigma_max")
+        return self
 
     def quantile(self, u: torch.Tensor) -> torch.Tensor:
         low, high = math.log(self.sigma_min), math.log(self.sigma_max)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -43,9 +43,12 @@ class OptimizerOptions(Options):
     lr: float = Field(
         1e-4,
         gt=0,
+        le=100,
         description="learning rate (ours; EDM trains at 2e-4 to 1e-3, DMD2 distils at 2e-6 to 5e-5)",
     )
-    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="Adam's moments (EDM)")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="Adam's moments (EDM)"
+    )
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon (EDM)")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay; 0 is plain Adam (EDM)")
     grad_clip: float = Field(
@@ -63,7 +66,9 @@ class TrainOptions(Options):
     """Length, batch and precision."""
 
     steps: int = Field(10_000, ge=0, description="iterations: generator updates (rdmd) or teacher updates (ours)")
-    global_batch_size: int = Field(64, ge=1, description="samples an update averages over, all ranks together (ours)")
+    global_batch_size: int = Field(
+        64, ge=1, le=2**24, description="samples an update averages over, all ranks together (ours)"
+    )
     micro_batch_size: int | None = Field(
         None, ge=1, description="samples a rank holds at once; unset: global_batch_size / ranks (ours)"
     )

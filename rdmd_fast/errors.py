@@ -1,11 +1,38 @@
 """The errors that users cause and can mend."""
 
+import os
+
+LONGEST = 800  # characters of a message
+
 
 class InputError(Exception):
     """Bad input from outside: a config, a path, a shard, an export or an image.
 
     The message is one line that says what is wrong, where, and what to do. Command lines print it and exit with 2.
+    It often quotes the input: characters that do not print are written as escapes, and a long middle is left out.
     """
+
+    def __init__(self, message: str):
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """``text`` with escapes for what does not print, no longer than ``LONGEST``: its beginning and its end."""
+    if len(text) > 2 * LONGEST:  # the rest would be cut anyway
+        text = f"{text[:LONGEST]}{text[-LONGEST:]}"
+    if not text.isprintable():
+        text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+    if len(text) <= LONGEST:
+        return text
+    end = LONGEST // 3
+    return f"{text[: LONGEST - end - 3]} … {text[-end:]}"
+
+
+def of_the_machine(error: OSError | MemoryError) -> str:
+    """The line for a file that cannot be read or written, or for memory that is not there."""
+    if isinstance(error, OSError):
+        return one_line(f"{os.fsdecode(error.filename)}: {error.strerror or error}")
+    return one_line(f"not enough memory for this input ({error})" if str(error) else "not enough memory for this input")
 
 
 class WriteError(InputError):

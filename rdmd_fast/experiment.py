@@ -21,7 +21,7 @@ from .errors import InputError
 from .networks import build_network
 from .networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
 from .networks.analytic_score import AnalyticScore
-from .networks.exported import ExportConfig, Generator, load_weights, rebuild
+from .networks.exported import ExportConfig, Generator, check_weights, expected_weights, load_weights, rebuild
 from .networks.teachers import read_teacher, read_teacher_config
 from .pictures import no_picture, picture_writer
 from .randomness import Philox, Stream
@@ -102,6 +102,8 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
     else:
         network_options, diffusion, weights = config.network, config.diffusion or DiffusionOptions(), None
     network_options = _with_dropout(network_options, config.teacher_stage.dropout)
+    if weights is not None:
+        check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
     network = build_network(network_options, target.shape)
     if weights is not None:
         load_weights(network, weights, config.teacher)
@@ -241,6 +243,7 @@ def _distilled_networks(config: Config, source, layout, world: World):
     """Teacher from its export; G and fake score start from its weights."""
     start, weights = read_teacher(config.teacher)
     _check_shape(config.teacher, start, source.shape, "data.source")
+    check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
     teacher, fake = (build_network(start.network, source.shape, dropout=False) for _ in range(2))
     load_weights(teacher, weights, config.teacher)
     load_weights(fake, weights, config.teacher)

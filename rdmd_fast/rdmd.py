@@ -34,7 +34,8 @@ class RDMDOptions(Options):
     cost: CostOptions = Field(default_factory=CostOptions)
     generator_sigma: float = Field(
         1.0,
-        gt=0,
+        ge=1e-6,
+        le=1e6,
         description="noise level σ̃ at which the teacher's network is read as generator, data units (paper)",
     )
     weighting: Literal["uniform", "sigma2", "dmd"] = Field(
@@ -53,7 +54,9 @@ class RDMDOptions(Options):
         "learned",
         description="closed_form: exact, for affine generators of Gaussian sources (theory checks, ours)",
     )
-    fake_updates: int = Field(1, ge=1, description="fake-score updates by iteration (paper alternates 1:1; DMD2: 5)")
+    fake_updates: int = Field(
+        1, ge=1, le=10_000, description="fake-score updates by iteration (paper alternates 1:1; DMD2: 5)"
+    )
     fake_warmup: int = Field(
         0,
         ge=0,

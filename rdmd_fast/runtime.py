@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -252,3 +253,18 @@ def replace_folder(partial: Path, folder: Path) -> None:
         raise
     fsync_path(folder.parent)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def read_text(path: str | Path, most: int) -> str:
+    """The text of a small file in UTF-8. Pipes and devices, on which reading may never end, are not opened.
+
+    Raises:
+        OSError, ValueError: not there, no regular file, more than ``most`` bytes, or no text.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"larger than {most // 1024} KiB")
+    return content.decode()

@@ -37,9 +37,12 @@ class TelemetryOptions(Options):
 
     log_every: int = Field(50, ge=1, description="iterations a line of metrics.jsonl averages over (ours)")
     sample_every: int = Field(1000, ge=0, description="iterations between picture grids, 0 for never (ours)")
-    sample_count: int = Field(16, ge=1, description="images in a picture row (ours)")
+    sample_count: int = Field(16, ge=1, le=4096, description="images in a picture row (ours)")
     sample_sigma: float | None = Field(
-        None, gt=0, description="noise level σ̃ of the pictures' denoising rows; unset: generator_sigma (ours)"
+        None,
+        ge=1e-6,
+        le=1e6,
+        description="noise level σ̃ of the pictures' denoising rows; unset: generator_sigma (ours)",
     )
     decoder: str | None = Field(
         None,

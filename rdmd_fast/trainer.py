@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .distributed import on_main, together
-from .errors import InputError, WriteError
+from .errors import InputError, WriteError, of_the_machine
 from .failures import end_on_bad_input
 from .launchers import adopt_launcher
 from .runtime import EXIT_DONE, EXIT_STOPPED, StopSignal, run_lock
@@ -65,6 +65,14 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
         return train(config, arguments.resume, stop)
     except InputError as error:
         return end_on_bad_input(error)
+    except (OSError, MemoryError, RuntimeError) as error:
+        # Memory that a network or a batch asks for, and a path that the system will have none of, are input as well.
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        line = of_the_machine(MemoryError(str(error)) if isinstance(error, RuntimeError) else error)
+        return end_on_bad_input(InputError(line))
 
 
 def print_options() -> int:

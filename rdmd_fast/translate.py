@@ -135,11 +135,18 @@ def _open_shards(path: Path, shape: tuple[int, int, int], image_shape: tuple[int
     expected = shape if latents else (*image_shape[1:], image_shape[0])
     if tuple(shards.shape) != expected:
         raise InputError(f"--input {path}: samples of shape {tuple(shards.shape)}, the generator takes {expected}")
+    for key in shards.keys:
+        parts = key.split("/")
+        if not key.isprintable() or ".." in parts or "" in parts:
+            raise InputError(
+                f"--input {path}: sample {key!r} has no name for a file below --output; pack the set again"
+            )
     return Inputs(len(shards), latents, ((key, shards.read(index)) for index, key in enumerate(shards.keys)))
 
 
 def _open_arrays(path: Path, files: list[Path], shape: tuple[int, int, int]) -> Inputs:
-    from .data.images import IMAGE_SUFFIXES
+    from .data.contents import decode_array
+    from .data.images import IMAGE_SUFFIXES, UNREADABLE
 
     image = next((file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES), None)
     if image:
@@ -147,13 +154,15 @@ def _open_arrays(path: Path, files: list[Path], shape: tuple[int, int, int]) -> 
 
     def load(file: Path) -> np.ndarray:
         try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-            if array.shape == shape:
-                return array.astype(np.float32, casting="same_kind")
-        except (OSError, ValueError, TypeError, EOFError, SyntaxError) as error:
+            if not file.is_file():
+                raise ValueError("not a regular file")
+            array = decode_array(file.read_bytes())
+        except UNREADABLE as error:
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"{file}: not a .npy array of numbers ({reason}), take it out or save it again") from None
-        raise InputError(f"{file}: has shape {array.shape}, the generator takes {shape}")
+        if array.shape != shape:
+            raise InputError(f"{file}: has shape {array.shape}, the generator takes {shape}")
+        return array
 
     names = [file.relative_to(path).with_suffix("").as_posix() for file in files]
     return Inputs(len(files), True, ((name, load(file)) for name, file in zip(names, files, strict=True)))

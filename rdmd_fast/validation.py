@@ -22,7 +22,7 @@ class ValidationOptions(Options):
     """Metrics on held-out data."""
 
     every: int = Field(0, ge=0, description="iterations between validations, 0 for only at the end (ours)")
-    count: int = Field(1000, ge=2, description="held-out samples of each domain that are used at most (ours)")
+    count: int = Field(1000, ge=2, le=10**6, description="held-out samples of each domain that are used at most (ours)")
     judge: str | None = Field(
         None,
         description="folder of labelled shards ROOT/<digit>/train|test: adds the share that 3-NN calls judge_label",

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,161 @@ def test_deepspeed_section_it_does_not_know(capsys, tmp_path, shards):
 def test_class_of_a_network_without_classes(capsys, tmp_path, shards):
     options = [f"data.target={shards}/3/train", "data.target_class=3"]
     assert "no classes" in fails(capsys, CONFIGS / "digits/teacher_3.yaml", tmp_path / "run", *options)
+
+
+LETTERS = "abcdefghij"
+LAUGHS = "deepspeed: {a: &a [x, x, x], " + ", ".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in pairwise(LETTERS)
+)
+MERGES = "deepspeed: {a: &a {k: 1}, " + ", ".join(
+    f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 9)}]}}" for old, new in pairwise(LETTERS)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('seed: !!int ""', "not valid YAML"),
+        ("seed: !!bool maybe", "not valid YAML"),
+        ("seed: !!timestamp maybe", "not valid YAML"),
+        ('seed: !!python/object/apply:os.system ["touch executed"]', "not valid YAML"),
+        (LAUGHS + "}", "remove aliases"),
+        (MERGES + "}", "too many values"),
+        ("deepspeed: &a {b: *a}", "nested deeper"),
+        ("deepspeed: {a: .nan}", "deepspeed.a: is nan"),
+        ("deepspeed: {a: 2001-01-01}", "deepspeed.a: is a date"),
+        ("deepspeed: {1: 2}", "key '1' is no name"),
+        ('deepspeed: {"a\\nb": 2}', r"key 'a\nb' is no name"),
+        ("seed: 0x" + "f" * 5000, "huge number"),
+        ('teacher: "a\\0b"', "do not print"),
+        ('teacher: "\\ud800"', "do not print"),
+        ("train: {steps: " + "[" * 20 + "]" * 20 + "}", "train.steps"),
+        (f"train: {{steps: {'x' * 10**5}}}", "train.steps"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_yaml_that_is_no_configuration(capsys, tmp_path, monkeypatch, text, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(f"{text}\nstage: teacher\n")
+    line = fails(capsys, tmp_path / "config.yaml", tmp_path / "run")
+    assert says in line and line.isprintable() and len(line) < 900
+    assert not (tmp_path / "executed").exists()
+
+
+def test_config_that_is_no_file(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long").write_text("#" * 2**20)
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero", tmp_path / "long", tmp_path / ("x" * 300)):
+        assert "cannot be read" in fails(capsys, path, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=10000000000000",
+        "train.global_batch_size=100000000",
+        "network.model_channels=1000000",
+        "network.channel_mult=[1,-1]",
+        "network.num_blocks=1000",
+        "teacher_stage.optimizer.lr=.inf",
+        "teacher_stage.optimizer.lr=1e-300",
+        "teacher_stage.optimizer.betas=[0.9,1.0]",
+        "diffusion.sigma_data=1e-30",
+        "teacher_stage.sigma={kind: log_uniform, sigma_min: 2, sigma_max: 1}",
+        "deepspeed.zero_optimization.stage=true",
+    ],
+)
+def test_options_that_nobody_means(capsys, tmp_path, override):
+    line = fails(capsys, CONFIGS / "digits/teacher_3.yaml", tmp_path / "run", "data.target=nowhere", override)
+    assert override.partition("=")[0].split(".")[-1] in line
+
+
+def test_a_network_larger_than_the_machine_is_counted_or_refused(capsys, tmp_path, shards):
+    options = [f"data.target={shards}/3/train", "network.model_channels=16384", "network.channel_mult=[64]"]
+    arguments = ["--config", str(CONFIGS / "digits/teacher_3.yaml"), f"run_dir={tmp_path}/run", "--dry-run", *options]
+    assert main(arguments) == 0
+    assert "M parameters" in capsys.readouterr().out
+
+
+def altered(teacher, folder, **changes):
+    """A copy of an export whose config.json says something else."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(json.loads((teacher / "config.json").read_text()) | changes))
+    (folder / "teacher.safetensors").write_bytes((teacher / "teacher.safetensors").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"role": "generator"}, "reading and generator_sigma"),
+        ({"reading": "as it is"}, "reading"),
+        ({"sample_shape": [3, -8, 8]}, "sample_shape"),
+        ({"sample_shape": []}, "sample_shape"),
+        ({"diffusion": {"sigma_data": float("nan")}}, "sigma_data"),
+        ({"diffusion": {"sigma_data": 1e300}}, "sigma_data"),
+        ({"target_class": -1}, "target_class"),
+        (
+            {"network": {"kind": "song_unet", "model_channels": 16384, "channel_mult": [64], "num_blocks": 1}},
+            "has shape",
+        ),
+        ({"network": {"kind": "song_unet", "channel_mult": [1] * 10, "num_blocks": 64}}, "too few for the layers"),
+    ],
+)
+def test_exports_that_say_what_they_are_not(tmp_path, teacher, changes, says):
+    from rdmd_fast import load_denoiser
+    from rdmd_fast.errors import InputError
+
+    folder = altered(teacher, tmp_path / "export", **changes)
+    with pytest.raises(InputError, match="export") as refusal:
+        load_denoiser(folder)
+    assert says in str(refusal.value)
+
+
+def test_weights_that_are_no_numbers(tmp_path, teacher):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from rdmd_fast import load_denoiser
+    from rdmd_fast.errors import InputError
+
+    whole = load_file(teacher / "teacher.safetensors")
+    name = sorted(whole)[0]
+    for odd, says in ((whole[name] * float("nan"), "not finite"), (whole[name].to(torch.complex64), "complex64")):
+        folder = altered(teacher, tmp_path / says.replace(" ", "_"))
+        save_file(whole | {name: odd}, folder / "teacher.safetensors")
+        with pytest.raises(InputError, match=says):
+            load_denoiser(folder)
+    folder = altered(teacher, tmp_path / "pipe")
+    (folder / "teacher.safetensors").unlink()
+    os.mkfifo(folder / "teacher.safetensors")
+    with pytest.raises(InputError, match="missing"):
+        load_denoiser(folder)
+
+
+def test_translate_writes_no_file_outside_its_output(capsys, tmp_path, teacher):
+    """The keys of other people's tars are file names of their choice."""
+    import tarfile
+
+    import numpy as np
+
+    from rdmd_fast.data.shards import ShardSet
+    from rdmd_fast.networks.exported import read_export, write_export
+
+    config, weights = read_export(teacher, "teacher")
+    update = {"role": "generator", "reading": "teacher", "generator_sigma": 1.0}
+    write_export(tmp_path / "generator", config.model_copy(update=update), weights)
+    np.save(tmp_path / "a.npy", np.zeros((3, 8, 8), np.float32))
+    for name in ("../outside.npy", "/tmp/rdmd_outside.npy", "a/../../outside.npy", "a\n.npy"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        with tarfile.open(tmp_path / "in/a.tar", "w") as tar:
+            tar.add(tmp_path / "a.npy", "good.npy")
+            member = tarfile.TarInfo(name)
+            member.size = (tmp_path / "a.npy").stat().st_size
+            with open(tmp_path / "a.npy", "rb") as file:
+                tar.addfile(member, file)
+        assert len(ShardSet(tmp_path / "in")) == 2
+        arguments = ["--model", str(tmp_path / "generator"), "--input", str(tmp_path / "in")]
+        assert cli.main(["translate", *arguments, "--output", str(tmp_path / "out/put")]) == 2
+        assert "no name for a file below --output" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("outside*")) and not (tmp_path / "out").exists()

@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
-from rdmd_fast.data.formats import UNREADABLE, decode_rgb
+from rdmd_fast.data.contents import decode_sample
+from rdmd_fast.data.formats import UNREADABLE
 from rdmd_fast.data.images import map_in_order
 from rdmd_fast.data.parts import (
     ARRAY_EXTENSION,
@@ -26,7 +26,6 @@ from rdmd_fast.data.parts import (
 )
 from rdmd_fast.data.report import digest_of, shared_samples
 from rdmd_fast.data.shards import ShardSet
-from rdmd_fast.data.sources.files import load_array
 from rdmd_fast.data.tar import TarMember, scan_shard
 from rdmd_fast.data.writer import file_sha256
 from rdmd_fast.errors import InputError
@@ -210,13 +209,6 @@ def _decode(path: Path, shape: tuple | None, samples: list[TarMember]) -> list[F
                 if shape is not None and found != shape:
                     faults.append(Fault(where, f"has shape {found} where {MANIFEST} says {shape}"))
     return faults
-
-
-def decode_sample(data: bytes, extension: str) -> np.ndarray:
-    """Uint8 [H, W, 3] of an image, float32 of an array; raises ``formats.UNREADABLE``."""
-    if extension == ARRAY_EXTENSION:
-        return load_array(data)
-    return np.asarray(decode_rgb(data))
 
 
 class OtherSet:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 
 from PIL import Image
 
 # What Pillow and NumPy raise for files that are broken, empty, cut short, absurdly large or of another kind.
 UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError, MemoryError),
+    *(OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, OverflowError, MemoryError, AttributeError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 
-_LARGE = 1 << 24  # pixels from which on Pillow's own checks of sizes are wanted
+MOST_PIXELS = 1 << 24
+"""Of an image in a shard, 4096 x 4096: a file of a few KiB can ask for thousands of times as much."""
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # an odd file is refused, or read without a word
+
 _PNG_HEAD = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 _PNG_MODES = {0: "L", 2: "RGB"}  # by colour type
 _JPEG_MODES = {1: "L", 3: "RGB"}  # by number of components
@@ -28,13 +33,33 @@ def decode_rgb(data: bytes) -> Image.Image:
     headers, metadata and tiles takes twice as long as decoding a 64x64 JPEG.
 
     Raises:
-        One of ``UNREADABLE``: a damaged file, or one of another format.
+        One of ``UNREADABLE``: a damaged file, one of another format, or one too large, ahead of decoding it.
     """
     plain = _plain_jpeg(data) or _plain_png(data)
     if plain is not None:
         return plain if plain.mode == "RGB" else plain.convert("RGB")
+    check_webp_size(data[:32], MOST_PIXELS)
     with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+        width, height = image.size
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"{width}x{height} pixels are more than {MOST_PIXELS}")
         return to_rgb(image)
+
+
+def check_webp_size(head: bytes, most: int) -> None:
+    """ValueError for a WebP file of more pixels, by its first 32 bytes: to open it takes the memory already."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return
+    numbers = [
+        int.from_bytes(head[at : at + size], "little") for at, size in ((24, 3), (27, 3), (21, 4), (26, 2), (28, 2))
+    ]
+    width, height = {
+        b"VP8X": (numbers[0] + 1, numbers[1] + 1),
+        b"VP8L": ((numbers[2] & 0x3FFF) + 1, (numbers[2] >> 14 & 0x3FFF) + 1),
+        b"VP8 ": (numbers[3] & 0x3FFF, numbers[4] & 0x3FFF),
+    }.get(head[12:16], (0, 0))
+    if width * height > most:
+        raise ValueError(f"{width}x{height} pixels are more than {most}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -100,7 +125,7 @@ def _plain_png(data: bytes) -> Image.Image | None:
 
 def _decoded(mode: str | None, size: tuple[int, int], data: bytes, decoder: str, option) -> Image.Image | None:
     """By one of Pillow's decoders; None where it meets a fault, so that the slow way judges and names it."""
-    if mode is None or not 0 < size[0] * size[1] <= _LARGE:
+    if mode is None or not 0 < size[0] * size[1] <= MOST_PIXELS:
         return None
     try:
         return Image.frombytes(mode, size, data, decoder, mode, option)

@@ -12,10 +12,16 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from rdmd_fast.data.formats import to_rgb
+from rdmd_fast.data.formats import check_webp_size, to_rgb
 from rdmd_fast.errors import InputError
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+
+
+# Of those that Pillow knows, the ones of these suffixes: it would run Ghostscript on others, whatever they are named.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+MOST_PIXELS = 90_000_000  # of a picture to pack; about where Pillow begins to warn
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -35,11 +41,21 @@ def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = 
     Raises:
         OSError, ValueError and others: unreadable image (``formats.UNREADABLE``), or one smaller than ``crop``.
     """
+    if isinstance(file, str | Path):
+        if not Path(file).is_file():  # a pipe would never end
+            raise ValueError("not a regular file")
+        with open(file, "rb") as content:
+            return load_image(content, resolution, crop)
+    check_webp_size(file.read(32), MOST_PIXELS)
+    file.seek(0)
     try:
-        opened = Image.open(file)
+        opened = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:  # its message holds a memory address
         raise ValueError("not an image of a known format") from None
     with opened:
+        width, height = opened.size
+        if width * height > MOST_PIXELS:  # a file of a few KiB can ask for gigabytes
+            raise ValueError(f"{width}x{height} pixels are more than {MOST_PIXELS}")
         image = to_rgb(ImageOps.exif_transpose(opened))
     width, height = image.size
     side = crop or min(width, height)

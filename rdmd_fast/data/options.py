@@ -33,6 +33,7 @@ class DataOptions(Options):
     cache_gib: float = Field(
         4.0,
         ge=0,
+        le=1e6,
         description="decoded samples of one stream are kept in memory up to this size, GiB per node: its ranks share "
         "them in /dev/shm; larger sets are decoded anew each epoch (ours)",
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,7 @@ MANIFEST = "manifest.json"
 UNFINISHED_MANIFEST = "manifest.json.partial"
 INDEX = "index.json"
 MANIFEST_VERSION = 1
+MOST_ELEMENTS, MOST_BYTES = 2**28, 2**60  # of a sample, of a shard: more is damage
 IMAGE_EXTENSIONS = frozenset(("png", "jpg", "jpeg", "webp"))
 ARRAY_EXTENSION = "npy"
 LABEL_EXTENSION = "cls"  # WebDataset's: the class as decimal text
@@ -79,6 +82,8 @@ def read_packed(folder: Path, tolerant: bool = False) -> Part:
     manifest_path = folder / MANIFEST
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        if not (folder / INDEX).is_file():
+            raise ValueError(f"{INDEX} is missing")
         if manifest["version"] != MANIFEST_VERSION:
             raise InputError(
                 f"{manifest_path}: version {manifest['version']} where this program reads {MANIFEST_VERSION}; "
@@ -88,13 +93,11 @@ def read_packed(folder: Path, tolerant: bool = False) -> Part:
         if hashlib.sha256(index_bytes).hexdigest() != manifest["index_sha256"]:
             raise InputError(f"{folder / INDEX}: does not belong to {MANIFEST}; copy both again or pack again")
         expected = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
-        shards = [
-            Shard(folder / each["file"], each["keys"], each["offsets"], each["sizes"], each.get("labels"))
-            for each in json.loads(index_bytes)
-        ]
+        shards = [_indexed_shard(folder, each, expected) for each in json.loads(index_bytes)]
+        _check_manifest(manifest)
         part = Part(shards, manifest["extension"], manifest["kind"], tuple(manifest["shape"]), manifest.get("classes"))
         sizes = [expected[shard.path.name] for shard in shards]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{manifest_path}: unreadable packing ({error!r}); pack the set again") from error
     for shard, size in zip(shards, sizes, strict=True):
         fault = _size_fault(shard.path, size)
@@ -102,6 +105,45 @@ def read_packed(folder: Path, tolerant: bool = False) -> Part:
             raise InputError(f"{shard.path}: {fault}; copy or pack the set again")
         shard.faults += [fault] if fault else []
     return part
+
+
+def _check_manifest(manifest: dict) -> None:
+    """ValueError where a manifest tells no kind and shape of samples."""
+    kind, extension, shape, classes = (manifest.get(key) for key in ("kind", "extension", "shape", "classes"))
+    known = {"image": IMAGE_EXTENSIONS, "array": (ARRAY_EXTENSION,)}
+    if not isinstance(kind, str) or not isinstance(extension, str) or extension not in known.get(kind, ()):
+        raise ValueError(f"kind {kind!r} with extension {extension!r}")
+    sides = isinstance(shape, list) and all(type(side) is int and 0 < side <= MOST_ELEMENTS for side in shape)
+    if (
+        not sides
+        or len(shape) not in (1, 3)
+        or math.prod(shape) > MOST_ELEMENTS
+        or (kind == "image" and shape[2:] != [3])
+    ):
+        raise ValueError(f"shape {str(shape)[:60]}")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError("classes that are no names")
+
+
+def _indexed_shard(folder: Path, entry: dict, expected: dict[str, int]) -> Shard:
+    """A shard as index.json tells; ValueError and the like where that makes no sense."""
+    name, keys, labels = entry["file"], entry["keys"], entry.get("labels")
+    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        raise ValueError(f"{name!r} is no file name")
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError(f"{name}: keys that are no texts")
+    for field_name in ("offsets", "sizes", *(["labels"] if labels is not None else [])):
+        numbers = entry[field_name]
+        if not isinstance(numbers, list) or len(numbers) != len(keys):
+            raise ValueError(f"{name}: {field_name} of another number than keys")
+        if not all(type(number) is int and 0 <= number < MOST_BYTES for number in numbers):
+            raise ValueError(f"{name}: {field_name} that are no numbers from 0 up")
+    if type(expected[name]) is not int:
+        raise ValueError(f"{name}: bytes that are no number")
+    ends = (offset + size for offset, size in zip(entry["offsets"], entry["sizes"], strict=True))
+    if max(ends, default=0) > expected[name]:
+        raise ValueError(f"{name}: samples beyond its end")
+    return Shard(folder / name, keys, entry["offsets"], entry["sizes"], labels)
 
 
 def _size_fault(path: Path, expected: int) -> str | None:

@@ -5,7 +5,6 @@ Imported by decoding workers, which shall start fast and stay small: no torch he
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import mmap
@@ -135,7 +134,7 @@ def row_bytes(kind: str, shape: Sequence[int]) -> int:
 
 
 def _array(data: bytes) -> tuple[tuple[int, ...], bytes]:
-    import numpy as np
+    from rdmd_fast.data.contents import decode_array
 
-    array = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False).astype(np.float32, casting="same_kind")
+    array = decode_array(data)
     return array.shape, array.tobytes()

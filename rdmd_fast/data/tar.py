@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import stat
 import struct
 import tarfile
 from pathlib import Path
@@ -12,7 +15,11 @@ from rdmd_fast.errors import InputError
 
 BLOCK = 512  # bytes of a tar block
 _CHUNK = 2048  # blocks read at a time in search of a header
-_BROKEN = (tarfile.TarError, EOFError, ValueError, OverflowError, struct.error)
+_MOST_FAULTS = 1000  # of one tar; a new start at each costs a walk
+_BROKEN = (
+    *(tarfile.TarError, EOFError, ValueError, TypeError, LookupError, OverflowError, MemoryError, RecursionError),
+    struct.error,
+)
 
 
 class TarMember(NamedTuple):
@@ -43,10 +50,12 @@ def walk_shard(path: Path) -> tuple[list[TarMember], list[str]]:
         OSError: the file cannot be read.
     """
     members, faults, start = [], [], 0
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     with open(path, "rb") as file:
         size = file.seek(0, 2)
-        while start is not None:
-            found, stop, fault = _walk_from(file, start)
+        while start is not None and len(faults) < _MOST_FAULTS:
+            found, stop, fault = _walk_from(file, start, size)
             members += [member for member in found if member.offset + member.size <= size]
             start = _next_header(file, stop + BLOCK)
             if start is not None:
@@ -56,17 +65,21 @@ def walk_shard(path: Path) -> tuple[list[TarMember], list[str]]:
     return members, faults
 
 
-def _walk_from(file: BinaryIO, start: int) -> tuple[list[TarMember], int, str | None]:
+def _walk_from(file: BinaryIO, start: int, size: int) -> tuple[list[TarMember], int, str | None]:
     """(members, byte at which the walk ended, fault if that is no end of an archive)."""
     members, stop = [], start
     file.seek(start)
     try:
         with tarfile.TarFile(fileobj=file, mode="r") as tar:
             for member in tar:
-                stop = member.offset_data + (member.size + BLOCK - 1) // BLOCK * BLOCK
+                after = member.offset_data + (member.size + BLOCK - 1) // BLOCK * BLOCK
+                # A negative size would lead tarfile back to where it was, again and again.
+                if member.size < 0 or member.offset_data < stop or after > size + BLOCK:
+                    raise EOFError(f"a member of {member.size} bytes at byte {member.offset_data}")
+                stop = after
                 # WebDataset's naming: the key ends at the first dot of the file name, an extension follows.
                 split = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, flags=re.DOTALL)
-                if member.isreg() and split:
+                if member.isreg() and not member.issparse() and split:
                     members.append(TarMember(split[1], split[2].lower(), member.offset_data, member.size))
     except _BROKEN as error:
         return members, stop, f"truncated or not an uncompressed tar ({error})"

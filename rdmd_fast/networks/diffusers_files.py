@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..errors import InputError
+from ..runtime import read_text
+from .exported import read_tensors
 
+MOST_BYTES = 1 << 25  # of a JSON file; an index of weights lists thousands
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Names that attention layers had before diffusers 0.16.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -23,7 +24,7 @@ def read_json(path: Path) -> dict:
         InputError: not readable, or no mapping.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path, MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         raise InputError(f"{path}: not readable as JSON, copy the folder again") from None
     if not isinstance(values, dict):
@@ -46,12 +47,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     weights: dict[str, torch.Tensor] = {}
     for path in _weight_files(folder):
-        try:
-            part = load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{path}: not a whole safetensors file ({reason}), copy it again") from None
-        weights |= {_present_name(name): tensor.float() for name, tensor in part.items()}
+        part = read_tensors(path, "copy it again")
+        weights |= {_present_name(name): tensor for name, tensor in part.items()}
     return weights
 
 

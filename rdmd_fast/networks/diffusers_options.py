@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from ..options import Options
 
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=2**14)]
 DownBlock = Literal["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"]
 UpBlock = Literal["UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"]
 Resampling = Literal["conv", "resnet"]
@@ -23,13 +23,15 @@ class UNet2DOptions(Options):
     center_input_sample: bool = Field(False, description="the network sees 2 x - 1")
     time_embedding_type: Literal["positional"] = "positional"
     time_embedding_dim: Size | None = Field(None, description="embedding's width, unset: 4 block_out_channels[0]")
-    freq_shift: int = Field(0, description="frequencies fall from 1 to 1e-4 over channels / 2 - freq_shift steps")
+    freq_shift: int = Field(
+        0, ge=-(2**14), description="frequencies fall from 1 to 1e-4 over channels / 2 - freq_shift steps"
+    )
     flip_sin_to_cos: bool = Field(True, description="cosines before sines")
     down_block_types: list[DownBlock] = Field(["DownBlock2D", *["AttnDownBlock2D"] * 3])
     mid_block_type: Literal["UNetMidBlock2D"] | None = "UNetMidBlock2D"
     up_block_types: list[UpBlock] = Field([*["AttnUpBlock2D"] * 3, "UpBlock2D"])
-    block_out_channels: list[Size] = Field([224, 448, 672, 896], min_length=1)
-    layers_per_block: Size = 2
+    block_out_channels: list[Size] = Field([224, 448, 672, 896], min_length=1, max_length=10)
+    layers_per_block: int = Field(2, ge=1, le=64)
     mid_block_scale_factor: float = Field(1.0, gt=0, description="divisor of the middle block's residual sums")
     downsample_padding: Literal[0, 1] = Field(1, description="0 pads on the right and below alone")
     downsample_type: Resampling = "conv"
@@ -44,7 +46,7 @@ class UNet2DOptions(Options):
     add_attention: bool = Field(True, description="attention in the middle block")
     class_embed_type: None = None
     num_class_embeds: Size | None = None
-    num_train_timesteps: Size | None = Field(None, description="without effect on a positional embedding")
+    num_train_timesteps: int | None = Field(None, description="without effect on a positional embedding")
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -97,7 +99,7 @@ class FlowSchedule(Options):
     """Straight path x_t = (1 - t) x + t ε; the network is told num_train_timesteps · t (arXiv 2403.03206)."""
 
     kind: Literal["flow"] = "flow"
-    num_train_timesteps: int = Field(1000, ge=1, description="timestep at t = 1")
+    num_train_timesteps: int = Field(1000, ge=1, le=100_000, description="timestep at t = 1")
 
 
 class DiffusersUNetOptions(Options):

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from ..diffusion import DiffusionOptions
 from ..errors import InputError
 from ..options import Options
-from .diffusers_files import check_class, read_json, read_weights
+from ..runtime import read_text
+from .diffusers_files import MOST_BYTES, check_class, read_json, read_weights
 from .diffusers_options import DiffusersUNetOptions, FlowSchedule, UNet2DOptions, VPSchedule
 from .exported import ExportConfig
 
@@ -69,7 +70,7 @@ def is_diffusers_folder(folder: str | Path) -> bool:
     if (folder / "model_index.json").is_file() or (folder / "unet" / "config.json").is_file():
         return True
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(read_text(folder / "config.json", MOST_BYTES))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and "_class_name" in values

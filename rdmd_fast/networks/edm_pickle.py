@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from ..diffusion import DiffusionOptions
 from ..errors import InputError
-from . import DhariwalUNetOptions, SongUNetOptions, build_network
-from .exported import ExportConfig, check_weights
+from . import DhariwalUNetOptions, SongUNetOptions
+from .exported import ExportConfig, check_weights, expected_weights
 from .safe_pickle import (
     Record,
     Refused,
@@ -93,13 +93,16 @@ def read_edm_pickle(path: str | Path) -> tuple[ExportConfig, dict[str, torch.Ten
         preconditioning = _network_of(contents)
         config = _config_of(preconditioning)
         weights = _weights_of(preconditioning.state["_modules"]["model"], path.stat().st_size)
-        expected = _expected(config, len(weights))
     except Refused as error:
         raise InputError(f"{path}: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    check_weights(expected, weights, str(path))
-    return config, {name: value.to(torch.float32).contiguous() for name, value in weights.items()}
+    check_weights(expected_weights(config, len(weights), str(path)), weights, str(path))
+    weights = {name: value.to(torch.float32).contiguous() for name, value in weights.items()}
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path}: weight {name} holds values that are not finite, get the file again")
+    return config, weights
 
 
 def _read(path: Path) -> object:
@@ -201,17 +204,3 @@ def _word(name: object) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"\w{1,100}", name, re.ASCII):
         raise Refused("holds a module or a weight without a proper name")
     return name
-
-
-def _expected(config: ExportConfig, count: int) -> dict[str, torch.Tensor]:
-    """State dict on the meta device that ``count`` weights must fit."""
-    options = config.network
-    if len(options.channel_mult) * options.num_blocks > count:
-        raise Refused(f"has {count} weights, too few for channel_mult and num_blocks")
-    try:
-        with torch.device("meta"):
-            return build_network(options, tuple(config.sample_shape), dropout=False).state_dict()
-    except InputError as error:
-        raise Refused(str(error)) from None
-    except (RuntimeError, OverflowError, TypeError, ValueError):
-        raise Refused("asks for a network of impossible size") from None

@@ -9,33 +9,47 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..diffusion import DiffusionOptions, Reading, denoise
 from ..errors import InputError
 from ..options import Options
-from ..runtime import fsync_path, replace_folder, write_atomically
+from ..runtime import fsync_path, read_text, replace_folder, write_atomically
 from . import ExportedNetworkOptions, build_network
 
 FORMAT = 1
+MOST_BYTES = 1 << 20  # of a config.json
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class ExportConfig(Options):
     """config.json of an export."""
 
     format: int = FORMAT
-    role: str
+    role: Literal["teacher", "generator"]
     network: ExportedNetworkOptions
-    sample_shape: list[int]
+    sample_shape: list[Annotated[int, Field(ge=1, le=2**16)]]
     diffusion: DiffusionOptions
-    reading: str | None = None
-    generator_sigma: float | None = None
-    target_class: int | None = None
-    step: int | None = None
+    reading: Literal["teacher", "mlp", "affine"] | None = None
+    generator_sigma: float | None = Field(None, ge=1e-6, le=1e6)
+    target_class: int | None = Field(None, ge=0)
+    step: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if len(self.sample_shape) not in (1, 3):
+            raise ValueError("sample_shape: give [D] or [C, H, W]")
+        if self.role == "generator" and (self.reading is None or self.generator_sigma is None):
+            raise ValueError("reading and generator_sigma: missing, a generator is read by them")
+        classes = getattr(self.network, "label_dim", 0)
+        if classes and self.target_class is not None and self.target_class >= classes:
+            raise ValueError("target_class: the network has no such class")
+        return self
 
 
 def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Tensor]) -> None:
@@ -61,13 +75,31 @@ def read_export(folder: str | Path, role: str) -> tuple[ExportConfig, dict[str, 
     """
     config = read_export_config(folder, role)
     path = Path(folder) / f"{role}.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: missing, export the run again")
+    return config, read_tensors(path, "export the run again")
+
+
+def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, float32; ``remedy`` ends the message if it is none.
+
+    Raises:
+        InputError: damaged, or something in it is no finite number of floating point.
+    """
     try:
-        return config, load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing, export the run again") from None
-    except (SafetensorError, OSError, ValueError) as error:
+        if not path.is_file():  # a pipe would never end
+            raise ValueError("not a regular file")
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path}: not a whole safetensors file ({reason}), export the run again") from None
+        raise InputError(f"{path}: not a whole safetensors file ({reason}), {remedy}") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise InputError(f"{path}: weight {name} is of {tensor.dtype}, not of floating point, {remedy}")
+        tensors[name] = tensor.float()
+        if not torch.isfinite(tensors[name]).all():
+            raise InputError(f"{path}: weight {name} holds values that are not finite, {remedy}")
+    return tensors
 
 
 def read_export_config(folder: str | Path, role: str) -> ExportConfig:
@@ -76,12 +108,13 @@ def read_export_config(folder: str | Path, role: str) -> ExportConfig:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no export there (no config.json), name a RUN/export folder")
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads(read_text(folder / "config.json", MOST_BYTES))
         config = TypeAdapter(ExportConfig).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{folder}/config.json: {where}: {first['msg'].lower()}, export the run again") from None
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{folder}/config.json: {where}{message.lower()}, export the run again") from None
     except (OSError, ValueError, RecursionError):
         raise InputError(f"{folder}/config.json: not readable as JSON, export the run again") from None
     if config.format != FORMAT:
@@ -115,8 +148,35 @@ def check_weights(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
         raise InputError(f"{origin}: weight {surplus} has no place in the network, it is of another one")
 
 
+def expected_weights(config: ExportConfig, count: int, origin: str) -> dict[str, torch.Tensor]:
+    """State dict, on the meta device, of the network that a configuration describes.
+
+    Args:
+        count: weights that are there: a network of many more layers is not even described.
+
+    Raises:
+        InputError: there can be no such network.
+    """
+    options = config.network
+    layers = getattr(options, "depth", 0) + len(getattr(options, "channel_mult", ())) * getattr(
+        options, "num_blocks", 0
+    )
+    if options.kind == "diffusers_unet":
+        layers = len(options.unet.block_out_channels) * options.unet.layers_per_block
+    if layers > count:
+        raise InputError(f"{origin}: has {count} weights, too few for the layers that its configuration names")
+    try:
+        with torch.device("meta"):
+            return build_network(options, tuple(config.sample_shape), dropout=False).state_dict()
+    except InputError as error:
+        raise InputError(f"{origin}: {error}") from None
+    except (RuntimeError, OverflowError, TypeError, ValueError):
+        raise InputError(f"{origin}: asks for a network of impossible size") from None
+
+
 def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str) -> torch.nn.Module:
-    """The raw network of an export, in evaluation mode, on the CPU."""
+    """The raw network of an export, in evaluation mode, on the CPU; InputError where the weights are not its own."""
+    check_weights(expected_weights(config, len(weights), origin), weights, origin)  # before it takes any memory
     network = build_network(config.network, tuple(config.sample_shape), dropout=False)
     load_weights(network, weights, origin)
     return network.eval().requires_grad_(False)

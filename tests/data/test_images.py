@@ -1,3 +1,7 @@
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -133,3 +137,43 @@ def test_a_given_crop_is_central_and_refused_where_it_does_not_fit(tmp_path):
     np.testing.assert_array_equal(load_image(tmp_path / "tall.png", 12, crop=12), pixels[9:21, 4:16])
     with pytest.raises(ValueError, match="20x30 pixels are too few"):
         load_image(tmp_path / "tall.png", 12, crop=21)
+
+
+def test_other_formats_are_not_opened_whatever_their_names(tmp_path, monkeypatch):
+    """Pillow would start Ghostscript to read an EPS file."""
+    started = []
+    monkeypatch.setattr("subprocess.check_call", lambda *arguments, **_: started.append(arguments))
+    monkeypatch.setattr("subprocess.Popen", lambda *arguments, **_: started.append(arguments))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="known format"):
+        load_image(tmp_path / "a.png", 8)
+    assert not started
+
+
+@pytest.mark.filterwarnings("ignore:Image size")  # which pytest shows whatever the module has set
+def test_an_image_of_too_many_pixels_is_refused_ahead_of_decoding(tmp_path):
+    header = b"IHDR" + struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)
+    chunks = (header, b"IDAT" + zlib.compress(b""), b"IEND")
+    framed = [struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) for body in chunks]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+    with pytest.raises(ValueError, match="12000x12000 pixels"):
+        load_image(tmp_path / "a.png", 8)
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_a_webp_of_too_many_pixels_is_refused_before_it_is_opened(tmp_path, monkeypatch, lossless):
+    animated = [Image.new("RGB", (300, 200), colour) for colour in ("red", "blue")]
+    animated[0].save(tmp_path / "a.webp", lossless=lossless)
+    animated[0].save(tmp_path / "b.webp", lossless=lossless, save_all=True, append_images=animated[1:])
+    monkeypatch.setattr("rdmd_fast.data.images.MOST_PIXELS", 59_999)
+    monkeypatch.setattr("rdmd_fast.data.images.Image.open", None)
+    for name in ("a.webp", "b.webp"):
+        with pytest.raises(ValueError, match="300x200 pixels"):
+            load_image(tmp_path / name, 8)
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="not a regular file"):
+        load_image(tmp_path / "a.png", 8)

@@ -1,5 +1,10 @@
+import hashlib
 import io
+import json
+import os
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -7,6 +12,7 @@ import webdataset
 from PIL import Image
 
 from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.tar import walk_shard
 from rdmd_fast.data.writer import ShardWriter
 from rdmd_fast.errors import InputError
 
@@ -247,3 +253,110 @@ def test_half_labelled_sets_are_refused(tmp_path):
         writer.write("a", images(1)[0], 3)
         with pytest.raises(InputError, match="some samples of this set have a class label, some have none"):
             writer.write("b", images(1)[0])
+
+
+# -- what other people's tars and indexes ask for ----------------------------------------------------------------------
+
+
+def reindexed(folder, change):
+    """Apply ``change(manifest, index)`` to a packed set, and put the index's hash right."""
+    manifest, index = (json.loads((folder / name).read_text()) for name in ("manifest.json", "index.json"))
+    change(manifest, index)
+    (folder / "index.json").write_text(json.dumps(index))
+    manifest["index_sha256"] = hashlib.sha256((folder / "index.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("tolerant", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest, index: manifest.update(shape=[10**6, 10**6, 3]),
+        lambda manifest, index: manifest.update(shape=[5, 5]),
+        lambda manifest, index: manifest.update(shape=None),
+        lambda manifest, index: manifest.update(kind="pickle"),
+        lambda manifest, index: manifest.update(classes=7),
+        lambda manifest, index: index[0].update(file="../other/shard-000000.tar"),
+        lambda manifest, index: index[0].update(keys=[1, 2, 3, 4]),
+        lambda manifest, index: index[0].update(keys=["a"]),
+        lambda manifest, index: index[0]["offsets"].__setitem__(0, -512),
+        lambda manifest, index: index[0]["sizes"].__setitem__(0, 10**15),
+        lambda manifest, index: index[0]["sizes"].__setitem__(0, 1.5),
+        lambda manifest, index: index[0].update(labels=["a"] * 4),
+        lambda manifest, index: index.__setitem__(0, [1]),
+    ],
+)
+def test_an_index_that_makes_no_sense_is_refused(tmp_path, change, tolerant):
+    reindexed(pack(tmp_path / "set", images(4)), change)
+    with pytest.raises(InputError, match="unreadable packing"):
+        ShardSet(tmp_path / "set", tolerant=tolerant, cache_dir=tmp_path / "cache")
+
+
+def with_size(path, size):
+    """The tar with another size in its second header, the checksum right."""
+    data = bytearray(path.read_bytes())
+    at = [at for at in range(0, len(data), 512) if data[at + 257 : at + 262] == b"ustar"][1]
+    data[at + 124 : at + 136] = b"\xff" * 4 + size.to_bytes(8, "big", signed=True) if size < 0 else b"%011o\0" % size
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("size", [-1024, -512, -(2**40), 8**11 - 1])
+def test_a_member_that_leads_back_or_beyond_ends_the_walk(tmp_path, size):
+    write_tar(tmp_path / "a.tar", [(f"{i}.png", encoded(image, "PNG")) for i, image in enumerate(images(4))])
+    with_size(tmp_path / "a.tar", size)
+    members, faults = walk_shard(tmp_path / "a.tar")
+    assert [member.key for member in members] == ["0", "2", "3"] and len(faults) == 1
+    with pytest.raises(InputError, match=r"a\.tar"):
+        ShardSet(tmp_path)
+
+
+def test_pipes_and_devices_are_no_shards(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    (tmp_path / "b.tar").symlink_to("/dev/zero")
+    for spec in (tmp_path, tmp_path / "a.tar", tmp_path / "b.tar"):
+        with pytest.raises(InputError, match="not a regular file"):
+            ShardSet(spec)
+
+
+def bomb(side):
+    """A png of a few bytes that claims ``side`` squared pixels."""
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def array(values, **options):
+    buffer = io.BytesIO()
+    (np.savez if options.get("zipped") else np.save)(buffer, values)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("0.png", bomb(5000), "pixels"),
+        ("0.png", bomb(100_000), "cannot be decoded"),
+        ("0.npy", array(np.zeros(4), zipped=True), "several arrays"),
+        ("0.npy", array(np.array([1.0, np.nan])), "not finite"),
+        ("0.npy", array(np.array([1e300])), "not finite"),
+        ("0.npy", array(np.zeros(4)).replace(b"(4,)", b"(4000000000,)"), "cannot be decoded"),
+        ("0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"-" * 8999 + b"1", "cannot be decoded"),
+        ("0.npy", b"\x93NUMPY\x09\x09", "unknown .npy version"),
+    ],
+)
+def test_samples_that_ask_for_more_than_they_are_cannot_be_decoded(tmp_path, recwarn, name, data, says):
+    write_tar(tmp_path / "a.tar", [(name, data)])
+    with pytest.raises(InputError, match=says):
+        ShardSet(tmp_path)
+    assert not recwarn
+
+
+def test_columns_first_arrays_are_read_as_they_were_saved(tmp_path):
+    values = np.arange(24.0).reshape(2, 3, 4)
+    write_tar(tmp_path / "a.tar", [("0.npy", array(np.asfortranarray(values)))])
+    np.testing.assert_array_equal(ShardSet(tmp_path).read(0), values.astype(np.float32))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rdmd_fast.data.contents import checked_array, decode_array
 from rdmd_fast.data.formats import UNREADABLE
 from rdmd_fast.data.images import (
     IMAGE_SUFFIXES,
@@ -143,7 +144,7 @@ def file_sets(args) -> list[SampleSet]:
         raise InputError(f"{files.origin}: no images and no arrays below this folder (looked for {suffixes})")
     if arrays:
         _refuse_for_arrays(args)
-        return sets_of_files(files, arrays, args, {}, load_array)
+        return sets_of_files(files, arrays, args, {}, decode_array)
     return image_sets(files, images, args, {})
 
 
@@ -242,31 +243,6 @@ def _listing_digest(files: Files, paths: list[str]) -> str:
 # -- arrays ------------------------------------------------------------------------------------------------------------
 
 
-def load_array(data: bytes) -> np.ndarray:
-    """A .npy file's floats as float32: latents [C, H, W] or a point [D].
-
-    Raises:
-        ValueError: another shape or type, values that are not finite, a damaged or pickled file (``UNREADABLE``).
-    """
-    try:
-        return _checked_array(np.load(io.BytesIO(data), allow_pickle=False))
-    except zipfile.BadZipFile as error:
-        raise ValueError(str(error)) from None
-
-
-def _checked_array(array: np.ndarray) -> np.ndarray:
-    if not isinstance(array, np.ndarray):  # numpy opens an .npz of any name
-        raise ValueError("holds several arrays; save one with numpy.save")
-    if array.dtype.kind != "f":
-        raise ValueError(f"holds {array.dtype}; save float32 or float16")
-    if array.ndim not in (1, 3) or not array.size:
-        raise ValueError(f"has shape {array.shape}; a sample is [C, H, W] or [D]")
-    array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise ValueError("holds values that are not finite in float32")
-    return array
-
-
 def _refuse_for_arrays(args) -> None:
     for option in ("resolution", "crop", "encoder"):
         if getattr(args, option) is not None:
@@ -299,7 +275,7 @@ def _rows_sets(path: Path, args) -> list[SampleSet]:
     def sample(indices: np.ndarray, position: int) -> Sample:
         index = int(indices[position])
         try:
-            return f"{path.stem.replace('.', '_')}_{index:07d}", _checked_array(rows[index]), None
+            return f"{path.stem.replace('.', '_')}_{index:07d}", checked_array(rows[index]), None
         except ValueError as error:
             raise InputError(f"{path}: row {index} {error}") from None
 

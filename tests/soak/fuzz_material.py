@@ -1,0 +1,233 @@
+"""Sound inputs of every kind, small, made once: what the mutations start from."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import deepspeed
+import matplotlib
+import matplotlib.pyplot
+import numpy as np
+import torch
+import torch.utils.tensorboard
+import yaml
+from fuzz_sandbox import ROOT
+from PIL import Image
+
+from rdmd_fast import trainer
+from rdmd_fast.data.writer import ShardWriter
+from rdmd_fast.diffusion import DiffusionOptions
+from rdmd_fast.experiment import forward_flops
+from rdmd_fast.networks import AffineOptions, DhariwalUNetOptions, MLPOptions, SongUNetOptions, build_network
+from rdmd_fast.networks.exported import ExportConfig, write_export
+
+# Everything is imported before the forks, once.
+for _name in (
+    "cli",
+    "evaluate",
+    "figures",
+    "import_edm",
+    "sample",
+    "translate",
+    "data.check",
+    "data.pack",
+    "data.stream",
+):
+    importlib.import_module(f"rdmd_fast.{_name}")
+Image.init()
+matplotlib.get_configdir(), matplotlib.get_cachedir()  # made here, once
+_ = deepspeed.ops.__compatible_ops__  # tries compilers, once
+torch.set_num_threads(1)
+
+SIDE, COUNT, EACH = 8, 12, 4
+TINY = SongUNetOptions(
+    kind="song_unet", model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[8], dropout=0.0
+)
+CONDITIONAL = DhariwalUNetOptions(
+    kind="dhariwal_unet",
+    model_channels=32,
+    channel_mult=[1],
+    num_blocks=1,
+    attn_resolutions=[],
+    label_dim=3,
+    dropout=0.0,
+)
+SHAPE = [3, SIDE, SIDE]
+
+
+class Material:
+    """Paths of sound inputs below ``root``.
+
+    Attributes:
+        images, latents: packed sets, the images with classes.
+        foreign, foreign_latents: folders of tars without manifest.
+        pictures: a folder of image files.
+        teacher, generator: exports of a network for the images.
+        exports: all exports, by name.
+        diffusers: a diffusers folder.
+        pickle, pickles: EDM pickles.
+        run: a run folder with two checkpoints.
+    """
+
+    def __init__(self, root: Path, edm: Path | None):
+        root.mkdir(parents=True)
+        self.root = root
+        self._make_sets()
+        self._make_exports()
+        forward_flops(TINY, tuple(SHAPE))  # imports what meta tensors need, a second's worth
+        self._make_pickles(edm)
+        self.diffusers = Path(
+            shutil.copytree(
+                ROOT / "tests/networks/fixtures/diffusers_unet", root / "diffusers",
+                ignore=shutil.ignore_patterns("reference*"),
+            )
+        )  # fmt: skip
+        self._make_run()
+
+    def _make_sets(self) -> None:
+        chance = np.random.default_rng(0)
+        pictures = chance.integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
+        latents = chance.standard_normal((COUNT, 4, SIDE, SIDE)).astype(np.float32)
+        self.images, self.latents = self.root / "images", self.root / "latents"
+        with ShardWriter(self.images, {}, "fuzz", EACH) as writer:
+            for number in range(COUNT):
+                writer.write(f"class{number % 3}/{number}", pictures[number], number % 3)
+            writer.commit()
+        with ShardWriter(self.latents, {}, "fuzz", EACH) as writer:
+            for number in range(COUNT):
+                writer.write(f"{number}", latents[number])
+            writer.commit()
+        self.foreign, self.foreign_latents = self.root / "foreign", self.root / "foreign_latents"
+        self.foreign.mkdir()
+        self.foreign_latents.mkdir()
+        forms = ("PNG", "JPEG", "WEBP")
+        for shard, form in enumerate(forms):
+            members = []
+            for number in range(EACH):
+                suffix = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[form]
+                members.append((f"{shard}_{number}.{suffix}", encoded(pictures[shard * EACH + number], form)))
+                members.append((f"{shard}_{number}.cls", str(number % 3).encode()))
+            write_tar(self.foreign / f"{shard}.tar", members)
+        write_tar(self.foreign_latents / "0.tar", [(f"{n}.npy", saved(latents[n])) for n in range(COUNT)])
+        self.pictures = self.root / "pictures"
+        self.pictures.mkdir()
+        for number, form in enumerate(forms * 2):
+            (self.pictures / f"{number}.{form.lower()}").write_bytes(encoded(pictures[number], form))
+
+    def _make_exports(self) -> None:
+        torch.manual_seed(0)
+        points = MLPOptions(kind="mlp", hidden=8, depth=2, embedding=4)
+        edm = DiffusionOptions()
+        configs = {
+            "teacher": ExportConfig(role="teacher", network=TINY, sample_shape=SHAPE, diffusion=edm, step=3),
+            "conditional": ExportConfig(
+                role="teacher", network=CONDITIONAL, sample_shape=SHAPE, diffusion=edm, target_class=1
+            ),
+            "generator": ExportConfig(
+                role="generator", network=TINY, sample_shape=SHAPE, diffusion=edm, reading="teacher",
+                generator_sigma=1.0,
+            ),
+            "affine": ExportConfig(
+                role="generator", network=AffineOptions(kind="affine"), sample_shape=[2], diffusion=edm,
+                reading="affine",
+                generator_sigma=1.0,
+            ),
+            "points": ExportConfig(
+                role="generator", network=points, sample_shape=[2], diffusion=edm, reading="mlp", generator_sigma=1.0
+            ),
+        }  # fmt: skip
+        self.exports = {}
+        for name, config in configs.items():
+            weights = build_network(config.network, tuple(config.sample_shape)).state_dict()
+            write_export(self.root / "exports" / name, config, weights)
+            self.exports[name] = self.root / "exports" / name
+        self.teacher, self.generator = self.exports["teacher"], self.exports["generator"]
+
+    def _make_pickles(self, edm: Path | None) -> None:
+        self.pickles = []
+        conftest = _load(ROOT / "tests/networks/conftest.py")
+        with _as_modules(conftest) as writer:
+            for name in ("tiny", "ncsnpp", "adm"):
+                self.pickles.append(self.root / f"{name}.pkl")
+                writer(self.pickles[-1], getattr(writer, name), protocol=4 if name != "tiny" else 2)
+        self.pickle = self.pickles[0]
+        self.pickles += sorted(edm.glob("*.pkl")) if edm else []
+
+    def _make_run(self) -> None:
+        """Train in a process of its own: a process group does not survive a fork."""
+        from fuzz_configs import small_rdmd
+
+        self.run = self.root / "run"
+        values = small_rdmd() | {"run_dir": str(self.run), "checkpoint": {"every": 1, "keep": 2}}
+        path = self.root / "run.yaml"
+        path.write_text(yaml.safe_dump(values))
+        child = os.fork()
+        if child == 0:
+            status = 70
+            try:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 1)
+                status = trainer.main(["--config", str(path)])
+            finally:
+                os._exit(status)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:
+            raise SystemExit("the fuzz's own training failed")
+
+
+def encoded(pixels: np.ndarray, form: str) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, form)
+    return buffer.getvalue()
+
+
+def saved(array: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+
+
+def _load(path: Path):
+    spec = importlib.util.spec_from_file_location("edm_writer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _as_modules:
+    """EDM's module names, there for the writer of pickles alone."""
+
+    def __init__(self, conftest):
+        self.conftest = conftest
+
+    def __enter__(self):
+        import types
+
+        package, persistence = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
+
+        def _reconstruct_persistent_obj(meta):
+            raise AssertionError("a pickle was loaded by Python's own unpickler")
+
+        _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+        _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+        persistence._reconstruct_persistent_obj = _reconstruct_persistent_obj
+        sys.modules |= {"torch_utils": package, "torch_utils.persistence": persistence}
+        return self.conftest.EDMWriter()
+
+    def __exit__(self, *exception) -> None:
+        for name in ("torch_utils", "torch_utils.persistence"):
+            sys.modules.pop(name, None)
