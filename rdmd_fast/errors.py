@@ -37,7 +37,3 @@ def of_the_machine(error: OSError | MemoryError) -> str:
 
 class WriteError(InputError):
     """A file of the run cannot be written: disk full, quota, read-only, no permission, a failing device."""
-
-
-class StopRequested(Exception):
-    """A signal asked the run to stop; its state has been saved. Command lines exit with 75 (EX_TEMPFAIL)."""

@@ -79,7 +79,7 @@ def test_workers_load_no_more_than_reading_takes(folder):
 
 
 def test_workers_decode_arrays(tmp_path):
-    points = np.random.default_rng(0).normal(size=(40, 3, 2)).astype(np.float32)
+    points = np.random.default_rng(0).normal(size=(40, 3, 2, 2)).astype(np.float32)
     with ShardWriter(tmp_path / "set", {}, "test", 16) as writer:
         for i, point in enumerate(points):
             writer.write(f"{i}", point)
