@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .errors import InputError
+from .masters import master_shards
 from .options import Options
 
 
@@ -196,8 +197,6 @@ class Guards:
 
 
 def _finite(engine) -> bool:
-    from .ema import master_shards
-
     largest = torch._foreach_norm([shard for shard in master_shards(engine) if shard.numel()], ord=math.inf)
     return not largest or bool(torch.stack(largest).isfinite().all())
 
