@@ -27,7 +27,6 @@ from .manifest import (
     checkpoint_folders,
     clear_leftovers,
     folder_name,
-    list_files,
     looks_whole,
     prune,
     read_manifest,
@@ -89,10 +88,7 @@ def save_checkpoint(
     what = f"checkpoint {final}"
     try:
         on_main(world, lambda: _make_room(root, partial, what), what)
-        together(world, lambda: write_state(partial, state, tensors, world), what)
-        names = on_main(world, lambda: list_files(partial), what)
-        # Any rank can flush any file: the one that wrote it has closed it, which network file systems take for a flush.
-        mine = together(world, lambda: seal_files(partial, names[world.rank :: world.size]), what)
+        mine = together(world, lambda: seal_files(partial, write_state(partial, state, tensors, world)), what)
         files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
         on_main(world, lambda: _publish(partial, final, content, dict(sorted(files.items())), options), what)
     except WriteError:
@@ -144,12 +140,17 @@ def find_checkpoint(run_dir: Path, resume: str, world: World, say=print) -> Path
         return Path(resume)
     root = run_dir / "checkpoints"
     folders = on_main(world, lambda: checkpoint_folders(root))
-    _check_latest(root, folders, say)
+    if world.is_main:
+        _check_latest(root, folders, say)
     for folder in folders:
         defect = _find_defect(folder, world)
         if not defect:
             return folder
         say(f"checkpoint {folder} is passed over: {defect}")
+    if folders:  # to start over would set them all aside
+        raise InputError(
+            f"{root}: none of its {len(folders)} checkpoints is whole, mend one or start over with --resume never"
+        )
     return None
 
 

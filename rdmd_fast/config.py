@@ -119,6 +119,11 @@ def _deepspeed_problems(section: dict):
     if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
         yield "deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3"
         return
+    if zero.get("round_robin_gradients"):
+        yield (
+            "deepspeed.zero_optimization.round_robin_gradients: must stay false, DeepSpeed 0.19 then maps shards "
+            "to the wrong parameters"
+        )
     for name in ("offload_optimizer", "offload_param"):
         offload = zero.get(name) or {}
         if isinstance(offload, dict) and offload.get("device") == "nvme":

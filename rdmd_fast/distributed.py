@@ -109,7 +109,7 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.host_group)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
@@ -295,9 +295,6 @@ def initialize_engine(
     Raises:
         InputError: this device or network cannot do what ``train`` asks for, or DeepSpeed refuses ``section``.
     """
-    import deepspeed
-    from deepspeed.runtime.config import DeepSpeedConfigError
-
     _check_dtype(train.dtype)
     if train.activation_checkpointing:
         if not hasattr(network, "checkpointing"):
@@ -318,14 +315,7 @@ def initialize_engine(
     config["zero_optimization"] = {
         **config.get("zero_optimization", {}), "reduce_bucket_size": reduce_bucket_size(section, elements)
     }  # fmt: skip
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            engine, *_ = deepspeed.initialize(
-                model=network, optimizer=adam, model_parameters=parameters, config=config, dist_init_required=False
-            )
-    except (ValidationError, DeepSpeedConfigError) as error:
-        raise InputError(f"deepspeed: {_first_line(error)}") from None
+    engine = _initialize(model=network, optimizer=adam, model_parameters=parameters, config=config)
     _clear_padding(engine)
     if hasattr(engine.optimizer, "fp32_groups"):
         _undo_empty_step(engine.optimizer)
@@ -334,6 +324,19 @@ def initialize_engine(
     engine.guard = UpdateGuard(train.guard, engine, adam, engine.device)
     _bound_waiting(train.collective_timeout)
     return engine
+
+
+def _initialize(**arguments):
+    """``deepspeed.initialize``; what it refuses of the section is an InputError."""
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return deepspeed.initialize(**arguments, dist_init_required=False)[0]
+    except (ValidationError, DeepSpeedConfigError, NotImplementedError, AssertionError) as error:
+        raise InputError(f"deepspeed: {_first_line(error)}") from None
 
 
 def _bound_waiting(seconds: float) -> None:
@@ -378,8 +381,6 @@ def _clear_padding(engine) -> None:
     """Zero what fills ZeRO-3's last partitions up: DeepSpeed leaves it unset, and checkpoints would differ by it."""
     flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or []
     for flat, group in zip(flats, getattr(engine.optimizer, "fp16_groups", []), strict=False):
-        if flat is None:  # swapped out to NVMe
-            continue
         end = 0
         for parameter in group:
             size = parameter.ds_tensor.ds_numel
@@ -393,12 +394,9 @@ def freeze(network: torch.nn.Module, layout: BatchLayout, train: TrainOptions, s
     network.requires_grad_(False).eval()
     if zero_stage(section) < 3:
         return network.to(device=device, dtype=DTYPES[train.dtype])
-    import deepspeed
-
     zero = {key: value for key, value in section["zero_optimization"].items() if key != "offload_optimizer"}
     config = _deepspeed_config({**section, "zero_optimization": zero}, layout, train.dtype, 0.0)
-    engine, *_ = deepspeed.initialize(model=network, config=config, dist_init_required=False)
-    return engine
+    return _initialize(model=network, config=config)
 
 
 def set_learning_rate(engine, options: OptimizerOptions, update: int, total: int) -> float:

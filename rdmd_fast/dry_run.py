@@ -43,7 +43,7 @@ def dry_run(config: Config, ranks: int | None = None, iterations: int = 0) -> in
     if int(os.environ.get("RANK", 0)) == 0:
         print("\n".join(lines), flush=True)
     if iterations:
-        world = join_world()
+        world = join_world(config.train.collective_timeout)
         timing = time_iterations(config, world, iterations)
         if world.is_main:
             print("\n".join(["", *timing_lines(config, networks, world, timing)]), flush=True)

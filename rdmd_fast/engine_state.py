@@ -31,7 +31,7 @@ _KEY = re.compile(r"(\w+)/(.+)\[(\d+):(\d+)\]$")
 
 
 def save_engine(folder: Path, engine, rank: int, ema_shards: list[torch.Tensor] | None = None) -> Path | None:
-    """Write this rank's share of an engine; None if it holds none.
+    """Write this rank's share of an engine; returns the file, None if this rank holds nothing.
 
     Args:
         ema_shards: the average of this engine's masters, shaped as ``masters.master_parameters``.
@@ -99,19 +99,20 @@ class SavedEngine:
 
     Args:
         folder: CHECKPOINT/<engine>.
-        prefer: the file of this rank, the only one that is opened while it has what is asked for.
+        place: of this rank among all, from 0 up to 1: files of the same place are opened first, and no more of them
+            than what is asked for takes.
 
     Raises:
         InputError: no such engine there, or a file that is no safetensors.
     """
 
-    def __init__(self, folder: Path, prefer: int | None = None):
+    def __init__(self, folder: Path, place: float = 0.0):
         self.folder = folder
         self._paths = sorted(folder.glob("*.safetensors"))
         if not self._paths:
             raise InputError(f"checkpoint {folder.parent}: holds no engine {folder.name}, was it of another stage?")
-        own = folder / f"{prefer:05d}.safetensors" if prefer is not None else None
-        self._paths.sort(key=lambda path: path != own)  # stable: this rank's first, then in order
+        near = place * len(self._paths)
+        self._paths = [path for _, path in sorted(enumerate(self._paths), key=lambda item: abs(item[0] - near))]
         self._files: list = []
         self._parts: dict[tuple[str, str], list[tuple[int, int, str, int]]] = {}
 
@@ -168,18 +169,19 @@ class SavedEngine:
 
 @torch.no_grad()
 def load_engine(
-    folder: Path, engine, rank: int, counters: dict[str, float], ema_shards: list[torch.Tensor] | None = None
+    folder: Path, engine, place: float, counters: dict[str, float], ema_shards: list[torch.Tensor] | None = None
 ) -> None:
     """Bring an engine of any layout to the state in ``folder``; a collective call.
 
     Args:
+        place: of this rank among all, see ``SavedEngine``.
         counters: as ``engine_counters`` gave them.
         ema_shards: filled in place.
 
     Raises:
         InputError: the files do not hold what this engine needs.
     """
-    saved = SavedEngine(folder, rank)
+    saved = SavedEngine(folder, place)
     _restore_counters(engine, counters)
     _prepare_adam(engine, counters["adam_step"])
     own = pieces(engine)

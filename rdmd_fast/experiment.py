@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,7 +55,6 @@ class Experiment:
     picture: Picture
     measure: Callable[[dict[str, torch.Tensor]], dict[str, float]] | None = None
     best_by: str | None = None
-    parameters: dict[str, int] = field(default_factory=dict)
 
     def close(self) -> None:
         """End the workers that read data and give their memory back."""
@@ -107,7 +106,6 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
     network = build_network(network_options, target.shape)
     if weights is not None:
         load_weights(network, weights, config.teacher)
-    parameters = {"teacher": count_parameters(network)}
     classes, target_class = getattr(network_options, "label_dim", 0), config.data.target_class
     labels = training_labels(classes, target_class, target, world.device)
     options = config.teacher_stage
@@ -135,7 +133,6 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
         {"teacher": options.optimizer},
         export,
         _teacher_picture(config, world, export, philox, target),
-        parameters=parameters,
     )
 
 
@@ -183,7 +180,6 @@ def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
     else:
         networks = _distilled_networks(config, source, layout, world)
     teacher, fake_network, generator_network, export = networks
-    parameters = {"generator": count_parameters(generator_network)}
     generator = initialize_engine(
         generator_network.to(world.device),
         options.generator_optimizer,
@@ -193,7 +189,6 @@ def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
     )
     engines, optimizers = {"generator": generator}, {"generator": options.generator_optimizer}
     if options.fake_score == "learned":
-        parameters["fake_score"] = count_parameters(fake_network)
         fake_score = initialize_engine(
             fake_network.to(world.device), options.fake_optimizer, layout, config.train, config.deepspeed
         )
@@ -216,7 +211,6 @@ def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
         _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label),
         measure,
         best_by,
-        parameters,
     )
 
 

@@ -18,7 +18,10 @@ EXIT_BROKEN = 1
 
 MEETING_SECONDS = 5.0  # that ranks with bad input wait for others to find the same
 _SILENCE = re.compile(r"timed out|timeout", re.IGNORECASE)
-_LOST_PEER = re.compile(r"gloo|nccl|Connection (closed|reset)|Broken pipe|Timed out waiting", re.IGNORECASE)
+# What gloo and NCCL say of a peer that is gone, unlike what they say of an interface or a GPU that is wrong here.
+_LOST_PEER = re.compile(
+    r"gloo|Connection (closed|reset)|Broken pipe|timed? ?out|ncclRemoteError|remote process", re.IGNORECASE
+)
 
 
 def end_broken(error: Exception) -> NoReturn:
@@ -60,10 +63,6 @@ def end_on_bad_input(error: Exception) -> int:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed since another rank is gone or silent."""
-    import torch.distributed as dist
-
-    if isinstance(error, dist.DistError):
-        return True
     return isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
 
 
@@ -77,13 +76,16 @@ def leave(status: int) -> NoReturn:
 
 def _loss(error: Exception) -> str:
     reason = " ".join(str(error).split())
-    reason = reason if len(reason) <= 160 else f"{reason[:160]}…"
+    reason = reason if len(reason) <= 400 else f"{reason[:120]} … {reason[-260:]}"  # NCCL's own words stand at the end
     if _SILENCE.search(reason):
         return (
             f"no answer from another rank within train.collective_timeout ({reason}); it hangs or is gone: its own log "
             "says more"
         )
-    return f"lost another rank ({reason}); the first error above, or in that rank's own log, is the cause"
+    return (
+        f"lost another rank, or could not reach it ({reason}); the first error above, or in that rank's own log, is "
+        "the cause"
+    )
 
 
 def _place() -> tuple[int, int]:

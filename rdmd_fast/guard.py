@@ -59,7 +59,8 @@ class UpdateGuard:
         self.skipped, self.spikes, self.in_row, self.accepted, self._log_sum, self._weight = self._numbers
         self._longest = torch.zeros((), dtype=torch.float64, device=device)
         self.norm = torch.full((), math.nan, device=device)  # of the latest update, before clipping
-        self._skip = torch.zeros((), device=device)
+        # Where Adam runs: on the host with offload_optimizer, and a copy would not have ended when Adam reads it.
+        self._skip = torch.zeros((), device=master_shards(engine)[0].device)
         self._decided = True
         adam.found_inf = self._skip
         adam.register_step_pre_hook(self._before_adam)

@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from .errors import InputError
@@ -41,11 +43,6 @@ def step_of(folder: Path) -> int:
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
-
-
-def list_files(folder: Path) -> list[str]:
-    """Relative names of all files below ``folder``, sorted."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def seal_files(folder: Path, names: Iterable[str]) -> dict[str, dict]:
@@ -141,21 +138,22 @@ def clear_leftovers(root: Path) -> None:
             os.replace(retired, folder)
             fsync_path(root)
         else:
-            shutil.rmtree(retired)
+            shutil.rmtree(retired, ignore_errors=True)
     for partial in root.glob(".step_*.partial"):
-        shutil.rmtree(partial)
+        # A reader elsewhere, or an orphan rank of a dead job that still writes, may keep some of it: next time, then.
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def prune(root: Path, keep: int, keep_every: int) -> None:
     """Remove checkpoints older than the ``keep`` newest whole ones, but for steps that ``keep_every`` divides."""
     folders = checkpoint_folders(root)
-    whole = [folder for folder in folders if looks_whole(folder)]
-    for folder in folders[folders.index(whole[:keep][-1]) + 1 :] if whole else ():
+    whole = list(islice(filter(looks_whole, folders), keep))
+    for folder in folders[folders.index(whole[-1]) + 1 :] if whole else ():
         if not (keep_every and step_of(folder) and step_of(folder) % keep_every == 0):
             # What is half removed must not bear a checkpoint's name.
-            doomed = root / f".{folder.name}.old.partial"
+            doomed = root / f".{folder.name}.{secrets.token_hex(4)}.partial"
             os.replace(folder, doomed)
-            shutil.rmtree(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def set_aside_newer(run_dir: Path, step: int) -> Path | None:

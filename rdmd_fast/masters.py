@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 
 def master_shards(engine) -> list[torch.Tensor]:
@@ -34,34 +37,6 @@ def whole_masters(engine) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
     optimizer = engine.optimizer
     groups = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=False)
     return [(p, master) for group, masters in groups for p, master in zip(group, masters, strict=True)]
-
-
-@torch.no_grad()
-def gather_parameters(engine, shards: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The whole fp32 state dict on the CPU of every rank; a collective call.
-
-    Args:
-        shards: values to gather in place of the engine's own masters (an EMA), shaped as ``master_shards``.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    masters = master_shards(engine)
-    kept = None
-    if shards is not None:
-        # DeepSpeed knows how its shards map to parameters: lend them the other values while it reads.
-        kept = [master.clone() for master in masters]
-        torch._foreach_copy_(masters, [shard.to(master.device) for shard, master in zip(shards, masters, strict=True)])
-    whole = {}
-    of_parameter = {id(parameter): master for parameter, master in whole_masters(engine)}
-    for name, parameter in engine.module.named_parameters():
-        full = of_parameter.get(id(parameter))
-        full = safe_get_full_fp32_param(parameter) if full is None else full
-        whole[name] = (parameter if full is None else full).detach().float().cpu().clone().contiguous()
-    if kept is not None:
-        torch._foreach_copy_(masters, kept)
-    for name, buffer in persistent_buffers(engine.module).items():
-        whole[name] = buffer.detach().float().cpu().clone()
-    return whole
 
 
 @dataclass(frozen=True)
@@ -99,13 +74,11 @@ def pieces(engine) -> list[Piece]:
 
 def _partitioned(optimizer, names: dict[int, str]) -> Iterator[Piece]:
     """ZeRO 3: each parameter is cut into equal parts, one a rank, the last ones padded."""
-    from torch.distributed import get_rank
-
     for shard, group in enumerate(optimizer.fp16_groups):
         offset = 0
         for parameter in group:
             size = parameter.ds_tensor.ds_numel
-            start = min(get_rank() * size, parameter.ds_numel)
+            start = min(dist.get_rank() * size, parameter.ds_numel)
             stop = min(start + size, parameter.ds_numel)
             if stop > start:
                 yield Piece(names[id(parameter)], start, stop, shard, offset)
@@ -134,3 +107,25 @@ def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, buffer in part.named_buffers(recurse=False)
         if name not in part._non_persistent_buffers_set
     }
+
+
+@torch.no_grad()
+def gather_parameters(engine, shards: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The whole fp32 state dict on the CPU of every rank; a collective call.
+
+    Args:
+        shards: values to gather in place of the engine's own masters (an EMA), shaped as ``master_shards``.
+    """
+    shards = master_shards(engine) if shards is None else shards
+    own: dict[str, list[Piece]] = defaultdict(list)
+    for piece in pieces(engine):
+        own[piece.name].append(piece)
+    whole = {}
+    for name, shape in parameter_shapes(engine).items():
+        flat = torch.zeros(math.prod(shape), device=engine.device)
+        for piece in own[name]:
+            flat[piece.start : piece.stop] = piece.of(shards)
+        if engine.zero_optimization():
+            dist.all_reduce(flat)
+        whole[name] = flat.view(shape).cpu()
+    return whole | {name: buffer.float().cpu().clone() for name, buffer in persistent_buffers(engine.module).items()}

@@ -80,10 +80,17 @@ class StopSignal:
             os._exit(128 + number)
 
     def _watch(self) -> None:
-        while _launchers()[: len(self._ancestors)] == self._ancestors:
+        while self._launchers_live():
             time.sleep(WATCH_SECONDS)
         if self.requested is None:
             self.requested, self._first = StopRequest("the end of its launcher"), time.monotonic()
+
+    def _launchers_live(self) -> bool:
+        parent, *runner = self._ancestors
+        if os.getppid() != parent:
+            return False
+        # Unknown is not dead: /proc may not be readable for a moment.
+        return not runner or _parent_of(parent) in (*runner, None)
 
 
 def _launchers() -> list[int]:
@@ -94,16 +101,20 @@ def _launchers() -> list[int]:
     parent = os.getppid()
     if b"deepspeed.launcher" not in _command(parent):
         return [parent]
+    grandparent = _parent_of(parent)
+    started_by = _command(grandparent)
+    return [parent, grandparent] if b"deepspeed" in started_by or started_by.startswith(b"sshd") else [parent]
+
+
+def _parent_of(process: int) -> int | None:
+    """None where /proc does not tell."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         # The command's name, in brackets, may hold anything; after it come state and parent.
-        grandparent = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
-        started_by = _command(grandparent)
-        if b"deepspeed" in started_by or started_by.startswith(b"sshd"):
-            return [parent, grandparent]
-    return [parent]
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
 
 
-def _command(process: int) -> bytes:
+def _command(process: int | None) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/cmdline").read_bytes()
     return b""

@@ -120,6 +120,7 @@ class Training:
         self.config, self.world, self.run_dir, self.stop = config, world, run_dir, stop
         self.plain_config = config.model_dump(mode="json")
         self.step, self.total = 0, config.train.steps  # finished iterations, of all
+        self.saved: int | None = None  # at which step last
         self.telemetry = Telemetry(config.telemetry, world, run_dir, self.total, config.train.global_batch_size)
         self.experiment = build_experiment(config, world, self.telemetry)
         self.stage, self.state = self.experiment.stage, self.experiment.state
@@ -140,6 +141,8 @@ class Training:
             manifest, tensors = load_checkpoint(checkpoint, self.state, self.plain_config, world)
             self.step = manifest["step"]
             self.stage.load_counters(self.state.counters)
+            if checkpoint.parent.parent.resolve() != run_dir.resolve():
+                self.state.counters.pop("best", None)  # of another run, whose RUN/best is not here
             self.telemetry.load_state(tensors)
             self.guards.load_state(tensors)
             say(f"resumed {checkpoint} at step {self.step}")
@@ -173,10 +176,12 @@ class Training:
             metrics = rates | loss_scaling_metrics(engines) | self.failures()
             self.spared(partial(self.telemetry.end_iteration, self.step, metrics))
             self.step += 1
-            if self.due(options.telemetry.sample_every):
-                self.spared(partial(self.look, f"step_{self.step:08d}.png", self.state.ema.gather()))
-            if self.due(options.validation.every):
-                self.spared(partial(self.validate, self.state.ema.gather()))
+            draw, validate = self.due(options.telemetry.sample_every), self.due(options.validation.every)
+            weights = self.state.ema.gather() if draw or validate else None
+            if draw:
+                self.spared(partial(self.look, f"step_{self.step:08d}.png", weights))
+            if validate:
+                self.spared(partial(self.validate, weights))
             if self.due(options.checkpoint.every):
                 self.spared(self.save, counter="failed_checkpoints")
             stopped = self.stopping()
@@ -184,7 +189,8 @@ class Training:
 
     def leave(self, stopped: bool) -> int:
         """Save; at the end of the run also validate, export and draw. Returns the exit status."""
-        self.save()
+        if self.saved != self.step:
+            self.save()
         if stopped:
             name = self.stop.requested.name if self.stop.requested else "a request to another rank"
             self.telemetry.say(f"stopped by {name} at step {self.step}, state saved")
@@ -235,6 +241,7 @@ class Training:
         save_checkpoint(
             self.run_dir, self.step, self.state, tensors, self.plain_config, self.world, self.config.checkpoint
         )
+        self.saved = self.step
 
     def look(self, name: str, weights: dict[str, torch.Tensor]) -> None:
         path = self.run_dir / "samples" / name

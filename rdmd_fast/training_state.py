@@ -6,13 +6,14 @@ ranks/00000.safetensors        each rank's random state and unfinished means
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from .distributed import World
+from .distributed import World, on_main
 from .ema import ShardedEMA
 from .engine_state import engine_counters, load_engine, save_engine
 from .errors import InputError
@@ -50,19 +51,22 @@ class TrainingState:
         }
 
 
-def write_state(folder: Path, state: TrainingState, tensors: dict[str, torch.Tensor], world: World) -> None:
-    """Write this rank's files.
+def write_state(folder: Path, state: TrainingState, tensors: dict[str, torch.Tensor], world: World) -> list[str]:
+    """Write this rank's files; returns their names, relative to ``folder``.
 
     Args:
         tensors: this rank's small tensors to keep; those named ``telemetry.…`` are [sum, count] over its samples.
     """
     (folder / "ranks").mkdir(parents=True, exist_ok=True)
+    written = [_rank_file(folder, world.rank)]
     for name, engine in state.engines.items():
-        save_engine(folder / name, engine, world.rank, state.ema.shards if engine is state.ema.engine else None)
+        shards = state.ema.shards if engine is state.ema.engine else None
+        written.append(save_engine(folder / name, engine, world.rank, shards))
     own = {"rng.cpu": torch.get_rng_state(), **tensors}
     if world.device.type == "cuda":
         own["rng.cuda"] = torch.cuda.get_rng_state(world.device)
-    save_file(own, _rank_file(folder, world.rank))
+    save_file(own, written[0])
+    return [str(path.relative_to(folder)) for path in written if path]
 
 
 def read_state(folder: Path, manifest: dict, state: TrainingState, world: World) -> dict[str, torch.Tensor]:
@@ -80,7 +84,7 @@ def read_state(folder: Path, manifest: dict, state: TrainingState, world: World)
             raise InputError(f"checkpoint {folder}: holds no engine {name}, was it made by the other stage?")
         _check_shapes(folder, name, saved["parameters"], parameter_shapes(engine))
         shards = state.ema.shards if engine is state.ema.engine else None
-        load_engine(folder / name, engine, world.rank, saved["counters"], shards)
+        load_engine(folder / name, engine, world.rank / world.size, saved["counters"], shards)
     tensors = _rank_tensors(folder, manifest["world_size"], world)
     random = {name: tensors.pop(f"rng.{name}", None) for name in ("cpu", "cuda")}
     if manifest["world_size"] != world.size:
@@ -101,13 +105,21 @@ def _rank_tensors(folder: Path, ranks: int, world: World) -> dict[str, torch.Ten
     """This rank's tensors; where ``ranks``, the number then, is another, sums go to the first and counts are shared."""
     if ranks == world.size:
         return load_file(_rank_file(folder, world.rank))
-    files = [load_file(_rank_file(folder, rank)) for rank in range(ranks)]
-    tensors = dict(files[0])
+    tensors = on_main(world, lambda: _merged(load_file(_rank_file(folder, rank)) for rank in range(ranks)))
     for name in tensors:
         if name.startswith(SUMS):
-            total, count = torch.stack([file[name] for file in files]).sum(0)
+            total, count = tensors[name]
             tensors[name] = torch.stack((total if world.is_main else torch.zeros_like(total), count / world.size))
     return tensors
+
+
+def _merged(files: Iterable[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One rank's tensors, with the sums of all."""
+    first, *others = files
+    for name in first:
+        if name.startswith(SUMS):
+            first[name] = torch.stack([file[name] for file in (first, *others)]).sum(0)
+    return first
 
 
 def _check_shapes(folder: Path, engine: str, saved: dict[str, list[int]], own: dict[str, list[int]]) -> None:

@@ -102,9 +102,8 @@ def test_a_run_outlives_those_who_read_what_it_says():
 # A rank signals itself in the middle of something, ``insist`` times.
 DURING = """
 import os, signal, time
-from deepspeed import DeepSpeedEngine
-from rdmd_fast import runtime, trainer
-owner, name = {{"save": (DeepSpeedEngine, "save_checkpoint"), "validate": (trainer.Training, "_measure")}}["{what}"]
+from rdmd_fast import checkpoint, runtime, trainer
+owner, name = {{"save": (checkpoint, "write_state"), "validate": (trainer.Training, "_measure")}}["{what}"]
 original, done = getattr(owner, name), []
 def spoilt(*arguments, **keywords):
     if rank == {on} and not done:

@@ -53,6 +53,7 @@ def time_iterations(config: Config, world: World, count: int) -> Timing:
             _wait(world)
             seconds.append(time.perf_counter() - start)
         peak = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else None
+        experiment.close()
     return Timing(seconds, peak)
 
 
