@@ -176,7 +176,7 @@ def test_dry_run_trains_nothing(runs, capsys):
     printed = capsys.readouterr().out
     size = sum(tensor.numel() for tensor in load_denoiser(runs / "teacher/export").parameters())
     assert f"{size / 1e6:.3f} M parameters" in printed
-    assert any(line.startswith("  2") and line.endswith("<- configured") for line in printed.splitlines())
+    assert any(line.startswith("  ZeRO 2") and line.endswith("<- configured") for line in printed.splitlines())
     assert not (runs / "dry").exists()
 
 
