@@ -60,7 +60,10 @@ def test_exception_stands_on_top_and_the_other_rank_follows(rank_server, tmp_pat
     errors = job.errors()
     assert errors[0] == "rank 1: Traceback (most recent call last):"
     assert errors[-2] == "rank 1: RuntimeError: the cat sat on the optimizer"
-    assert errors[-1].startswith("rank 0: lost another rank, or could not reach it (") and "the first error above" in errors[-1]
+    assert (
+        errors[-1].startswith("rank 0: lost another rank, or could not reach it (")
+        and "the first error above" in errors[-1]
+    )
     assert sum(line.startswith("rank 0") for line in errors) == 1 and "Traceback" not in "".join(errors[1:])
 
 
