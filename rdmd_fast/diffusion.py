@@ -293,7 +293,8 @@ class ForwardProcess:
     The draws are a pure function of (seed, streams, position): rank, micro-batch and block leave no trace.
     """
 
-    BLOCK_ELEMENTS = 2**17  # a block's normals: half a megabyte, and toys draw for hundreds of iterations at once
+    # A block's normals: half a megabyte, and toys draw for hundreds of iterations at once; more would delay the first.
+    BLOCK_ELEMENTS, BLOCK_ITERATIONS = 2**17, 512
 
     def __init__(
         self,
@@ -333,7 +334,8 @@ class ForwardProcess:
     def _draw_block(self, first: int, count: int) -> list[tuple[Coefficients, CounterNoise]]:
         on_cpu = self.device.type == "cpu"
         # On a GPU the kernels draw the noise themselves; tables and positions go there many iterations at a time.
-        iterations = max(1, self.BLOCK_ELEMENTS // (count * math.prod(self.sample_shape))) if on_cpu else 64
+        fitting = max(1, self.BLOCK_ELEMENTS // (count * math.prod(self.sample_shape)))
+        iterations = min(self.BLOCK_ITERATIONS, fitting) if on_cpu else 64
         starts = first + self.stride * torch.arange(iterations, dtype=torch.int64)
         positions = starts[:, None] + torch.arange(count)
         levels = self.sigma.quantile(self.philox.uniform(self.streams[0], positions.flatten())[:, 0])

@@ -16,6 +16,8 @@ from rdmd_fast.telemetry import TIME_KEYS
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 STAGES = [0, 1, 2, 3]
+# Of the runs that are stopped half-way; tests/soak/kill_resume.py does the same to more of them.
+HALVES = [("mlp", 0), ("mlp", 3), ("unet", 1), *(("unet_rdmd", stage) for stage in STAGES)]
 # ZeRO stages of a run that starts on two ranks, goes on on one and ends on two.
 CHAINS = [(2, 3, 1), (0, 1, 3), (3, 0, 2)]
 
@@ -122,6 +124,9 @@ def runs(tmp_path_factory):
     for stage in STAGES:
         for base, name in ((MLP_RDMD, "mlp"), (UNET_TEACHER, "unet"), (UNET_RDMD, "unet_rdmd")):
             two.append(case(base, f"{name}_{stage}", stage))
+            if (name, stage) not in HALVES:
+                statuses.append(0)
+                continue
             two.append(case(base, f"{name}_{stage}_halves", stage, stop_after=base["train"]["steps"] // 2))
             two.append(case(base, f"{name}_{stage}_halves", stage))
             statuses += [0, 75, 0]
@@ -150,8 +155,7 @@ def test_micro_batches_leave_no_trace(runs):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", ["mlp", "unet", "unet_rdmd"])
+@pytest.mark.parametrize("name,stage", HALVES)
 def test_half_stop_half_equals_the_whole_bit_for_bit(runs, name, stage):
     whole, halves = runs / f"{name}_{stage}", runs / f"{name}_{stage}_halves"
     assert metrics(whole) == metrics(halves)
