@@ -39,7 +39,7 @@ def decode_array(data: bytes) -> np.ndarray:
         raise ValueError("is of an unknown .npy version")
     try:
         shape, by_columns, dtype = read_header(file)
-    except RecursionError:
+    except (RecursionError, MemoryError):  # Python's parser says either of text that is nested too deeply
         raise ValueError("its header is no header") from None
     if dtype.kind != "f":
         raise ValueError(f"holds {dtype}; save float32 or float16")

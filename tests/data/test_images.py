@@ -161,6 +161,7 @@ def test_an_image_of_too_many_pixels_is_refused_ahead_of_decoding(tmp_path):
         load_image(tmp_path / "a.png", 8)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_large_photos_are_packed(tmp_path, monkeypatch):
     assert MOST_PIXELS > 108_000_000  # the largest sensors of telephones
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 50)
