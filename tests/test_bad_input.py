@@ -176,6 +176,7 @@ MERGES = "deepspeed: {a: &a {k: 1}, " + ", ".join(
         ('seed: !!python/object/apply:os.system ["touch executed"]', "not valid YAML"),
         (LAUGHS + "}", "remove aliases"),
         (MERGES + "}", "too many values"),
+        ("data: {target: [" + "a.tar, " * 30_000 + "]}", "write a long list of shards as a pattern"),
         ("deepspeed: &a {b: *a}", "nested deeper"),
         ("deepspeed: {a: .nan}", "deepspeed.a: is nan"),
         ("deepspeed: {a: 2001-01-01}", "deepspeed.a: is a date"),
@@ -212,11 +213,19 @@ def test_texts_that_people_write_are_accepted(tmp_path):
     assert (config.run_dir, config.data.target, config.data.source) == (names, names, command)
 
 
+def test_a_list_of_thousands_of_shards_is_read(tmp_path):
+    shards = [f"https://storage.example.org/datasets/photos/256x256/train/{number:06d}.tar" for number in range(4000)]
+    config = {"stage": "teacher", "run_dir": "r", "teacher": "t", "data": {"target": shards}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config, indent=1))
+    assert load_config(str(tmp_path / "config.yaml")).data.target == shards
+
+
 def test_config_that_is_no_file(capsys, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "long").write_text("#" * 2**20)
     for path in (tmp_path / "pipe", tmp_path, "/dev/zero", tmp_path / "long", tmp_path / ("x" * 300)):
-        assert "cannot be read" in fails(capsys, path, tmp_path / "run")
+        line = fails(capsys, path, tmp_path / "run")
+        assert "cannot be read" in line and ("as a pattern" in line) == (path == tmp_path / "long")
 
 
 def test_a_class_that_the_teacher_does_not_have(capsys, tmp_path, shards, teacher):

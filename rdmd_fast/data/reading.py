@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import mmap
 import os
 from bisect import bisect_right
@@ -87,10 +86,7 @@ class SampleReader:
     def decode(self, data: bytes) -> tuple[tuple[int, ...], bytes]:
         """(shape, decoded bytes) of a sample; raises as ``read`` does."""
         try:
-            if self.kind == "array":
-                return _array(data)
-            image = decode_rgb(data)
-            return (image.height, image.width, 3), image.tobytes()
+            return decode(data, self.kind)
         except UNREADABLE as error:
             if _of_the_machine(error):
                 raise
@@ -131,7 +127,7 @@ def fill(reader: SampleReader, memory: mmap.mmap, rows: int, pairs: Iterable[tup
     Raises:
         OSError, MemoryError: as ``SampleReader.read``; rows that are not filled stay of unknown status.
     """
-    size = row_bytes(reader.kind, reader.shape)
+    size = len(memory) // rows - 1  # of a sample; one byte more of each is its status
     status, faults = rows * size, {}
     for index, row in pairs:
         try:
@@ -148,13 +144,12 @@ def _of_the_machine(error: Exception) -> bool:
     return isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE
 
 
-def row_bytes(kind: str, shape: Sequence[int]) -> int:
-    """Of one decoded sample."""
-    return math.prod(shape) * (1 if kind == "image" else 4)
+def decode(data: bytes, kind: str) -> tuple[tuple[int, ...], bytes]:
+    """(shape, bytes) of an image file's uint8 [H, W, 3] or a .npy file's float32; raises ``formats.UNREADABLE``."""
+    if kind == "array":
+        from rdmd_fast.data.contents import decode_array
 
-
-def _array(data: bytes) -> tuple[tuple[int, ...], bytes]:
-    from rdmd_fast.data.contents import decode_array
-
-    array = decode_array(data)
-    return array.shape, array.tobytes()
+        array = decode_array(data)
+        return array.shape, array.tobytes()
+    image = decode_rgb(data)
+    return (image.height, image.width, 3), image.tobytes()
