@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
@@ -16,7 +17,7 @@ from .data.options import DataOptions
 from .data.toys import ToyDistribution
 from .diffusion import DiffusionOptions
 from .distributed import TrainOptions
-from .errors import InputError
+from .errors import InputError, is_plain
 from .networks import GeneratorOptions, NetworkOptions, TeacherCopyOptions
 from .options import Options
 from .rdmd import RDMDOptions
@@ -132,14 +133,24 @@ def _deepspeed_problems(section: dict):
         yield "deepspeed.zero_optimization.compute_grad_norm: must stay true, updates are guarded by the norm"
 
 
-MOST_BYTES, MOST_VALUES, MOST_LEVELS = 1 << 16, 10_000, 32
+MOST_BYTES, MOST_VALUES, MOST_LEVELS = 1 << 19, 10_000, 32
 """Of a configuration: bytes of its file, values and levels once aliases are followed. The longest preset has 60."""
+
+_SHORTER = "write a long list of shards as a pattern such as shards/{0000..0999}.tar"
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as a string; people who write configs mean a number."""
 
-    merged = 0
+    merged = composed = 0
+
+    def compose_node(self, parent, index):
+        """Keys and values are counted as they are read: half a megabyte of them would take seconds."""
+        self.composed += 1
+        if self.composed > 2 * MOST_VALUES:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"too many values: {_SHORTER}", mark)
+        return super().compose_node(parent, index)
 
     def flatten_mapping(self, node) -> None:
         """Merge keys (<<), which can double a mapping again and again, are counted."""
@@ -166,7 +177,7 @@ def _check_plain(values: dict, where: str) -> None:
     """Refuse what no configuration is, ahead of checks that would take for ever: aliases can make 10^9 values of ten.
 
     Raises:
-        InputError: too many values, too deeply nested, a key that is no name, characters that do not print.
+        InputError: too many values, too deeply nested, a key that is no name, control characters.
     """
     count, level = 0, [("", values)]
     for _ in range(MOST_LEVELS):
@@ -174,20 +185,20 @@ def _check_plain(values: dict, where: str) -> None:
         for key, value in level:
             if isinstance(value, dict):
                 below += [(f"{key}.{name}" if key else name, each) for name, each in value.items()]
-                strange = next((name for name in value if not isinstance(name, str) or not name.isprintable()), None)
+                strange = next((name for name in value if not isinstance(name, str) or not is_plain(name)), None)
                 if strange is not None or None in value:
                     raise InputError(f"{where}: {key or 'top'}: key {str(strange)[:60]!r} is no name")
             elif isinstance(value, list):
                 below += [(key, each) for each in value]
-            elif isinstance(value, str) and not value.isprintable():
-                raise InputError(f"{where}: {key}: holds characters that do not print ({value[:60]!r})")
+            elif isinstance(value, str) and not is_plain(value, besides="\n\t"):  # as in commands of several lines
+                raise InputError(f"{where}: {key}: holds control characters ({value[:60]!r})")
             elif isinstance(value, int | float) and not abs(value) < 2**64:
                 raise InputError(f"{where}: {key}: is {_brief(value)}, must be a finite number of a size that is meant")
             elif not isinstance(value, str | int | float | None):
                 raise InputError(f"{where}: {key}: is a {type(value).__name__}, write a number, a text or a list")
             count += 1
             if count + len(below) > MOST_VALUES:
-                raise InputError(f"{where}: more than {MOST_VALUES} values: remove aliases and long lists")
+                raise InputError(f"{where}: more than {MOST_VALUES} values: remove aliases, {_SHORTER}")
         level = below
         if not level:
             return
@@ -203,7 +214,8 @@ def load_config(path: str, overrides: list[str] = ()) -> Config:
     try:
         text = read_text(path, MOST_BYTES)
     except (OSError, ValueError) as error:
-        raise InputError(f"config {path}: cannot be read ({_reason(error)})") from None
+        remedy = f"; {_SHORTER}" if os.path.isfile(path) and os.path.getsize(path) > MOST_BYTES else ""
+        raise InputError(f"config {path}: cannot be read ({_reason(error)}){remedy}") from None
     values = _parse_yaml(text, f"config {path}")
     if not isinstance(values, dict):
         raise InputError(f"config {path}: must be a mapping of keys to values, found {type(values).__name__}")

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 
 from .errors import InputError
 from .guard import GuardOptions, UpdateGuard
-from .launchers import adopt_launcher
+from .launchers import adopt_launcher, cores_of_rank
 from .options import Options
 from .runtime import write_error
 
@@ -194,10 +194,9 @@ def join_world(timeout: float = 1800.0) -> World:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     else:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks on one machine share its cores; without this each would start a thread for every core.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+            torch.set_num_threads(cores_of_rank())
         # DeepSpeed would compile a shared-memory collective at the first start, a minute long; gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

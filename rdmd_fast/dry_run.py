@@ -92,7 +92,7 @@ def _notes(states: ModelStates, settings: ZeroSettings, used: Activations) -> li
     held = {part: size for part, size in states.host.items() if size}
     if held:
         listing = ", ".join(f"{part} {size / MIB:.1f}" for part, size in held.items())
-        notes.append(f"  offloaded to host memory or NVMe, by rank: {listing}")
+        notes.append(f"  offloaded to host memory, by rank: {listing}")
     return notes
 
 

@@ -1,6 +1,7 @@
 """The errors that users cause and can mend."""
 
 import os
+import unicodedata
 
 LONGEST = 800  # characters of a message
 
@@ -28,10 +29,16 @@ def one_line(text: str) -> str:
     return f"{text[: LONGEST - end - 3]} … {text[-end:]}"
 
 
+def is_plain(text: str, besides: str = "") -> bool:
+    """Whether ``text`` may be a name: no control characters but those in ``besides``, nothing that is not Unicode."""
+    return all(unicodedata.category(each) not in ("Cc", "Cs") for each in text if each not in besides)
+
+
 def of_the_machine(error: OSError | MemoryError) -> str:
     """The line for a file that cannot be read or written, or for memory that is not there."""
     if isinstance(error, OSError):
-        return one_line(f"{os.fsdecode(error.filename)}: {error.strerror or error}")
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return one_line(f"{where}{error.strerror or error}")
     return one_line(f"not enough memory for this input ({error})" if str(error) else "not enough memory for this input")
 
 

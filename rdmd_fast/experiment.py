@@ -237,11 +237,12 @@ def _distilled_networks(config: Config, source, layout, world: World):
     """Teacher from its export; G and fake score start from its weights."""
     start, weights = read_teacher(config.teacher)
     _check_shape(config.teacher, start, source.shape, "data.source")
+    network_options = start.network if config.generator.kind == "teacher" else config.generator
+    target_class_row(getattr(network_options, "label_dim", 0), config.data.target_class, world.device)  # names the key
     check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
     teacher, fake = (build_network(start.network, source.shape, dropout=False) for _ in range(2))
     load_weights(teacher, weights, config.teacher)
     load_weights(fake, weights, config.teacher)
-    network_options = start.network if config.generator.kind == "teacher" else config.generator
     generator = build_network(network_options, source.shape, dropout=False)
     if config.generator.kind == "teacher":
         load_weights(generator, weights, config.teacher)

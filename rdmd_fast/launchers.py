@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from .errors import InputError
 
@@ -64,6 +64,19 @@ def _open_mpi(environment) -> dict[str, str]:
         "LOCAL_RANK": environment["OMPI_COMM_WORLD_LOCAL_RANK"],
         "LOCAL_WORLD_SIZE": local,
     }
+
+
+def cores_of_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Cores for this rank: those that `srun` has bound it to, else its share of what the node's ranks may all use.
+
+    Slurm's variables count where its tasks are the ranks: `torchrun` and `deepspeed` inside a task or a batch script
+    inherit them too.
+    """
+    cores = len(os.sched_getaffinity(0))
+    size = environment.get("WORLD_SIZE", "1")
+    if environment.get("SLURM_STEP_NUM_TASKS") == size and "SLURM_CPUS_PER_TASK" in environment:
+        return min(cores, int(environment["SLURM_CPUS_PER_TASK"]))
+    return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", size)))
 
 
 def _visible_gpus(environment) -> list[str]:

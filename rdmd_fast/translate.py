@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .errors import InputError
+from .errors import InputError, is_plain
 
 EPILOG = """examples:
   rdmd translate --model runs/digits_2to3/export --input shards/digits/2/test --output out/threes
@@ -137,7 +137,7 @@ def _open_shards(path: Path, shape: tuple[int, int, int], image_shape: tuple[int
         raise InputError(f"--input {path}: samples of shape {tuple(shards.shape)}, the generator takes {expected}")
     for key in shards.keys:
         parts = key.split("/")
-        if not key.isprintable() or ".." in parts or "" in parts:
+        if not is_plain(key) or ".." in parts or "" in parts:
             raise InputError(
                 f"--input {path}: sample {key!r} has no name for a file below --output; pack the set again"
             )
@@ -146,7 +146,8 @@ def _open_shards(path: Path, shape: tuple[int, int, int], image_shape: tuple[int
 
 def _open_arrays(path: Path, files: list[Path], shape: tuple[int, int, int]) -> Inputs:
     from .data.contents import decode_array
-    from .data.images import IMAGE_SUFFIXES, UNREADABLE
+    from .data.formats import UNREADABLE
+    from .data.images import IMAGE_SUFFIXES
 
     image = next((file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES), None)
     if image:
@@ -159,7 +160,7 @@ def _open_arrays(path: Path, files: list[Path], shape: tuple[int, int, int]) -> 
             array = decode_array(file.read_bytes())
         except UNREADABLE as error:
             reason = " ".join(str(error).split())[:120]
-            raise InputError(f"{file}: not a .npy array of numbers ({reason}), take it out or save it again") from None
+            raise InputError(f"{file}: not a .npy array of floats ({reason}), take it out or save it again") from None
         if array.shape != shape:
             raise InputError(f"{file}: has shape {array.shape}, the generator takes {shape}")
         return array

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rdmd_fast import cli
+from rdmd_fast.config import load_config
 from rdmd_fast.trainer import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -175,14 +176,16 @@ MERGES = "deepspeed: {a: &a {k: 1}, " + ", ".join(
         ('seed: !!python/object/apply:os.system ["touch executed"]', "not valid YAML"),
         (LAUGHS + "}", "remove aliases"),
         (MERGES + "}", "too many values"),
+        ("data: {target: [" + "a.tar, " * 30_000 + "]}", "write a long list of shards as a pattern"),
         ("deepspeed: &a {b: *a}", "nested deeper"),
         ("deepspeed: {a: .nan}", "deepspeed.a: is nan"),
         ("deepspeed: {a: 2001-01-01}", "deepspeed.a: is a date"),
         ("deepspeed: {1: 2}", "key '1' is no name"),
         ('deepspeed: {"a\\nb": 2}', r"key 'a\nb' is no name"),
         ("seed: 0x" + "f" * 5000, "huge number"),
-        ('teacher: "a\\0b"', "do not print"),
-        ('teacher: "\\ud800"', "do not print"),
+        ('teacher: "a\\0b"', "teacher: holds control characters"),
+        ('teacher: "a\\x9bb"', "teacher: holds control characters"),
+        ('teacher: "\\ud800"', "teacher: holds control characters"),
         ("train: {steps: " + "[" * 20 + "]" * 20 + "}", "train.steps"),
         (f"train: {{steps: {'x' * 10**5}}}", "train.steps"),
     ],
@@ -196,11 +199,48 @@ def test_yaml_that_is_no_configuration(capsys, tmp_path, monkeypatch, text, says
     assert not (tmp_path / "executed").exists()
 
 
+def test_texts_that_people_write_are_accepted(tmp_path):
+    """Spaces that `str.isprintable` knows not (French, macOS, Japanese), and commands of several lines."""
+    names = "photos\u00a0d\u2019\u00e9t\u00e9\u202f!/\u3000\u732b"
+    command = "pipe:cat a.tar |\n\tzstd -d\n"
+    (tmp_path / "config.yaml").write_text(
+        f"stage: rdmd\nrun_dir: {names}\nteacher: t\ndata:\n  target: {names}\n  source: |\n    "
+        + command.replace("\n", "\n    ")
+        + "\n",
+        encoding="utf-8",
+    )
+    config = load_config(str(tmp_path / "config.yaml"))
+    assert (config.run_dir, config.data.target, config.data.source) == (names, names, command)
+
+
+def test_a_list_of_thousands_of_shards_is_read(tmp_path):
+    shards = [f"https://storage.example.org/datasets/photos/256x256/train/{number:06d}.tar" for number in range(4000)]
+    config = {"stage": "teacher", "run_dir": "r", "teacher": "t", "data": {"target": shards}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config, indent=1))
+    assert load_config(str(tmp_path / "config.yaml")).data.target == shards
+
+
 def test_config_that_is_no_file(capsys, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "long").write_text("#" * 2**20)
     for path in (tmp_path / "pipe", tmp_path, "/dev/zero", tmp_path / "long", tmp_path / ("x" * 300)):
-        assert "cannot be read" in fails(capsys, path, tmp_path / "run")
+        line = fails(capsys, path, tmp_path / "run")
+        assert "cannot be read" in line and ("as a pattern" in line) == (path == tmp_path / "long")
+
+
+def test_a_class_that_the_teacher_does_not_have(capsys, tmp_path, shards, teacher):
+    from safetensors.torch import load_file, save_file
+
+    network = json.loads((teacher / "config.json").read_text())["network"]
+    labelled = altered(teacher, tmp_path / "labelled", network=network | {"label_dim": 3})
+    weights = load_file(labelled / "teacher.safetensors")
+    name = next(name for name in weights if name.endswith("map_layer0.weight"))
+    weights[name.replace("map_layer0", "map_label")] = weights[name][:, :3].contiguous()
+    save_file(weights, labelled / "teacher.safetensors")
+    options = [f"teacher={labelled}", f"data.source={shards}/2/train", "data.source_holdout=null"]
+    for wrong in (["data.target_class=3"], []):
+        line = fails(capsys, CONFIGS / "digits/rdmd_2to3.yaml", tmp_path / "run", *options, *wrong)
+        assert "data.target_class: the network has 3 classes, name one from 0 to 2" in line
 
 
 @pytest.mark.parametrize(

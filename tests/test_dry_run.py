@@ -6,14 +6,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.communication import at_stage, on_ranks, prepare_digits
 from rdmd_fast.config import validate_config
+from rdmd_fast.data.writer import ShardWriter
 from rdmd_fast.networks import DhariwalUNetOptions, MLPOptions, SongUNetOptions
 from rdmd_fast.planning.activations import activations
-from rdmd_fast.planning.networks import PlannedNetwork, PlannedNetworks, planned_networks
+from rdmd_fast.planning.networks import PlannedNetwork, PlannedNetworks, planned_networks, sample_shape
 from rdmd_fast.planning.states import ZeroSettings, model_states
 from rdmd_fast.planning.storage import disk_use
 from rdmd_fast.trainer import main
@@ -59,6 +61,18 @@ def held(tmp_path_factory):
 @pytest.fixture(scope="module")
 def held_slow(tmp_path_factory):
     return measure(tmp_path_factory.mktemp("held_slow"), SLOW_CASES)
+
+
+def test_damaged_data_that_training_accepts_are_accepted(tmp_path):
+    with ShardWriter(tmp_path / "set", {}, "test", 2) as writer:
+        for number in range(4):
+            writer.write(f"{number}", np.zeros((3, 8, 8), np.float32))
+        writer.commit()
+    (tmp_path / "set/shard-000000.tar").unlink()
+    data = {"target": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")}
+    network = {"kind": "song_unet", **SMALL}
+    config = {"stage": "teacher", "run_dir": "run", "data": data, "network": network}
+    assert sample_shape(validate_config(config, "test")) == (3, 8, 8)
 
 
 @pytest.mark.parametrize("case", CASES)

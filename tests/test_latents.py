@@ -27,7 +27,9 @@ def write_shards(folder: Path, seed: int, count: int = 12) -> None:
     generator = np.random.default_rng(seed)
     with ShardWriter(folder, {}, "test", 100) as writer:
         for index in range(count):
-            writer.write(f"sample{index:02d}", generator.standard_normal(SHAPE, dtype=np.float32))
+            writer.write(
+                f"sample\N{NARROW NO-BREAK SPACE}{index:02d}", generator.standard_normal(SHAPE, dtype=np.float32)
+            )
         writer.commit()
 
 
@@ -138,6 +140,9 @@ def damage(name):
     def text(path):
         (path / "a.npy").write_text("<html>")
 
+    def integers(path):
+        np.save(path / "a.npy", np.zeros(SHAPE, np.int32))
+
     def longer_than_the_file(path):
         np.save(path / "a.npy", np.zeros(SHAPE, np.float32))
         data = (path / "a.npy").read_bytes()
@@ -157,9 +162,10 @@ def damage(name):
     ("case", "expected"),
     [
         ("shape", "a.npy: has shape (4, 8, 8), the generator takes (5, 8, 8)"),
-        ("objects", "a.npy: not a .npy array of numbers"),
-        ("text", "a.npy: not a .npy array of numbers"),
-        ("longer_than_the_file", "a.npy: not a .npy array of numbers"),
+        ("objects", "a.npy: not a .npy array of floats"),
+        ("text", "a.npy: not a .npy array of floats"),
+        ("integers", "a.npy: not a .npy array of floats (holds int32; save float32 or float16)"),
+        ("longer_than_the_file", "a.npy: not a .npy array of floats"),
         ("mixed", "holds arrays and images (b.png)"),
         ("images", "image files are RGB, the generator takes 5 channels"),
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from rdmd_fast import launchers
 from rdmd_fast.errors import InputError
-from rdmd_fast.launchers import adopt_launcher, first_host, tasks_per_node
+from rdmd_fast.launchers import adopt_launcher, cores_of_rank, first_host, tasks_per_node
 
 ALLOCATION = {"SLURM_JOB_ID": "25017", "SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_NODELIST": "node-a,node-b"}
 BATCH = ALLOCATION | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
@@ -140,3 +140,24 @@ def test_interfaces_are_this_hosts():
     for address in addresses.values():
         with socket.socket() as probe:
             probe.bind((address, 0))  # only an address of this host can be bound
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores"),
+    [
+        ({}, 8),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 4),
+        ({"WORLD_SIZE": "2"}, 4),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "16"}, 1),
+        # srun's tasks are the ranks: bound to cores of their own, or told how many of the node's are theirs.
+        (STEP | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "8"}, 8),
+        (STEP | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "3"}, 3),
+        (STEP | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 4),
+        # torchrun in each task, deepspeed in a batch script: the task's cores are for all of their ranks.
+        (STEP | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "8"}, 2),
+        (BATCH | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "8"}, 2),
+    ],
+)
+def test_cores_are_divided_once(monkeypatch, environment, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert cores_of_rank(environment) == cores

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from rdmd_fast.data.contents import decode_sample
 from rdmd_fast.data.formats import UNREADABLE
 from rdmd_fast.data.images import map_in_order
 from rdmd_fast.data.parts import (
@@ -24,6 +23,7 @@ from rdmd_fast.data.parts import (
     MANIFEST_VERSION,
     UNFINISHED_MANIFEST,
 )
+from rdmd_fast.data.reading import decode
 from rdmd_fast.data.report import digest_of, shared_samples
 from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.data.tar import TarMember, scan_shard
@@ -202,7 +202,8 @@ def _decode(path: Path, shape: tuple | None, samples: list[TarMember]) -> list[F
         for member in samples:
             where = f"{path}: sample {member.key!r}"
             try:
-                found = decode_sample(os.pread(file.fileno(), member.size, member.offset), member.extension).shape
+                kind = "array" if member.extension == ARRAY_EXTENSION else "image"
+                found, _ = decode(os.pread(file.fileno(), member.size, member.offset), kind)
             except UNREADABLE as error:
                 faults.append(Fault(where, f"cannot be decoded ({' '.join(str(error).split())})"))
             else:

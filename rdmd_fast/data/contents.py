@@ -1,4 +1,4 @@
-"""From the bytes of one sample to its array: an image or a .npy file, from whoever wrote it."""
+"""From the bytes of a .npy file, whoever wrote it, to its array."""
 
 from __future__ import annotations
 
@@ -9,20 +9,7 @@ import warnings
 import numpy as np
 from numpy.lib import format as npy
 
-from rdmd_fast.data.formats import decode_rgb
-from rdmd_fast.data.parts import ARRAY_EXTENSION
-
 warnings.filterwarnings("ignore", message="Reading `.npy`")  # by Python 2: read without a word, or refused
-
-
-def decode_sample(data: bytes, extension: str) -> np.ndarray:
-    """Uint8 [H, W, 3] of an image, float32 [C, H, W] or [D] of an array; raises ``formats.UNREADABLE``."""
-    return decode_array(data) if extension == ARRAY_EXTENSION else decode_image(data)
-
-
-def decode_image(data: bytes) -> np.ndarray:
-    """A png, jpg or webp file as uint8 [H, W, 3]; raises ``formats.UNREADABLE``."""
-    return np.asarray(decode_rgb(data))
 
 
 def decode_array(data: bytes) -> np.ndarray:
@@ -39,7 +26,7 @@ def decode_array(data: bytes) -> np.ndarray:
         raise ValueError("is of an unknown .npy version")
     try:
         shape, by_columns, dtype = read_header(file)
-    except RecursionError:
+    except (RecursionError, MemoryError):  # Python's parser says either of text that is nested too deeply
         raise ValueError("its header is no header") from None
     if dtype.kind != "f":
         raise ValueError(f"holds {dtype}; save float32 or float16")

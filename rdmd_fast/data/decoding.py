@@ -68,28 +68,23 @@ class Decoder:
     def wait(self, tickets: Collection[int]) -> None:
         """Until these are done; meanwhile this process decodes what no worker has begun."""
         while not self._open.keys().isdisjoint(tickets):
+            self._hand_out()
             if self._note():
                 continue
             task = self._pool.take()
             if task is not None:
                 ticket, pairs = task
-            elif self._unsent:
-                ticket = self._unsent.popleft()
-                pairs = self._open[ticket]
-            else:
-                if not self._note(_LOOK_SECONDS):
-                    self._look_after_workers()
-                continue
-            self._fill(pairs)
-            del self._open[ticket]
+                self._fill(pairs)
+                del self._open[ticket]
+            elif not self._unsent and not self._note(_LOOK_SECONDS):
+                self._look_after_workers()
 
     def poll(self) -> None:
         """Take note of what has been done and hand out what has not, without waiting."""
         if self._pool is None:
             return
         self._note()
-        while self._unsent and self._pool.put(self._unsent[0], self._open[self._unsent[0]]):
-            self._unsent.popleft()
+        self._hand_out()
         self._look_after_workers()
 
     def close(self) -> None:
@@ -105,6 +100,11 @@ class Decoder:
         faults = fill(self._shards.reader, self._store.memory, len(self._store.status), pairs)
         for index, fault in faults.items():
             self._blame(index, fault)
+
+    def _hand_out(self) -> None:
+        """Queue what the queue has room for."""
+        while self._unsent and self._pool.put(self._unsent[0], self._open[self._unsent[0]]):
+            self._unsent.popleft()
 
     def _blame(self, index: int, fault: str) -> None:
         self.faults[index] = f"{self._shards.where(index)} {fault}"

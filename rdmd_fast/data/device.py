@@ -14,6 +14,7 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.kernels.image_normalize import image_normalize
 from rdmd_fast.kernels.noise_forward import CounterNoise
 from rdmd_fast.kernels.philox import words
+from rdmd_fast.launchers import cores_of_rank
 from rdmd_fast.randomness import Philox, Stream
 
 
@@ -85,8 +86,7 @@ def open_domain(
 
 def default_workers(device: torch.device) -> int:
     """One where a GPU's host has a core to spare for each of its ranks; steps on the CPU want the cores themselves."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(device.type == "cuda" and cores >= 2)
+    return int(device.type == "cuda" and cores_of_rank() >= 2)
 
 
 def _warn_of_crowding(role: str, shards: int, workers: int) -> None:

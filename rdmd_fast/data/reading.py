@@ -5,8 +5,8 @@ Imported by decoding workers, which shall start fast and stay small: no torch he
 
 from __future__ import annotations
 
+import errno
 import json
-import math
 import mmap
 import os
 from bisect import bisect_right
@@ -17,6 +17,8 @@ from rdmd_fast.errors import InputError
 
 UNKNOWN, GOOD, BAD = 0, 1, 2
 """What is known of a sample: nothing, that it was read, that it cannot be read."""
+
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class SampleReader:
@@ -50,6 +52,7 @@ class SampleReader:
 
         Raises:
             InputError: what is wrong with it; which sample that is the caller knows.
+            OSError, MemoryError: the machine has no memory or no open file left; nothing is known of the sample.
         """
         shape, sample = self.decode(self.fetch(index))
         if shape != self.shape:
@@ -58,18 +61,24 @@ class SampleReader:
 
     def fetch(self, index: int) -> bytes:
         """The sample's bytes as they stand in its shard; raises as ``read`` does."""
-        size = self._sizes[index]
-        try:
-            data = self.pread(bisect_right(self._first, index) - 1, self._offsets[index], size)
-        except OSError as error:
-            raise InputError(f"cannot be read ({error.strerror}); copy the shard again") from error
+        shard, offset, size = bisect_right(self._first, index) - 1, self._offsets[index], self._sizes[index]
+        for anew in (False, True):  # twice: a server may have forgotten the open file, or be back in a moment
+            try:
+                data = self.pread(shard, offset, size, anew)
+                break
+            except OSError as error:
+                if _of_the_machine(error):
+                    error.filename = self._paths[shard]
+                    raise
+                if anew:
+                    raise InputError(f"cannot be read ({error.strerror}); copy the shard again") from error
         if len(data) < size:
             raise InputError("is cut short; copy or pack the shard again")
         return data
 
-    def pread(self, shard: int, offset: int, size: int) -> bytes:
-        """Bytes of a shard; OSError where it cannot be read."""
-        if self.files[shard] is not None:
+    def pread(self, shard: int, offset: int, size: int, anew: bool = False) -> bytes:
+        """Bytes of a shard, opened ``anew`` or not; OSError where it cannot be read."""
+        if self.files[shard] is not None and not anew:
             return os.pread(self.files[shard], size, offset)
         with open(self._paths[shard], "rb") as file:
             return os.pread(file.fileno(), size, offset)
@@ -77,11 +86,10 @@ class SampleReader:
     def decode(self, data: bytes) -> tuple[tuple[int, ...], bytes]:
         """(shape, decoded bytes) of a sample; raises as ``read`` does."""
         try:
-            if self.kind == "array":
-                return _array(data)
-            image = decode_rgb(data)
-            return (image.height, image.width, 3), image.tobytes()
+            return decode(data, self.kind)
         except UNREADABLE as error:
+            if _of_the_machine(error):
+                raise
             raise InputError(f"cannot be decoded ({error}); pack the set again") from error
 
     # -- on their way to workers ---------------------------------------------------------------------------------------
@@ -115,8 +123,11 @@ def fill(reader: SampleReader, memory: mmap.mmap, rows: int, pairs: Iterable[tup
 
     Returns:
         What was wrong with those that could not be read, by number.
+
+    Raises:
+        OSError, MemoryError: as ``SampleReader.read``; rows that are not filled stay of unknown status.
     """
-    size = row_bytes(reader.kind, reader.shape)
+    size = len(memory) // rows - 1  # of a sample; one byte more of each is its status
     status, faults = rows * size, {}
     for index, row in pairs:
         try:
@@ -128,13 +139,17 @@ def fill(reader: SampleReader, memory: mmap.mmap, rows: int, pairs: Iterable[tup
     return faults
 
 
-def row_bytes(kind: str, shape: Sequence[int]) -> int:
-    """Of one decoded sample."""
-    return math.prod(shape) * (1 if kind == "image" else 4)
+def _of_the_machine(error: Exception) -> bool:
+    """Whether it says nothing about the sample, which may well be read the next time."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE
 
 
-def _array(data: bytes) -> tuple[tuple[int, ...], bytes]:
-    from rdmd_fast.data.contents import decode_array
+def decode(data: bytes, kind: str) -> tuple[tuple[int, ...], bytes]:
+    """(shape, bytes) of an image file's uint8 [H, W, 3] or a .npy file's float32; raises ``formats.UNREADABLE``."""
+    if kind == "array":
+        from rdmd_fast.data.contents import decode_array
 
-    array = decode_array(data)
-    return array.shape, array.tobytes()
+        array = decode_array(data)
+        return array.shape, array.tobytes()
+    image = decode_rgb(data)
+    return (image.height, image.width, 3), image.tobytes()

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 
 from rdmd_fast.data.reading import SampleReader
@@ -41,28 +42,32 @@ class WorkerPool:
     """
 
     def __init__(self, reader: SampleReader, store: Store, count: int):
-        self._tasks, self._tasks_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._reports, reports_in = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._reports, False)
         self._unread = b""
         self._processes: list[subprocess.Popen] = []
-        descriptors = [self._tasks, self._tasks_in, self._reports]
+        descriptors: list[int] = []  # open until the end
         self._end = weakref.finalize(self, _end, self._processes, descriptors, os.getpid())
-        table = reader.to_descriptor()
-        try:
-            for _ in range(count):
-                self._processes.append(_start(reader, store, table, self._tasks, reports_in))
-        except OSError as error:
-            if not self._processes:
-                self.close()
-                raise
-            print(
-                f"warning: {len(self._processes)} of {count} decoding workers started ({error.strerror})",
-                file=sys.stderr,
-            )
-        finally:
-            os.close(table)
-            os.close(reports_in)
+        with ExitStack() as starting:  # what is open until the workers have it
+            try:
+                descriptors += os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+                self._tasks, self._tasks_in = descriptors
+                self._reports, reports_in = os.pipe2(os.O_CLOEXEC)
+                descriptors.append(self._reports)
+                starting.callback(os.close, reports_in)
+                table = reader.to_descriptor()
+                starting.callback(os.close, table)
+                for _ in range(count):
+                    self._processes.append(_start(reader, store, table, self._tasks, reports_in))
+            except OSError as error:
+                if not self._processes:
+                    self.close()
+                    raise
+                print(
+                    f"warning: {len(self._processes)} of {count} decoding workers started ({error.strerror})",
+                    file=sys.stderr,
+                )
+        os.set_blocking(self._reports, False)
+        self._poll = select.poll()  # select.select takes no descriptor from 1024 up
+        self._poll.register(self._reports, select.POLLIN)
 
     def put(self, ticket: int, pairs: list[tuple[int, int]]) -> bool:
         """Queue a task of at most TASK_SAMPLES (sample, row); False if the queue is full."""
@@ -81,7 +86,7 @@ class WorkerPool:
     def reports(self, seconds: float = 0.0) -> list[tuple[int, int, str | None]]:
         """What came within ``seconds``: (ticket, sample, what is wrong with it), (ticket, 0, None) of a done task."""
         if seconds:
-            select.select([self._reports], [], [], seconds)
+            self._poll.poll(1000 * seconds)
         try:
             self._unread += os.read(self._reports, 1 << 16)
         except BlockingIOError:
@@ -110,7 +115,7 @@ class WorkerPool:
 def _start(reader: SampleReader, store: Store, table: int, tasks: int, reports: int) -> subprocess.Popen:
     inherited = [table, store.descriptor, tasks, reports]
     numbers = [table, store.descriptor, len(store.status), tasks, reports, os.getpid()]
-    path = "\n".join([*sys.path, _PACKAGE_PARENT])
+    path = "\n".join([*(each for each in sys.path if isinstance(each, str)), _PACKAGE_PARENT])
     # Blocked before the start, so that there is no moment at which a signal finds a worker unprepared.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_PARENT)
     try:

@@ -8,12 +8,11 @@ import select
 import struct
 
 from rdmd_fast.data.reading import SampleReader, fill
+from rdmd_fast.errors import of_the_machine
 
 TASK = struct.Struct("=32q")  # ticket, number of samples, then (sample, row) of each; a whole number fits a page
 TASK_SAMPLES = 15
-REPORT = struct.Struct(
-    "=qqi"
-)  # ticket, sample and length of what was wrong with it; at the end of a task (ticket, 0, -1)
+REPORT = struct.Struct("=qqi")  # ticket, sample, length of what was wrong with it; (ticket, 0, -1) ends a task
 _ORPHAN_MS = 2000  # how often an idle worker looks whether its parent lives
 _LONGEST_FAULT = 1000  # bytes; with them a report is written at one go
 
@@ -45,7 +44,10 @@ def main(table: int, store: int, rows: int, tasks: int, reports: int, parent: in
         if not record:
             return
         ticket, pairs = read_task(record)
-        faults = fill(reader, memory, rows, pairs)
+        try:
+            faults = fill(reader, memory, rows, pairs)
+        except (OSError, MemoryError) as error:  # the parent does it again, and fails if it has no more than this one
+            raise SystemExit(f"decoding worker: {of_the_machine(error)}") from error
         try:
             for index, fault in faults.items():
                 text = fault.encode()[:_LONGEST_FAULT]

@@ -178,7 +178,7 @@ def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str)
     """The raw network of an export, in evaluation mode, on the CPU; InputError where the weights are not its own."""
     check_weights(expected_weights(config, len(weights), origin), weights, origin)  # before it takes any memory
     network = build_network(config.network, tuple(config.sample_shape), dropout=False)
-    load_weights(network, weights, origin)
+    network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
 
 

@@ -94,7 +94,7 @@ def sample_shape(config: Config) -> tuple[int, ...]:
     domain = config.data.target if config.stage == "teacher" else config.data.source
     if isinstance(domain, ToyDistribution):
         return (2,)
-    return tuple(channels_first(ShardSet(domain, cache_dir=config.data.cache_dir)))
+    return tuple(channels_first(ShardSet(domain, tolerant=True, cache_dir=config.data.cache_dir)))
 
 
 def _gathered_again(network: nn.Module) -> int:

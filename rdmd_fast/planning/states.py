@@ -29,7 +29,7 @@ MASTER, MOMENTS = 4, 8
 
 @dataclass
 class ModelStates:
-    """Bytes by part (``PARTS``) on the device, and of those that offloading puts into host memory (or on NVMe).
+    """Bytes by part (``PARTS``) on the device, and of those that offloading puts into host memory.
 
     ``gathered`` is the share of ``device["parameters"]`` that ZeRO-3 gathers and lets go again: an upper bound.
     """

@@ -1,7 +1,9 @@
 """Real damage to real tars: every readable sample comes, positions do not shift, drops are counted by shard."""
 
+import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -9,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from rdmd_fast.data import device
+from rdmd_fast.data import device, reading
 from rdmd_fast.data import shards as shards_module
 from rdmd_fast.data.faults import StreamReport
 from rdmd_fast.data.samples import WindowedSamples
 from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.data.writer import ShardWriter
 from rdmd_fast.distributed import World
-from rdmd_fast.errors import InputError
+from rdmd_fast.errors import InputError, of_the_machine
 from rdmd_fast.trainer import main
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -242,6 +244,52 @@ def test_two_samples_of_one_key_keep_the_first(tmp_path):
     assert "share the key 'same'" in stream.shards.faults[SHARD]
 
 
+def failing(function, error, times):
+    """``function``, that raises ``error`` the first ``times`` times."""
+    left = [error] * times
+
+    def call(*args):
+        if left:
+            raise left.pop()
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+def test_a_disk_that_fails_once_costs_no_sample(tmp_path, monkeypatch, cache_bytes):
+    stream = stream_of(packed(tmp_path / "set"), cache_bytes=cache_bytes)
+    for number in (errno.EIO, errno.ESTALE):
+        monkeypatch.setattr("os.pread", failing(os.pread, OSError(number, os.strerror(number)), 1))
+        assert sorted(served(stream)) == list(range(COUNT))
+    assert not stream.dropped.any()
+
+
+def test_a_disk_that_fails_twice_costs_the_sample(tmp_path, monkeypatch):
+    stream = stream_of(packed(tmp_path / "set"))
+    monkeypatch.setattr("os.pread", failing(os.pread, OSError(errno.EIO, os.strerror(errno.EIO)), 2))
+    served(stream)
+    assert stream.dropped.sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("patched", "error", "says"),
+    [
+        ("os.pread", OSError(errno.EMFILE, "Too many open files"), "shard-00000.*: Too many open files"),
+        ("os.pread", OSError(errno.ENOMEM, "Cannot allocate memory"), "shard-00000.*: Cannot allocate memory"),
+        ("rdmd_fast.data.reading.decode_rgb", MemoryError(), "not enough memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_fault_of_a_sample(tmp_path, monkeypatch, patched, error, says):
+    stream = stream_of(packed(tmp_path / "set"))
+    original = reading.decode_rgb if "decode" in patched else os.pread
+    monkeypatch.setattr(patched, failing(original, error, 1))
+    with pytest.raises(type(error)) as raised:
+        served(stream)
+    assert re.search(says, of_the_machine(raised.value))
+    assert not stream.dropped.any() and sorted(served(stream)) == list(range(COUNT))
+
+
 def test_strict_opening_refuses_what_training_tolerates(tmp_path):
     for number, damage in enumerate((truncate, flip_header, empty_file)):
         folder = foreign(tmp_path / f"set{number}")
@@ -275,3 +323,7 @@ def test_a_run_tells_its_drops_and_stops_when_they_are_too_many(tmp_path, capsys
     assert "shard-000003.tar (3)" in error and not list((tmp_path / "cut").glob("metrics*"))
     assert main([*common, f"run_dir={tmp_path}/run", "train.steps=20", "data.max_dropped=0.19"]) == 2
     assert "4 of 20 samples" in capsys.readouterr().err.splitlines()[-1]  # met while training
+    other = packed(tmp_path / "other")
+    monkeypatch.setattr("os.pread", failing(os.pread, OSError(errno.ENFILE, "Too many open files in system"), 99))
+    assert main([*common, f"run_dir={tmp_path}/full", f"data.target={other}"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(".tar: Too many open files in system")

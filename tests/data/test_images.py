@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdmd_fast.data.formats import to_rgb
-from rdmd_fast.data.images import image_keys, list_images, load_image, map_in_order
+from rdmd_fast.data.formats import UNREADABLE, to_rgb
+from rdmd_fast.data.images import MOST_PIXELS, image_keys, list_images, load_image, map_in_order
 from rdmd_fast.errors import InputError
 
 
@@ -153,12 +153,20 @@ def test_other_formats_are_not_opened_whatever_their_names(tmp_path, monkeypatch
 
 @pytest.mark.filterwarnings("ignore:Image size")  # which pytest shows whatever the module has set
 def test_an_image_of_too_many_pixels_is_refused_ahead_of_decoding(tmp_path):
-    header = b"IHDR" + struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)
+    header = b"IHDR" + struct.pack(">IIBBBBB", 14_000, 14_000, 8, 2, 0, 0, 0)
     chunks = (header, b"IDAT" + zlib.compress(b""), b"IEND")
     framed = [struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) for body in chunks]
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
-    with pytest.raises(ValueError, match="12000x12000 pixels"):
+    with pytest.raises(UNREADABLE, match="196000000 pixels"):
         load_image(tmp_path / "a.png", 8)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_large_photos_are_packed(tmp_path, monkeypatch):
+    assert MOST_PIXELS > 108_000_000  # the largest sensors of telephones
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 50)
+    Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 8).shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("lossless", [True, False])

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from rdmd_fast.data.decoding import Decoder
 from rdmd_fast.data.reading import GOOD, SampleReader
 from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.data.store import private_store
+from rdmd_fast.data.worker_pool import WorkerPool
 from rdmd_fast.data.worker_process import TASK_SAMPLES
 from rdmd_fast.data.writer import ShardWriter
 
@@ -122,6 +124,21 @@ def test_more_tasks_than_the_queue_holds_are_done(tmp_path):
     decoder.close()
 
 
+def test_who_waits_keeps_the_queue_full(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", range(2))
+    monkeypatch.setattr(worker_pool, "_PROGRAM", "import time; time.sleep(60)")
+    shards, rows = ShardSet(tmp_path, cache_dir=tmp_path / "cache"), 2 * 400
+    decoder = Decoder(shards, private_store(rows, shards.shape, np.uint8), 1)
+    tickets = {ticket for row in range(0, rows, 2) for ticket in decoder.submit([(0, row), (1, row + 1)]).values()}
+    sent, put = [], decoder._pool.put
+    monkeypatch.setattr(decoder._pool, "put", lambda ticket, pairs: put(ticket, pairs) and not sent.append(ticket))
+    unsent = list(decoder._unsent)
+    assert unsent
+    decoder.wait(tickets)
+    assert sent == unsent and (decoder._store.status == GOOD).all()
+    decoder.close()
+
+
 def test_a_start_that_fails_is_told_and_made_up_for(folder, expected, monkeypatch, capfd):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     before = children()
@@ -129,6 +146,64 @@ def test_a_start_that_fails_is_told_and_made_up_for(folder, expected, monkeypatc
     assert served(stream) == expected and children() == before
     error = capfd.readouterr().err.splitlines()
     assert error == ["warning: no decoding worker could be started (No such file or directory), decoding in line"]
+
+
+def test_a_start_that_fails_half_way_leaves_nothing_open(folder, monkeypatch):
+    pipe, calls = os.pipe2, []
+
+    def second_pipe_fails(flags):
+        calls.append(flags)
+        if len(calls) == 2:
+            raise OSError(24, "Too many open files")
+        return pipe(flags)
+
+    def no_table(reader):
+        raise OSError(24, "Too many open files")
+
+    shards = ShardSet(folder)
+    store = private_store(COUNT, shards.shape, np.uint8)
+    before = held()
+    for patched, name, failure in ((SampleReader, "to_descriptor", no_table), (os, "pipe2", second_pipe_fails)):
+        with monkeypatch.context() as patch:
+            patch.setattr(patched, name, failure)
+            with pytest.raises(OSError, match="Too many open files"):
+                WorkerPool(shards.reader, store, 1)
+        assert held() == before
+
+
+def test_paths_that_are_no_texts_stop_no_worker(folder, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/somewhere")])
+    decoder = decoder_of(folder, 1)
+    assert all_by_workers(decoder)
+    decoder.close()
+
+
+def test_reports_come_through_descriptors_of_any_number(folder):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 4096)), hard))
+    taken = [os.open(os.devnull, os.O_RDONLY) for _ in range(1024)]
+    try:
+        decoder = decoder_of(folder, 1)
+        tickets = decoder.submit([(0, 0)])
+        assert decoder._pool._reports >= 1024
+        found = []
+        assert wait_for(lambda: found.extend(decoder._pool.reports(0.1)) or found)
+        assert found == [(tickets[0], 0, None)]
+        decoder.close()
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_what_a_worker_lacks_is_made_up_for(folder, monkeypatch, capfd):
+    lacking = "import os; os.pread = lambda *where: (_ for _ in ()).throw(OSError(24, 'Too many open files')); main("
+    monkeypatch.setattr(worker_pool, "_PROGRAM", worker_pool._PROGRAM.replace("main(", lacking))
+    decoder = decoder_of(folder, 1)
+    assert all_by_workers(decoder) and not decoder.faults  # in line, once the worker is found dead
+    error = capfd.readouterr().err
+    assert "shard-000000.tar: Too many open files" in error and "died (status 1" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 1 << 20])

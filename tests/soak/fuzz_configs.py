@@ -287,11 +287,14 @@ class CheckpointCase:
 def find(resume: str) -> int:
     import sys
 
+    import torch
+
     from rdmd_fast.checkpoint import find_checkpoint
+    from rdmd_fast.distributed import World
     from rdmd_fast.errors import InputError
 
     try:
-        print(find_checkpoint(Path("run"), resume))
+        print(find_checkpoint(Path("run"), resume, World(0, 1, torch.device("cpu"))))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,7 +19,7 @@ from fuzz_sandbox import Rules
 from PIL import Image
 
 from rdmd_fast import cli
-from rdmd_fast.data import DataOptions
+from rdmd_fast.data.options import DataOptions
 from rdmd_fast.data.stream import open_stream
 from rdmd_fast.errors import InputError
 from rdmd_fast.randomness import Philox
