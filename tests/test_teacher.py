@@ -56,6 +56,9 @@ class Labelled:
         self.batches.append(positions)
         return positions % self.classes
 
+    def close(self):
+        self.stream.close()
+
 
 # -- class labels ------------------------------------------------------------------------------------------------------
 
