@@ -34,7 +34,7 @@ from .manifest import (
     write_manifest,
 )
 from .options import Options
-from .runtime import replace_folder, write_atomically
+from .runtime import read_text, replace_folder, write_atomically
 from .training_state import TrainingState, read_state, write_state
 
 
@@ -174,10 +174,10 @@ def _listed_files(folder: Path) -> dict[str, dict]:
 def _check_latest(root: Path, folders: list[Path], say) -> None:
     """Tell if ``latest`` is of no use; nothing here depends on it."""
     try:
-        name = (root / "latest").read_text(encoding="utf-8").strip()
+        name = read_text(root / "latest", 1024).strip()
     except FileNotFoundError:
         problem = "is missing" if folders else None
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):
         problem = "cannot be read"
     else:
         problem = f"points to {name!r}, which is not there" if name else "is empty"

@@ -18,10 +18,11 @@ from itertools import islice
 from pathlib import Path
 
 from .errors import InputError
-from .runtime import fsync_path, sha256_of, write_atomically
+from .runtime import fsync_path, read_text, sha256_of, write_atomically
 
 FORMAT = 2
 FILE = "manifest.json"
+MOST_BYTES = 1 << 26  # of a manifest; thousands of ranks write a few MiB
 _NAME = re.compile(r"step_(\d{8,})$")
 
 
@@ -80,7 +81,7 @@ def read_manifest(folder: Path) -> dict:
         Defect: it is missing, damaged or of another format.
     """
     try:
-        manifest = json.loads((folder / FILE).read_bytes())
+        manifest = json.loads(read_text(folder / FILE, MOST_BYTES))
         form = manifest.get("format")
     except FileNotFoundError:
         raise Defect(f"{FILE} is missing") from None

@@ -178,8 +178,7 @@ def write_error(error: Exception, what: str | None = None) -> WriteError | None:
         what: names what was to be written; without it the error does.
     """
     number = error.errno if isinstance(error, OSError) else None
-    # safetensors has an error type of its own, torch's zip writer raises RuntimeErrors that do not tell the cause.
-    foreign = type(error).__name__ == "SafetensorError" or "inline_container" in str(error)
+    foreign = type(error).__name__ == "SafetensorError"  # of its own, also for what the system says
     if foreign and (found := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(found[1])
     if number is None and not foreign:

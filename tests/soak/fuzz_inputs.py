@@ -43,6 +43,7 @@ class Tally:
     other: int = 0
     seconds: float = 0.0
     bytes: int = 0
+    largest: int = 0  # the case that took the most
     findings: list[dict] = field(default_factory=list)
 
 
@@ -99,7 +100,8 @@ def work(kind, seed: int, numbers: list[int], scratch: Path, out: Path | None) -
         tally.done += outcome.status == 0
         tally.refused += outcome.status == 2
         tally.other += outcome.status not in (0, 2)
-        tally.seconds, tally.bytes = max(tally.seconds, outcome.seconds), max(tally.bytes, outcome.bytes)
+        tally.seconds = max(tally.seconds, outcome.seconds)
+        tally.bytes, tally.largest = max((tally.bytes, tally.largest), (outcome.bytes, number))
         if outcome.problem is None:
             continue
         finding = {"kind": kind.name, "number": number, "problem": outcome.problem}
@@ -133,7 +135,8 @@ def merge(tallies: list[Tally]) -> Tally:
     for each in tallies:
         for name in ("cases", "done", "refused", "other", "findings"):
             setattr(whole, name, getattr(whole, name) + getattr(each, name))
-        whole.seconds, whole.bytes = max(whole.seconds, each.seconds), max(whole.bytes, each.bytes)
+        whole.seconds = max(whole.seconds, each.seconds)
+        whole.bytes, whole.largest = max((whole.bytes, whole.largest), (each.bytes, each.largest))
     return whole
 
 
@@ -209,7 +212,7 @@ def report(tallies: dict[str, Tally], arguments, seconds: float) -> None:
             problems.setdefault((finding["kind"], finding["problem"]), []).append(finding["number"])
     for (kind, problem), numbers in sorted(problems.items()):
         print(f"{kind:<12} {len(numbers):>5} × {problem}  (--only {kind}:{min(numbers)} --seed {arguments.seed})")
-    heads = ("cases", "exit 0", "exit 2", "other", "findings", "worst s", "worst MiB")
+    heads = ("cases", "exit 0", "exit 2", "other", "findings", "worst s", "worst MiB", "of case")
     print("\n" + " ".join([f"{'kind':<12}", *(f"{head:>9}" for head in heads)]))
     for kind, tally in tallies.items():
         print(row(kind, tally))
@@ -224,6 +227,7 @@ def row(kind: str, tally: Tally) -> str:
             *(f"{count:>9}" for count in counts),
             f"{tally.seconds:>9.2f}",
             f"{tally.bytes / 2**20:>9.0f}",
+            f"{tally.largest:>9}",
         ]
     )
 

@@ -290,25 +290,13 @@ def metrics(run_dir: Path) -> list[dict]:
 
 def tensors(folder: Path) -> dict[str, tuple]:
     """Every tensor in every file below ``folder``: {file and place in it: (dtype, shape, bytes)}."""
-    found: dict[str, tuple] = {}
+    found = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        _collect(load_file(path), str(path.relative_to(folder)), found)
-    for path in sorted(folder.rglob("*.pt")):
-        _collect(torch.load(path, weights_only=False, map_location="cpu"), str(path.relative_to(folder)), found)
+        for key, value in load_file(path).items():
+            content = value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+            found[f"{path.relative_to(folder)}:{key}"] = value.dtype, tuple(value.shape), content
     assert found, f"no tensors in {folder}"
     return found
-
-
-def _collect(value, where: str, found: dict[str, tuple]) -> None:
-    if isinstance(value, torch.Tensor):
-        flat = value.detach().contiguous().view(-1)
-        found[where] = value.dtype, tuple(value.shape), flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            _collect(part, f"{where}.{key}", found)
-    elif isinstance(value, list | tuple):
-        for index, part in enumerate(value):
-            _collect(part, f"{where}.{index}", found)
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------------
