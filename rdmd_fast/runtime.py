@@ -271,10 +271,11 @@ def read_text(path: str | Path, most: int) -> str:
     Raises:
         OSError, ValueError: not there, no regular file, more than ``most`` bytes, or no text.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
-    with open(path, "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+    if status.st_size > most:
         raise ValueError(f"larger than {most // 1024} KiB")
+    with open(path, "rb") as file:
+        content = file.read(status.st_size)
     return content.decode()

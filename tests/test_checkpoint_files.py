@@ -279,7 +279,7 @@ def test_any_bit_counts(tmp_path):
 
 @pytest.mark.parametrize("content,told", [
     (None, "is missing"), (b"", "is empty"), (b"\n", "is empty"), (b"step_00000009\n", "'step_00000009'"),
-    (b"\xff\xfe", "cannot be read"), (b"a\0b", "which is not there"), (b"x" * 5000, "which is not there"),
+    (b"\xff\xfe", "cannot be read"), (b"a\0b", "which is not there"), (b"x" * 5000, "cannot be read"),
 ])  # fmt: skip
 def test_latest_is_not_needed(tmp_path, content, told):
     newest = save(tmp_path, 1)

@@ -21,6 +21,7 @@ from rdmd_fast.data.parts import (
     LABEL_EXTENSION,
     MANIFEST,
     MANIFEST_VERSION,
+    MOST_INDEX_BYTES,
     UNFINISHED_MANIFEST,
 )
 from rdmd_fast.data.reading import decode
@@ -29,6 +30,7 @@ from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.data.tar import TarMember, scan_shard
 from rdmd_fast.data.writer import file_sha256
 from rdmd_fast.errors import InputError
+from rdmd_fast.runtime import read_text
 
 CHUNK = 64  # samples that a worker decodes at a time
 
@@ -132,7 +134,7 @@ def _read_manifest(folder: Path) -> tuple[dict | None, dict | None, list[Fault]]
     """(manifest or None, index by shard or None, faults)."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(path, MOST_INDEX_BYTES))
         if manifest["version"] != MANIFEST_VERSION:
             what = f"version {manifest['version']}, this program reads {MANIFEST_VERSION}"
             return None, None, [Fault(str(path), what)]
@@ -145,11 +147,12 @@ def _read_manifest(folder: Path) -> tuple[dict | None, dict | None, list[Fault]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, None, [Fault(str(path), f"unreadable ({error!r})")]
     try:
-        data = (folder / INDEX).read_bytes()
-    except OSError as error:
-        return manifest, None, [Fault(str(folder / INDEX), f"cannot be read ({error.strerror})")]
+        data = read_text(folder / INDEX, MOST_INDEX_BYTES)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return manifest, None, [Fault(str(folder / INDEX), f"cannot be read ({reason})")]
     faults = []
-    if hashlib.sha256(data).hexdigest() != index_sha256:
+    if hashlib.sha256(data.encode()).hexdigest() != index_sha256:
         faults.append(Fault(str(folder / INDEX), f"sha256 differs from what {MANIFEST} says"))
     try:
         index = {shard["file"]: shard for shard in json.loads(data)}

@@ -14,11 +14,13 @@ from typing import NamedTuple
 
 from rdmd_fast.data.tar import TarMember, walk_shard
 from rdmd_fast.errors import InputError
+from rdmd_fast.runtime import read_text
 
 MANIFEST = "manifest.json"
 UNFINISHED_MANIFEST = "manifest.json.partial"
 INDEX = "index.json"
 MANIFEST_VERSION = 1
+MOST_INDEX_BYTES = 2**30  # of index.json and manifest.json: ten million samples
 MOST_ELEMENTS, MOST_BYTES = 2**28, 2**60  # of a sample, of a shard: more is damage
 IMAGE_EXTENSIONS = frozenset(("png", "jpg", "jpeg", "webp"))
 ARRAY_EXTENSION = "npy"
@@ -81,7 +83,7 @@ def read_packed(folder: Path, tolerant: bool = False) -> Part:
     """
     manifest_path = folder / MANIFEST
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(manifest_path, MOST_INDEX_BYTES))
         if not (folder / INDEX).is_file():
             raise ValueError(f"{INDEX} is missing")
         if manifest["version"] != MANIFEST_VERSION:
