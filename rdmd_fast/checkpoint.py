@@ -23,13 +23,13 @@ from .guard import GuardOptions
 from .manifest import (
     Defect,
     check_hashes,
-    check_sizes,
     checkpoint_folders,
     clear_leftovers,
     folder_name,
     looks_whole,
     prune,
     read_manifest,
+    read_whole_manifest,
     seal_files,
     write_manifest,
 )
@@ -157,18 +157,12 @@ def find_checkpoint(run_dir: Path, resume: str, world: World, say=print) -> Path
 def _find_defect(folder: Path, world: World) -> str | None:
     """Why ``folder`` is no whole checkpoint, agreed by all ranks; None if it is one."""
     try:
-        files = on_main(world, lambda: _listed_files(folder))
+        files = on_main(world, lambda: read_whole_manifest(folder)["files"])
         mine = sorted(files)[world.rank :: world.size]
         together(world, lambda: check_hashes(folder, {name: files[name] for name in mine}))
     except Defect as defect:
         return str(defect)
     return None
-
-
-def _listed_files(folder: Path) -> dict[str, dict]:
-    files = read_manifest(folder)["files"]
-    check_sizes(folder, files)
-    return files
 
 
 def _check_latest(root: Path, folders: list[Path], say) -> None:

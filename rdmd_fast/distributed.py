@@ -377,7 +377,7 @@ def _first_line(error: Exception) -> str:
 
 @torch.no_grad()
 def _clear_padding(engine) -> None:
-    """Zero what fills ZeRO-3's last partitions up: DeepSpeed leaves it unset, and checkpoints would differ by it."""
+    """Zero what fills ZeRO-3's last partitions up: DeepSpeed leaves it unset, and the guard looks at whole shards."""
     flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or []
     for flat, group in zip(flats, getattr(engine.optimizer, "fp16_groups", []), strict=False):
         end = 0

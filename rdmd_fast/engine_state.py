@@ -24,6 +24,8 @@ from .errors import InputError
 from .masters import master_parameters, persistent_buffers, pieces, whole_masters
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _KEY = re.compile(r"(\w+)/(.+)\[(\d+):(\d+)\]$")
 
 
@@ -74,14 +76,11 @@ def adam_step(engine) -> float:
 
 def engine_counters(engine) -> dict[str, float]:
     """What an engine counts, for the manifest: plain numbers."""
-    counters = {name: getattr(engine, name) for name in ("global_steps", "global_samples", "skipped_steps")}
+    counters = {name: getattr(engine, name) for name in _COUNTERS}
     scaler = _loss_scaler(engine)
     if scaler is not None:
         counters |= {f"loss_scaler.{name}": getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
     return {**counters, "adam_step": adam_step(engine)}
-
-
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def _loss_scaler(engine):
@@ -195,7 +194,7 @@ def load_engine(
 
 
 def _restore_counters(engine, counters: dict[str, float]) -> None:
-    for name in ("global_steps", "global_samples", "skipped_steps"):
+    for name in _COUNTERS:
         setattr(engine, name, counters[name])
     scaler = _loss_scaler(engine)
     for name in _SCALER:

@@ -9,7 +9,7 @@ import torch
 
 from .engine_state import SavedEngine
 from .errors import InputError
-from .manifest import Defect, check_hashes, check_sizes, checkpoint_folders, read_manifest, step_of
+from .manifest import Defect, check_hashes, checkpoint_folders, read_manifest, read_whole_manifest, step_of
 from .networks.exported import ExportConfig, write_export
 from .runtime import EXIT_DONE, write_error
 
@@ -74,7 +74,7 @@ def find(run_dir: Path, step: int | None = None) -> Path:
     defects = []
     for folder in folders:
         try:
-            check_sizes(folder, read_manifest(folder)["files"])
+            read_whole_manifest(folder)
             return folder
         except Defect as defect:
             defects.append(f"{folder.name}: {defect}")

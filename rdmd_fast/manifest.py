@@ -119,10 +119,17 @@ def check_hashes(folder: Path, files: dict[str, dict]) -> None:
             raise Defect(f"{name} is not what was written (its SHA-256 differs)")
 
 
+def read_whole_manifest(folder: Path) -> dict:
+    """``read_manifest`` of a checkpoint whose files are all there with their sizes, or else a Defect."""
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest["files"])
+    return manifest
+
+
 def looks_whole(folder: Path) -> bool:
     """By manifest and sizes, without reading the files."""
     try:
-        check_sizes(folder, read_manifest(folder)["files"])
+        read_whole_manifest(folder)
     except Defect:
         return False
     return True

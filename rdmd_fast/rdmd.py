@@ -149,10 +149,9 @@ class RDMD:
                 )  # fmt: skip
             outputs.append(y)
             with self.telemetry.phase("generator_backward"):
-                losses = statistics.score_gradient_square, statistics.transport_cost
-                self._backward(self.generator, f_generator, gradient, *losses)
-            transport_cost = statistics.transport_cost
-            self.telemetry.add("score_gradient_square", statistics.score_gradient_square)
+                score_gradient_square, transport_cost = statistics.score_gradient_square, statistics.transport_cost
+                self._backward(self.generator, f_generator, gradient, score_gradient_square, transport_cost)
+            self.telemetry.add("score_gradient_square", score_gradient_square)
             self.telemetry.add("transport_cost", transport_cost)
             self.telemetry.add("transport_cost_per_element", transport_cost / x[0].numel())
             self._step(self.generator, "generator")

@@ -28,9 +28,8 @@ from rdmd_fast.data.reading import decode
 from rdmd_fast.data.report import digest_of, shared_samples
 from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.data.tar import TarMember, scan_shard
-from rdmd_fast.data.writer import file_sha256
 from rdmd_fast.errors import InputError
-from rdmd_fast.runtime import read_text
+from rdmd_fast.runtime import read_text, sha256_of
 
 CHUNK = 64  # samples that a worker decodes at a time
 
@@ -170,7 +169,7 @@ def _check_file(path: Path, expected: dict | None) -> tuple[list[Fault], list[Ta
         size = path.stat().st_size
         if size != expected["bytes"]:
             damage.append(Fault(str(path), f"has {size} bytes of {expected['bytes']}"))
-        elif file_sha256(path) != expected["sha256"]:
+        elif sha256_of(path) != expected["sha256"]:
             damage.append(Fault(str(path), f"sha256 differs from what {MANIFEST} says"))
     try:
         return damage, scan_shard(path)

@@ -26,13 +26,13 @@ from rdmd_fast.data.writer import (
     ShardFile,
     ShardWriter,
     encode_sample,
-    file_sha256,
     folder_lock,
     remove_leftovers,
     shard_name,
     write_report,
 )
 from rdmd_fast.errors import InputError
+from rdmd_fast.runtime import sha256_of
 
 EncodedChunk = tuple[int, list[EncodedSample], list[list[str]]]
 """Number of the shard it goes to, samples, and (path, reason) of unreadable files."""
@@ -146,7 +146,7 @@ def _complete(folder: Path, each: SampleSet, manifest: dict, args) -> None:
 
 def _is_whole(folder: Path, shard: dict) -> bool:
     path = folder / shard["file"]
-    return path.is_file() and path.stat().st_size == shard["bytes"] and file_sha256(path) == shard["sha256"]
+    return path.is_file() and path.stat().st_size == shard["bytes"] and sha256_of(path) == shard["sha256"]
 
 
 def _write(each: SampleSet, folder: Path, writer: ShardWriter, unreadable: Unreadable, args) -> None:

@@ -18,7 +18,7 @@ def open_samples(
     size = bytes_needed(len(shards), shards.shape, dtype)
     if size <= cache_bytes:
         return CachedSamples(shards, dtype, workers, share)
-    return WindowedSamples(shards, dtype, workers, batches)
+    return WindowedSamples(shards, dtype, workers, batches if workers else 0)  # in line nothing is announced
 
 
 class CachedSamples:

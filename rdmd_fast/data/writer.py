@@ -32,6 +32,7 @@ from rdmd_fast.data.parts import INDEX, LABEL_EXTENSION, MANIFEST, MANIFEST_VERS
 from rdmd_fast.data.report import Traits, traits_of
 from rdmd_fast.data.tar import scan_shard
 from rdmd_fast.errors import InputError
+from rdmd_fast.runtime import sha256_of
 
 REPORT = "report.json"
 
@@ -132,7 +133,7 @@ class ShardFile:
         return ShardRecord(
             file=name,
             bytes=self._path.stat().st_size,
-            sha256=file_sha256(self._path),
+            sha256=sha256_of(self._path),
             form=form if members else None,
             keys=[member.key for member in members],
             offsets=[member.offset for member in members],
@@ -322,7 +323,7 @@ class ShardWriter:
             except (ValueError, KeyError, TypeError):
                 continue  # nothing of ours: the shard is made again
             places = (self._folder / f"{record.file}.partial", self._folder / record.file)
-            if any(place.is_file() and file_sha256(place) == record.sha256 for place in places):
+            if any(place.is_file() and sha256_of(place) == record.sha256 for place in places):
                 records[number] = record
         return records
 
@@ -362,12 +363,6 @@ def write_report(folder: Path, report: dict) -> None:
     """Put report.json in its place at once."""
     _write_file(folder / f"{REPORT}.tmp", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     os.replace(folder / f"{REPORT}.tmp", folder / REPORT)
-
-
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_file(path: Path, data: bytes) -> None:

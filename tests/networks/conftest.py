@@ -1,10 +1,12 @@
 """Pickles in NVIDIA EDM's format, written from our own networks as `torch_utils.persistence` would write theirs."""
 
+import contextlib
 import math
 import pickle
 import sys
 import types
 from collections import OrderedDict
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -106,8 +108,9 @@ class EDMWriter:
         return network
 
 
-@pytest.fixture
-def edm(monkeypatch):
+@contextlib.contextmanager
+def edm_modules():
+    """A writer of pickles, and meanwhile EDM's module names, which it refers to."""
     package, persistence = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
 
     def _reconstruct_persistent_obj(meta):
@@ -116,6 +119,11 @@ def edm(monkeypatch):
     _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
     _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
     persistence._reconstruct_persistent_obj = _reconstruct_persistent_obj
-    monkeypatch.setitem(sys.modules, "torch_utils", package)
-    monkeypatch.setitem(sys.modules, "torch_utils.persistence", persistence)
-    return EDMWriter()
+    with mock.patch.dict(sys.modules, {"torch_utils": package, "torch_utils.persistence": persistence}):
+        yield EDMWriter()
+
+
+@pytest.fixture
+def edm():
+    with edm_modules() as writer:
+        yield writer

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import sys
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -153,7 +152,7 @@ class Material:
     def _make_pickles(self, edm: Path | None) -> None:
         self.pickles = []
         conftest = _load(ROOT / "tests/networks/conftest.py")
-        with _as_modules(conftest) as writer:
+        with conftest.edm_modules() as writer:
             for name in ("tiny", "ncsnpp", "adm"):
                 self.pickles.append(self.root / f"{name}.pkl")
                 writer(self.pickles[-1], getattr(writer, name), protocol=4 if name != "tiny" else 2)
@@ -206,28 +205,3 @@ def _load(path: Path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-class _as_modules:
-    """EDM's module names, there for the writer of pickles alone."""
-
-    def __init__(self, conftest):
-        self.conftest = conftest
-
-    def __enter__(self):
-        import types
-
-        package, persistence = types.ModuleType("torch_utils"), types.ModuleType("torch_utils.persistence")
-
-        def _reconstruct_persistent_obj(meta):
-            raise AssertionError("a pickle was loaded by Python's own unpickler")
-
-        _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
-        _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
-        persistence._reconstruct_persistent_obj = _reconstruct_persistent_obj
-        sys.modules |= {"torch_utils": package, "torch_utils.persistence": persistence}
-        return self.conftest.EDMWriter()
-
-    def __exit__(self, *exception) -> None:
-        for name in ("torch_utils", "torch_utils.persistence"):
-            sys.modules.pop(name, None)
