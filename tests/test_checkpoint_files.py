@@ -277,6 +277,16 @@ def test_any_bit_counts(tmp_path):
     assert find(tmp_path)[0] == new
 
 
+def test_a_run_does_not_start_over_beside_checkpoints_of_which_none_is_whole(tmp_path):
+    for folder in [save(tmp_path, 1), save(tmp_path, 2)]:
+        (folder / "ranks/00000.safetensors").unlink()
+    message = "none of its 2 checkpoints is whole, mend one or start over with --resume never"
+    with pytest.raises(InputError, match=message):
+        find(tmp_path)
+    assert find(tmp_path, "never") == (None, [])
+    assert len(manifest.checkpoint_folders(tmp_path / "checkpoints")) == 2
+
+
 @pytest.mark.parametrize("content,told", [
     (None, "is missing"), (b"", "is empty"), (b"\n", "is empty"), (b"step_00000009\n", "'step_00000009'"),
     (b"\xff\xfe", "cannot be read"), (b"a\0b", "which is not there"), (b"x" * 5000, "cannot be read"),

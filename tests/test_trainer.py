@@ -14,8 +14,11 @@ import torch
 import yaml
 from PIL import Image
 
-from rdmd_fast import cli, load_denoiser, load_generator
-from rdmd_fast.trainer import main
+from rdmd_fast import checkpoint, cli, load_denoiser, load_generator
+from rdmd_fast.config import load_config
+from rdmd_fast.distributed import join_world
+from rdmd_fast.runtime import StopRequest
+from rdmd_fast.trainer import main, run
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -192,6 +195,20 @@ def start(script_arguments, launcher, folder):
 def toy_arguments(run_dir, steps):
     toy = ["--config", str(CONFIGS / "toy/gaussian_to_gaussian.yaml"), f"run_dir={run_dir}", f"train.steps={steps}"]
     return [*toy, "telemetry.log_every=5", "validation.every=0", "validation.count=50", "rdmd.fake_warmup=0"]
+
+
+def test_stop_with_a_due_checkpoint_writes_it_once(tmp_path, monkeypatch):
+    saved, save = [], checkpoint.save_checkpoint
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *state: saved.append(state[1]) or save(*state))
+
+    class Stop:
+        requested = property(lambda self: StopRequest("SIGTERM") if saved else None)
+
+    _, path, *overrides = [*toy_arguments(tmp_path / "run", 5), "checkpoint.every=2", "telemetry.tensorboard=false"]
+    config = load_config(path, overrides)
+    (tmp_path / "run").mkdir()
+    assert run(config, "auto", join_world(), tmp_path / "run", Stop()) == 75
+    assert saved == [2]
 
 
 def test_sigterm_saves_exits_75_and_the_same_command_goes_on(tmp_path):
