@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .errors import InputError
+from .points import strict_json
 from .runtime import write_atomically
 
 EPILOG = """examples:
@@ -48,17 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise InputError(f"missing {', '.join(missing)}: see rdmd evaluate --help")
         report = evaluate_digits(arguments)
     if arguments.out:
-        write_atomically(Path(arguments.out), json.dumps(_strict(report), indent=1) + "\n")
+        write_atomically(Path(arguments.out), json.dumps(strict_json(report), indent=1) + "\n")
     return 0
-
-
-def _strict(value):
-    """JSON has no infinity: the identity map's PSNR becomes null."""
-    if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_strict(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def evaluate_toy_run(run_dir: Path, count: int = 2000) -> dict:
@@ -104,7 +95,7 @@ def toy_table(report: dict[str, float]) -> list[str]:
 
 def evaluate_digits(arguments: argparse.Namespace) -> dict:
     """The generator, the identity map and the untrained generator on the same held-out sources."""
-    from .figures import image_grid
+    from .drawing import image_grid
     from .metrics.judges import DigitJudge, digit_report, format_table
     from .networks.exported import Generator, load_denoiser, load_generator
     from .validation import held_out_images
@@ -131,7 +122,7 @@ def evaluate_digits(arguments: argparse.Namespace) -> dict:
 @torch.no_grad()
 def _translate(generator: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
     """As a user receives them: clipped to [-1, 1] and rounded to 8 bits."""
-    from .figures import to_uint8
+    from .drawing import to_uint8
 
     outputs = torch.cat([generator(part) for part in images.split(256)])
     return to_uint8(outputs).float() / 127.5 - 1

@@ -341,7 +341,7 @@ def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, 
 
 
 def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
-    from .figures import toy_picture
+    from .drawing import toy_picture
     from .metrics.inputs import require
 
     require("matplotlib", "eval")  # missing now is better than missing after the training

@@ -24,7 +24,7 @@ def picture_writer(decoder: str | None, shape: tuple[int, ...], world: World) ->
     Raises:
         InputError: no decoder there, or one for other samples.
     """
-    from .figures import image_grid
+    from .drawing import image_grid
 
     if decoder is None:
         return image_grid if len(shape) == 3 and shape[0] in (1, 3) else None

@@ -203,7 +203,7 @@ def _with_progress(batches: Iterator[torch.Tensor], total: int) -> Iterator[torc
 
 
 def _write_grid(arguments: argparse.Namespace, classes: torch.Tensor, batches: Iterator[torch.Tensor]) -> None:
-    from .figures import image_grid
+    from .drawing import image_grid
 
     by_class = arguments.classes == "all"
     rows = torch.cat(list(batches)).split(arguments.count if by_class else GRID_COLUMNS)
@@ -224,7 +224,7 @@ def _write_folder(arguments: argparse.Namespace, classes: torch.Tensor, batches:
 
 def _write_sample(path: Path, sample: torch.Tensor) -> None:
     """An image [1 or 3, H, W] as PNG, latents [C, H, W] as .npy, under its name only when complete."""
-    from .figures import replace_file, to_uint8
+    from .drawing import replace_file, to_uint8
 
     if sample.shape[0] not in (1, 3):
         replace_file(path.with_suffix(".npy"), lambda file: np.save(file, sample.numpy()))

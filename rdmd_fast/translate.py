@@ -229,7 +229,7 @@ def _write_arrays(folder: Path, names: list[str], latents: torch.Tensor) -> None
 
 
 def _write_images(folder: Path, names: list[str], images: torch.Tensor) -> None:
-    from .figures import to_uint8
+    from .drawing import to_uint8
 
     pixels = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
     for name, image in zip(names, pixels, strict=True):
@@ -239,7 +239,7 @@ def _write_images(folder: Path, names: list[str], images: torch.Tensor) -> None:
 
 def _replace(path: Path, save: Callable) -> None:
     """``replace_file``; what stops it is an error of --output."""
-    from .figures import replace_file
+    from .drawing import replace_file
 
     try:
         replace_file(path, save)

@@ -25,9 +25,9 @@ import torch
 import torch._dynamo
 import torch.utils.flop_counter
 
+import rdmd_fast.drawing
 import rdmd_fast.dry_run
 import rdmd_fast.experiment
-import rdmd_fast.figures
 import rdmd_fast.guard
 import rdmd_fast.metrics.toys
 import rdmd_fast.networks.exported

@@ -31,7 +31,7 @@ from rdmd_fast.networks.exported import ExportConfig, write_export
 for _name in (
     "cli",
     "evaluate",
-    "figures",
+    "drawing",
     "import_edm",
     "sample",
     "translate",

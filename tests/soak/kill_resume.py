@@ -107,8 +107,8 @@ def preload() -> None:
     import torch._inductor.compile_fx  # with the first ZeRO optimizer
     import torch.utils.flop_counter
 
+    import rdmd_fast.drawing
     import rdmd_fast.experiment
-    import rdmd_fast.figures
     import rdmd_fast.trainer  # noqa: F401
     from rdmd_fast.diffusion import ForwardProcess
 

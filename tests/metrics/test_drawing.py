@@ -7,15 +7,15 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rdmd_fast import figures
+from rdmd_fast import drawing
+from rdmd_fast.drawing import image_grid, toy_picture
 from rdmd_fast.errors import InputError
-from rdmd_fast.figures import image_grid, toy_picture
 
 
 def tiles_of(path, rows, columns, side):
     """The tiles of an unlabelled grid, uint8 [rows, columns, side, side, 3]."""
     picture = np.asarray(Image.open(path))
-    starts = [figures.MARGIN + i * (side + figures.GUTTER) for i in range(max(rows, columns))]
+    starts = [drawing.MARGIN + i * (side + drawing.GUTTER) for i in range(max(rows, columns))]
     return np.array(
         [[picture[top : top + side, left : left + side] for left in starts[:columns]] for top in starts[:rows]]
     )
@@ -47,12 +47,12 @@ def test_labels_stand_left_of_the_tiles_and_short_rows_stay_white(tmp_path):
     dark = -torch.ones(3, 3, 8, 8)
     image_grid([("source", dark), ("λ = 0.1\nstep 20", dark[:1])], tmp_path / "grid.png")
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
-    first_tile = picture.shape[1] - figures.MARGIN - 3 * 48 - 2 * figures.GUTTER
+    first_tile = picture.shape[1] - drawing.MARGIN - 3 * 48 - 2 * drawing.GUTTER
     ink = (picture[:, : first_tile - 1] < 128).any(axis=(1, 2))
-    assert ink[figures.MARGIN : figures.MARGIN + 48].any()
-    assert ink[figures.MARGIN + 48 + figures.GUTTER :].any()
-    assert (picture[figures.MARGIN + 60 :, first_tile + 50 :] == 255).all()
-    assert (picture[:, : figures.MARGIN - 1] == 255).all()
+    assert ink[drawing.MARGIN : drawing.MARGIN + 48].any()
+    assert ink[drawing.MARGIN + 48 + drawing.GUTTER :].any()
+    assert (picture[drawing.MARGIN + 60 :, first_tile + 50 :] == 255).all()
+    assert (picture[:, : drawing.MARGIN - 1] == 255).all()
 
 
 def test_a_failed_write_leaves_the_old_picture_and_no_scraps(tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_bad_grids_are_refused(tmp_path):
 
 
 def test_image_grids_need_no_matplotlib():
-    code = "import sys, rdmd_fast.figures; sys.exit('matplotlib' in sys.modules or 'scipy' in sys.modules)"
+    code = "import sys, rdmd_fast.drawing; sys.exit('matplotlib' in sys.modules or 'scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,0 +1,32 @@
+"""Work of the points in test_points.py: what their processes import by name."""
+
+import json
+import os
+from pathlib import Path
+
+from rdmd_fast.errors import InputError
+from rdmd_fast.points import train_run
+
+TOY = Path(__file__).parent.parent / "configs/toy/gaussian_to_gaussian.yaml"
+
+
+def square(folder: Path, settings: dict) -> dict:
+    with open(folder / "calls", "a") as calls:
+        calls.write("x")
+    print("squaring")
+    os.system("echo from a child")
+    return {"value": settings["x"] ** 2, "threads": os.environ["OMP_NUM_THREADS"], "infinite": float("inf")}
+
+
+def refuse(folder: Path, settings: dict) -> dict:
+    raise InputError("no such thing")
+
+
+def vanish(folder: Path, settings: dict) -> dict:
+    os._exit(9)
+
+
+def train_toy(folder: Path, settings: dict) -> dict:
+    overrides = ["train.steps=2", "rdmd.fake_warmup=0", "validation.count=20", "checkpoint.every=0"]
+    train_run(str(TOY), [*overrides, f"seed={settings['seed']}"], folder / "run")
+    return json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])

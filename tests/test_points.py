@@ -1,0 +1,60 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rdmd_fast.errors import InputError
+from rdmd_fast.points import Point, run_points, stored, strict_json
+
+sys.path.insert(0, str(Path(__file__).parent))  # the points' processes inherit it
+
+from points_work import refuse, square, train_toy, vanish
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def test_points_are_computed_once_each_in_its_folder(tmp_path):
+    points = [Point("square", square, {"x": x}) for x in (1, 2, 3)]
+    results = run_points(points, tmp_path, 2, silent)
+    assert [result["value"] for result in results] == [1, 4, 9]
+    assert all(result["infinite"] is None and result["seconds"] >= 0 for result in results)
+    assert run_points([*points, Point("square", square, {"x": 4})], tmp_path, 2, silent)[3]["value"] == 16
+    assert len({point.folder(tmp_path) for point in points}) == 3
+    for point in points:
+        folder = point.folder(tmp_path)
+        assert (folder / "calls").read_text() == "x"
+        assert sorted((folder / "log.txt").read_text().splitlines()) == ["from a child", "squaring"]
+        assert json.loads((folder / "point.json").read_text())["settings"] == point.settings
+
+
+def test_half_a_result_is_none(tmp_path):
+    point = Point("square", square, {"x": 5})
+    folder = point.folder(tmp_path)
+    folder.mkdir()
+    (folder / "point.json").write_text('{"format": 1, "resu')
+    assert stored(folder) is None
+    assert run_points([point], tmp_path, 1, silent)[0]["value"] == 25
+
+
+def test_what_a_point_reports_names_it(tmp_path):
+    with pytest.raises(InputError, match=r"^third: no such thing$"):
+        run_points([Point("third", refuse, {})], tmp_path, 1, silent)
+    with pytest.raises(InputError, match=r"^fourth: its process was killed, see .*log.txt"):
+        run_points([Point("fourth", vanish, {})], tmp_path, 1, silent)
+    with pytest.raises(InputError, match="--jobs 0"):
+        run_points([], tmp_path, 0, silent)
+
+
+def test_two_trainings_in_one_worker(tmp_path):
+    results = run_points([Point("toy", train_toy, {"seed": seed}) for seed in (0, 1)], tmp_path, 1, silent)
+    assert [result["step"] for result in results] == [2, 2]
+    values = [result["validation"]["squared_w2"] for result in results]
+    assert values[0] != values[1]
+
+
+def test_strict_json_has_neither_nan_nor_infinity():
+    value = {"a": [float("nan"), 1.0, (float("inf"), "x")], "b": None}
+    assert strict_json(value) == {"a": [None, 1.0, [None, "x"]], "b": None}
