@@ -57,6 +57,7 @@ setup(
         "rdmd_fast.networks",
         "rdmd_fast.metrics",
         "rdmd_fast.planning",
+        "rdmd_fast.translation",
         "rdmd_fast.kernels",
     ],
     # `kernels` alone is the name of another package on PyPI, so ours is importable only inside rdmd_fast.
