@@ -52,6 +52,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "rdmd_fast",
+        "rdmd_fast.baselines",
         "rdmd_fast.data",
         "rdmd_fast.data.sources",
         "rdmd_fast.networks",

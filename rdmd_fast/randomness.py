@@ -37,6 +37,11 @@ class Stream(enum.IntEnum):
     TARGET_FLIP = 17
     SAMPLER_CHURN = 18
     SAMPLER_CLASS = 19
+    BASELINE_START = 32
+    BASELINE_STEP = 33
+    BASELINE_REFERENCE = 34
+    ENERGY_SIGMA = 35
+    ENERGY_NOISE = 36
 
 
 class Philox:
