@@ -58,6 +58,7 @@ setup(
         "rdmd_fast.data.sources",
         "rdmd_fast.networks",
         "rdmd_fast.metrics",
+        "rdmd_fast.figures",
         "rdmd_fast.planning",
         "rdmd_fast.kernels",
     ],
