@@ -39,8 +39,6 @@ TRAINING = (
     "checkpoint.every=0",
 )
 EXACT = 1e-12  # rounding of terms that are equal
-STARTS = ((0.4, 150.0), (0.6, -80.0), (2.1, -140.0), (2.0, 75.0))
-"""Scale and rotation in degrees at which trainings start."""
 
 
 class SurfaceSize(NamedTuple):
@@ -52,6 +50,7 @@ class SurfaceSize(NamedTuple):
     radii: tuple[float, ...] = tuple(np.linspace(0.25, 2.25, 9).tolist())
     angles: tuple[float, ...] = tuple(range(-135, 181, 45))
     draws: int = 20_000
+    starts: tuple[tuple[float, float], ...] = ((0.4, 150.0), (0.6, -80.0), (2.1, -140.0), (2.0, 75.0))
     steps: int = 400
     every: int = 8
 
@@ -71,7 +70,7 @@ def make(out: Path, options: FigureOptions, size: SurfaceSize = SIZE) -> dict:
     rows = compare(config, weights, size)
     paths = train_paths(out, weights, options, size)
     optima = [optimum(config, weight, rows, paths) for weight in weights]
-    print(format_table([{key: _shown(key, value) for key, value in row.items()} for row in optima]))
+    print(format_table([printed(row) for row in optima]))
     write_rows(out / "surface.csv", rows)
     write_rows(out / "surface_paths.csv", paths)
     draw(out / "surface.png", config, optima, rows, paths, size)
@@ -91,7 +90,7 @@ def compare(config: Config, weights: Sequence[float], size: SurfaceSize) -> list
 
     Each (r, α) has draws of its own, so that its error is independent of the others'; every λ shares them.
     """
-    philox, covariance = Philox(config.seed), _target_std(config) ** 2 * torch.eye(2)
+    philox, covariance = Philox(config.seed), _target_std(config) ** 2 * torch.eye(2, dtype=torch.float64)
     rows = []
     for radius in size.radii:
         for angle in size.angles:
@@ -150,11 +149,21 @@ def optimum(config: Config, weight: float, rows: list[dict], paths: list[dict]) 
     }
 
 
-def _shown(key: str, value):
-    """A cell of the printed table: without a transport cost every rotation is optimal."""
-    if value is None:
-        return "any" if "alpha" in key else "-"
-    return round(value, 5) if isinstance(value, float) else value
+def printed(row: dict) -> dict:
+    """A row of the printed table; without a transport cost every rotation is optimal."""
+    free = row["alpha_degrees"] is None
+    return {
+        "λ": f"{row['transport_weight']:g}",
+        "optimal r": f"{row['r']:.5f}",
+        "optimal α": "any" if free else f"{row['alpha_degrees']:g}°",
+        "loss": f"{row['loss']:.5f}",
+        "Monte Carlo points": row["monte_carlo_points"],
+        "largest difference": f"{row['largest_difference']:.2f} standard errors",
+        "mean square": f"{row['mean_square_difference']:.3f} (1 expected)",
+        "trainings": row["trainings"],
+        "trained r": with_error(row["trained_r"], row["trained_r_error"], 5),
+        "largest |α|": "any" if free else f"{row['trained_largest_alpha']:.2f}°",
+    }
 
 
 def _target_std(config: Config) -> float:
@@ -191,11 +200,11 @@ def train_paths(out: Path, weights: Sequence[float], options: FigureOptions, siz
             },
         )
         for weight in weights
-        for index, start in enumerate(STARTS)
+        for index, start in enumerate(size.starts)
         for seed in range(options.seeds)
     ]
     results = run_points(points, out / "points", options.jobs)
-    labels = [(weight, *start, seed) for weight in weights for start in STARTS for seed in range(options.seeds)]
+    labels = [(weight, *start, seed) for weight in weights for start in size.starts for seed in range(options.seeds)]
     return [
         {
             "transport_weight": weight, "start_r": radius, "start_alpha_degrees": angle, "seed": seed,
