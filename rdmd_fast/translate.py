@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time (64)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    parser.add_argument(
+        "--transport-weight",
+        type=float,
+        metavar="λ",
+        help="of a generator that was trained for a range of λ: more keeps more of the input (its geometric mean)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     if len(shape) != 3:
         raise InputError(f"--model {arguments.model}: is for points of shape {shape}, translate takes images")
     autoencoder = _open_autoencoder(arguments.autoencoder, shape, device) if arguments.autoencoder else None
+    if arguments.transport_weight is not None:
+        generator = partial(generator, transport_weight=arguments.transport_weight)
     inputs = open_inputs(arguments.input, shape, autoencoder)
     output = Path(arguments.output)
     with tqdm(total=inputs.count, unit="img", disable=None) as bar:
