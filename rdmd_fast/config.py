@@ -214,18 +214,23 @@ def load_config(path: str, overrides: list[str] = ()) -> Config:
     Raises:
         InputError: one line that names the file or key, what is wrong and the nearest right key.
     """
+    return validate_config(read_values(path, overrides), path)
+
+
+def read_values(path: str, overrides: list[str] = (), what: str = "config") -> dict:
+    """Plain values of a YAML file (``what`` it is called in errors) with ``key=value`` overrides; errors as above."""
     try:
         text = read_text(path, MOST_BYTES)
     except (OSError, ValueError) as error:
         remedy = f"; {_SHORTER}" if os.path.isfile(path) and os.path.getsize(path) > MOST_BYTES else ""
-        raise InputError(f"config {path}: cannot be read ({_reason(error)}){remedy}") from None
-    values = _parse_yaml(text, f"config {path}")
+        raise InputError(f"{what} {path}: cannot be read ({_reason(error)}){remedy}") from None
+    values = _parse_yaml(text, f"{what} {path}")
     if not isinstance(values, dict):
-        raise InputError(f"config {path}: must be a mapping of keys to values, found {type(values).__name__}")
+        raise InputError(f"{what} {path}: must be a mapping of keys to values, found {type(values).__name__}")
     for override in overrides:
         _apply_override(values, override)
-    _check_plain(values, f"config {path}")
-    return validate_config(values, path)
+    _check_plain(values, f"{what} {path}")
+    return values
 
 
 def validate_config(values: dict, origin: str) -> Config:

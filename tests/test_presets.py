@@ -16,7 +16,8 @@ from rdmd_fast.distributed import BatchLayout, World
 from rdmd_fast.networks import build_network
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+FILES = sorted(path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [name for name in FILES if not name.endswith("study.yaml")]  # of a training
 SMALL = [name for name in CONFIGS if name.endswith("_24gb.yaml")]
 DOCUMENTS = ("docs/datasets.md", "docs/teachers.md", "README.md")
 
