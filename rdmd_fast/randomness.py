@@ -41,6 +41,11 @@ class Stream(enum.IntEnum):
     TRANSPORT_WEIGHT = 20
     METRIC_SUBSET = 30
     METRIC_SAMPLES = 31
+    BASELINE_START = 32
+    BASELINE_STEP = 33
+    BASELINE_REFERENCE = 34
+    ENERGY_SIGMA = 35
+    ENERGY_NOISE = 36
 
 
 class Philox:

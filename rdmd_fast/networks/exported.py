@@ -203,7 +203,7 @@ def _network_of(config: ExportConfig) -> torch.nn.Module:
 
 
 def conditions(
-    config: ExportConfig, weight: float | torch.Tensor | None, count: int, device
+    config: ExportConfig, weight: float | torch.Tensor | None, count: int, device="cpu"
 ) -> dict[str, torch.Tensor]:
     """What a network is given for λ, by keyword: a number, [N], or None for the middle of its range.
 
