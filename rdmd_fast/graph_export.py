@@ -21,6 +21,7 @@ from .errors import InputError
 from .metrics.inputs import require
 from .networks.exported import Generator
 from .randomness import Philox, Stream
+from .runtime import fsync_path
 
 FILES = {"torch-export": "generator.pt2", "onnx": "generator.onnx"}
 BATCHES = (1, 2, 5)  # of which none but the second is traced
@@ -79,6 +80,8 @@ def write_graph(generator: Generator, kind: str, folder: Path) -> float:
         path = folder / FILES[kind]
         write, read = {"torch-export": (_write_torch, _read_torch), "onnx": (_write_onnx, _read_onnx)}[kind]
         write(program, generator, path)
+        for written in folder.glob(f"{path.name}*"):
+            fsync_path(written)
         difference = _difference(generator, read(path))
     if not difference <= TOLERANCE:  # NaN, too
         raise InputError(
@@ -162,7 +165,7 @@ def _write_onnx(program: torch.export.ExportedProgram, generator: Generator, pat
     names = ["images", "transport_weight"] if generator.transport_weights else ["images"]
     try:
         exported = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=names, output_names=["translated"], external_data=False
+            program, dynamo=True, verbose=False, input_names=names, output_names=["translated"]
         )
     except Exception as error:  # an operator that ONNX lacks, in many words
         raise InputError(f"--format onnx: this network cannot be converted ({_reason(error)})") from None
