@@ -210,7 +210,7 @@ def test_a_training_brings_the_cost_down_and_reports_it_with_the_elementwise_one
     assert first[0]["transport_cost"] == pytest.approx(expected, rel=1e-6)
 
 
-SHORT = ["rdmd.cost.kind=features", "train.steps=10", "telemetry.log_every=5"]
+SHORT = ["rdmd.cost.kind=features", "train.steps=6", "telemetry.log_every=3"]
 
 
 @pytest.fixture(scope="module")
