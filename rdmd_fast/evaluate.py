@@ -1,4 +1,4 @@
-"""``rdmd evaluate``: translated images against sources and targets; toy runs against closed form and exact transport."""
+"""``rdmd evaluate``: translated images against sources and targets; toy runs against closed forms and exact maps."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="DIR", help="RUN/export or RUN/best of the rdmd stage")
     add("--outputs", nargs="+", metavar="FOLDER", help="translated images, named as their sources: a row each")
     add("--teacher", metavar="DIR", help="RUN/export of its teacher: adds the untrained generator")
+    add("--transport-weight", type=float, nargs="+", metavar="λ", help="of a generator of a range of λ: a row each")
     add("--source", metavar="DIR", help="held-out source images, shards or a folder of files")
     add("--target", metavar="DIR", help="held-out target images, likewise")
     add("--features", metavar="FILE.pt", help="TorchScript feature network: adds FID and KID")

@@ -14,7 +14,7 @@ from .metrics.image_sets import ImageSet, OpenImages, first_side, open_images
 from .metrics.judges import DigitJudge, format_table
 from .metrics.kernel_distance import SUBSET_SIZE, SUBSETS
 from .metrics.report import ImageReport
-from .networks.exported import Generator, load_denoiser, load_generator
+from .networks.exported import Generator, conditions, load_denoiser, load_generator
 from .translate import pick_device
 
 PICTURED = 16  # images in a row of the picture
@@ -36,8 +36,9 @@ def evaluate_images(arguments: argparse.Namespace) -> dict:
     cache = Path(arguments.cache) if arguments.cache else default_cache() / "features"
     report = ImageReport(target.images, judge, arguments.label, features, lpips, arguments.seed, cache)
 
-    outputs = _translations(arguments, generator, source.images, device) | others
-    rows = [report.row(name, source.images, images) for name, images in outputs.items()]
+    outputs, weights = _translations(arguments, generator, source.images, device)
+    outputs |= others
+    rows = [report.row(name, source.images, images, **weights.get(name, {})) for name, images in outputs.items()]
     print(format_table(rows))
     facts = _facts(arguments, source, target, features, lpips)
     print("\n".join(_fact_lines(facts)))
@@ -47,7 +48,7 @@ def evaluate_images(arguments: argparse.Namespace) -> dict:
         facts |= {"recall_real_heldout": judge.recall(arguments.label)}
         print(f"3-NN's recall on the real held-out images of {arguments.label}: {facts['recall_real_heldout']:.4f}")
     if arguments.picture:
-        _picture(arguments.picture, source.images, {"target (unpaired)": target.images[:PICTURED]}, outputs)
+        _picture(arguments.picture, source.images, outputs, target.images)
     return {"rows": rows, **facts}
 
 
@@ -57,7 +58,7 @@ def _check(arguments: argparse.Namespace) -> None:
         missing.insert(0, "--model or --outputs")
     if missing:
         raise InputError(f"missing {', '.join(missing)}: see rdmd evaluate --help")
-    for option, needed in (("label", "judge"), ("teacher", "model")):
+    for option, needed in (("label", "judge"), ("teacher", "model"), ("transport_weight", "model")):
         if getattr(arguments, option) is not None and getattr(arguments, needed) is None:
             raise InputError(f"--{option.replace('_', '-')}: says nothing without --{needed}, add it or leave it out")
     for option, least in (("count", 2), ("batch_size", 1), ("resolution", 1)):
@@ -123,22 +124,37 @@ def _labels(folders: list[Path]) -> list[str]:
 
 def _translations(
     arguments: argparse.Namespace, generator: Generator | None, source: torch.Tensor, device: torch.device
-) -> dict[str, torch.Tensor]:
-    size = arguments.batch_size
-    rows = {}
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """(translations by the name of their row, the ``transport_weight`` of those of a chosen λ)."""
+
+    def translate(network, *rest) -> torch.Tensor:
+        return _translate(network, source, device, arguments.batch_size, *rest)
+
+    rows, weights = {}, {}
     if generator is not None:
-        rows["RDMD"] = _translate(generator, source, device, size, arguments.model)
+        for weight in arguments.transport_weight or ():
+            conditions(generator.config, weight, 1)  # names a λ that it does not take ahead of any work
+        for weight in arguments.transport_weight or (None,):
+            name = "RDMD" if weight is None else f"RDMD λ={weight:g}"
+            rows[name] = translate(generator, arguments.model, weight)
+            weights[name] = {} if weight is None else {"transport_weight": weight}
     rows["identity"] = source
     if arguments.teacher:
         teacher = load_denoiser(arguments.teacher).to(device)
-        untrained = Generator(teacher.model, generator.config.model_copy(update={"reading": "teacher"}))
-        rows["untrained (teacher at σ)"] = _translate(untrained, source, device, size, arguments.teacher)
-    return rows
+        update = {"reading": "teacher", "transport_weights": None}  # the teacher is not told λ
+        untrained = Generator(teacher.model, generator.config.model_copy(update=update))
+        rows["untrained (teacher at σ)"] = translate(untrained, arguments.teacher)
+    return rows, weights
 
 
 @torch.no_grad()
 def _translate(
-    generator: torch.nn.Module, images: torch.Tensor, device: torch.device, batch_size: int, what: str
+    generator: Generator,
+    images: torch.Tensor,
+    device: torch.device,
+    batch_size: int,
+    what: str,
+    weight: float | None = None,
 ) -> torch.Tensor:
     """As a user receives them: clipped to [-1, 1] and rounded to 8 bits.
 
@@ -151,7 +167,7 @@ def _translate(
 
     parts = []
     for part in tqdm(images.split(batch_size), desc=str(what), unit="batch", disable=None):
-        outputs = generator(part.to(device))
+        outputs = generator(part.to(device), weight)
         if not outputs.isfinite().all():
             raise InputError(f"{what}: gives NaN or infinity, take an earlier export of the run")
         parts.append(to_uint8(outputs).cpu().float() / 127.5 - 1)
@@ -203,13 +219,12 @@ def _fact_lines(facts: dict) -> list[str]:
     return lines
 
 
-def _picture(path: str, source: torch.Tensor, more: dict, outputs: dict[str, torch.Tensor]) -> None:
+def _picture(path: str, source: torch.Tensor, outputs: dict[str, torch.Tensor], target: torch.Tensor) -> None:
     from .drawing import image_grid
 
-    # Spread over the set: neighbours in a shard are often the same motif.
-    chosen = torch.linspace(0, len(source) - 1, min(PICTURED, len(source))).long()
-    rows = [("source x", source[chosen])]
-    rows += [
-        ("G(x)" if name == "RDMD" else name, images[chosen]) for name, images in outputs.items() if name != "identity"
-    ]
-    image_grid(rows + list(more.items()), path)
+    def spread(images: torch.Tensor) -> torch.Tensor:
+        # Over the whole set: neighbours in a shard are often the same motif.
+        return images[torch.linspace(0, len(images) - 1, min(PICTURED, len(images))).long()]
+
+    rows = [(name, spread(images)) for name, images in outputs.items() if name != "identity"]
+    image_grid([("source x", spread(source)), *rows, ("target (unpaired)", spread(target))], path)
