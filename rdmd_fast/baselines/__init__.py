@@ -10,7 +10,10 @@ import torch
 
 from ..errors import InputError
 from ..randomness import Philox
+from .cyclediffusion import cyclediffusion
 from .ddib import ddib
+from .egsde import egsde
+from .ilvr import ilvr
 from .options import (
     METHODS,
     NEEDS_SOURCE_TEACHER,
@@ -39,7 +42,13 @@ __all__ = [
     "translate",
 ]
 
-_TRANSLATORS = {"sdedit": sdedit, "ddib": ddib}
+_TRANSLATORS = {
+    "sdedit": sdedit,
+    "ilvr": ilvr,
+    "egsde": egsde,
+    "ddib": ddib,
+    "cyclediffusion": cyclediffusion,
+}
 
 
 @torch.no_grad()
@@ -61,6 +70,8 @@ def translate(
     """
     if options.method in NEEDS_SOURCE_TEACHER and models.source is None:
         raise InputError(f"{options.method}: needs a teacher of the source domain too (--source-teacher)")
+    if options.method == "egsde" and options.lambda_s and models.energy is None:
+        raise InputError("egsde: needs an energy network (--energy, of `rdmd baseline train-energy`), or lambda_s=0")
     _check_shapes(models, x)
     return _TRANSLATORS[options.method](options, models, x, Noise(philox, positions, x))
 
