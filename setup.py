@@ -61,6 +61,7 @@ setup(
         "rdmd_fast.metrics",
         "rdmd_fast.figures",
         "rdmd_fast.planning",
+        "rdmd_fast.translation",
         "rdmd_fast.kernels",
     ],
     # `kernels` alone is the name of another package on PyPI, so ours is importable only inside rdmd_fast.
