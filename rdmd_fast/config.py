@@ -324,6 +324,7 @@ def option_table() -> list[tuple[str, str, str]]:
 
 
 def options_of(model: type[BaseModel], prefix: str):
+    """(dotted key, default, description) of every option of a section; ``prefix`` goes before each key."""
     seen = set()
     for name, field in model.model_fields.items():
         sections = [kind for kind in _members(field.annotation) if _is_section(kind)]

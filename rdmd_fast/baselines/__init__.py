@@ -10,10 +10,7 @@ import torch
 
 from ..errors import InputError
 from ..randomness import Philox
-from .cyclediffusion import cyclediffusion
-from .ddib import ddib
-from .egsde import egsde
-from .ilvr import ilvr
+from . import cyclediffusion, ddib, egsde, ilvr, sdedit
 from .options import (
     METHODS,
     NEEDS_SOURCE_TEACHER,
@@ -25,7 +22,6 @@ from .options import (
     SDEditOptions,
     parse_options,
 )
-from .sdedit import sdedit
 from .solvers import Models, Noise, Translation
 
 __all__ = [
@@ -43,11 +39,11 @@ __all__ = [
 ]
 
 _TRANSLATORS = {
-    "sdedit": sdedit,
-    "ilvr": ilvr,
-    "egsde": egsde,
-    "ddib": ddib,
-    "cyclediffusion": cyclediffusion,
+    "sdedit": sdedit.translate,
+    "ilvr": ilvr.translate,
+    "egsde": egsde.translate,
+    "ddib": ddib.translate,
+    "cyclediffusion": cyclediffusion.translate,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..errors import InputError
@@ -72,7 +73,7 @@ def _add_device_and_options(parser: argparse.ArgumentParser, kind: type[Options]
     parser.add_argument("options", nargs="*", metavar="key=value", help="see below")
     from ..config import options_of
 
-    lines = [f"  {key}={value}  {text}" for key, value, text in options_of(kind) if key != "method"]
+    lines = [f"  {key}={value}  {text}" for key, value, text in options_of(kind, "") if key != "method"]
     parser.epilog = "\n".join(["options (key=default):", *lines])
 
 
@@ -103,47 +104,61 @@ def _translate(arguments: argparse.Namespace, values: dict) -> int:
     from tqdm import tqdm
 
     from ..randomness import Philox
-    from ..translate import batches, open_inputs, pick_device, write_batch
-    from . import Models, translate
+    from ..translate import pick_device
+    from ..translation.inputs import open_inputs
+    from ..translation.outputs import Outputs
+    from ..translation.sizes import make_size
+    from . import translate
     from .energy import in_data_units
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: must be at least 1")
     options = parse_options({**values, "method": arguments.method})
     device, philox = pick_device(arguments.device), Philox(arguments.seed)
-    models = Models(*(model and model.to(device) for model in _load_models(arguments)))
+    models = _load_models(arguments, device)
     shape = tuple(models.target.config.sample_shape)
     if len(shape) != 3:
         raise InputError(f"--teacher {arguments.teacher}: is for points of shape {shape}, images are translated here")
-    inputs = open_inputs(arguments.input, shape)
-    output, done = Path(arguments.output), 0
-    with tqdm(total=inputs.count, unit="img", disable=None) as bar:
-        for names, samples in batches(inputs.samples, arguments.batch_size):
-            x = torch.from_numpy(samples).to(device)
-            x = in_data_units(x if inputs.latents else x.permute(0, 3, 1, 2))
-            translation = translate(options, models, x, philox, torch.arange(done, done + len(names)))
-            write_batch(output, names, translation.outputs, inputs.latents)
-            done += len(names)
-            bar.update(len(names))
-    kind = "latents" if inputs.latents else "images"
-    print(f"{output}: {done} {kind}, {translation.evaluations:g} network evaluations each{_of_energy(translation)}")
+    samples = open_inputs(arguments.input, shape, shape, output=arguments.output)
+    outputs = Outputs(Path(arguments.output), None if samples.latents else "png", samples.latents)
+    crop = make_size("crop", *shape[1:])
+    with tqdm(total=len(samples.names), unit="img", disable=None) as bar:
+        for numbers in torch.arange(len(samples.names)).split(arguments.batch_size):
+            read = [samples.read(number) for number in numbers.tolist()]
+            x = np.stack([each if samples.latents else crop.split(each)[0] for each in read])
+            x = torch.from_numpy(x).to(device)
+            x = in_data_units(x if samples.latents else x.permute(0, 3, 1, 2))
+            translation = translate(options, models, x, philox, numbers)
+            _write(outputs, [samples.names[number] for number in numbers.tolist()], translation.outputs)
+            bar.update(len(numbers))
+    kind = "latents" if samples.latents else "images"
+    energy = translation.energy_evaluations
+    print(
+        f"{arguments.output}: {len(samples.names)} {kind}, {translation.evaluations:g} network evaluations each"
+        + (f" and {energy:g} of the energy network" if energy else "")
+    )
     return 0
 
 
-def _of_energy(translation) -> str:
-    count = translation.energy_evaluations
-    return f" and {count:g} of the energy network" if count else ""
+def _write(outputs, names: list[str], translated: torch.Tensor) -> None:
+    from ..drawing import to_uint8
+
+    if outputs.arrays:
+        for name, array in zip(names, translated.cpu().numpy(), strict=True):
+            outputs.write(name, array, None)
+        return
+    for name, image in zip(names, to_uint8(translated).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+        outputs.write(name, None, image)
 
 
-def _load_models(arguments: argparse.Namespace):
+def _load_models(arguments: argparse.Namespace, device: torch.device):
     from ..networks.exported import load_denoiser
     from . import Models
     from .energy import load_energy
 
     source, energy = getattr(arguments, "source_teacher", None), getattr(arguments, "energy", None)
-    return Models(
-        load_denoiser(arguments.teacher), load_denoiser(source) if source else None, load_energy(energy) if energy else None
-    )
+    models = load_denoiser(arguments.teacher), source and load_denoiser(source), energy and load_energy(energy)
+    return Models(*(model and model.to(device) for model in models))
 
 
 # -- train -------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from .options import CycleDiffusionOptions
 from .solvers import Counted, Models, Noise, Translation, level_schedule
 
 
-def cyclediffusion(options: CycleDiffusionOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
-    """``translate`` for CycleDiffusion: ``steps`` evaluations of each teacher."""
+def translate(options: CycleDiffusionOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
+    """``steps`` evaluations of each teacher."""
     source, target, x = Counted(models.source), Counted(models.target), x.double()
     levels = level_schedule(options, models.target, options.sigma0)
     chain = output = x + levels[0] * noise.start()

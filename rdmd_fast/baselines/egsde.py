@@ -21,8 +21,8 @@ from .options import EGSDEOptions
 from .solvers import Counted, Models, Noise, Translation, level_schedule, low_pass, reverse_sde
 
 
-def egsde(options: EGSDEOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
-    """``translate`` for EGSDE: ``steps`` evaluations, and twice as many of the energy network if lambda_s > 0."""
+def translate(options: EGSDEOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
+    """``steps`` evaluations, and twice as many of the energy network if lambda_s > 0."""
     target, x = Counted(models.target), x.double()
     levels = level_schedule(options, models.target, options.sigma0)
 

@@ -18,8 +18,8 @@ from .options import ILVROptions
 from .solvers import Counted, Models, Noise, Translation, level_schedule, low_pass, reverse_deviation, reverse_mean
 
 
-def ilvr(options: ILVROptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
-    """``translate`` for ILVR: ``steps`` evaluations."""
+def translate(options: ILVROptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
+    """``steps`` evaluations."""
     target, x = Counted(models.target), x.double()
     levels = level_schedule(options, models.target, options.sigma0)
     state = levels[0] * noise.start() + (0 if options.sigma0 is None else x)

@@ -15,8 +15,8 @@ from .options import SDEditOptions
 from .solvers import Counted, Models, Noise, Translation, level_schedule, reverse_sde
 
 
-def sdedit(options: SDEditOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
-    """``translate`` for SDEdit: ``steps`` evaluations, 2 steps - 1 with ``ode``."""
+def translate(options: SDEditOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
+    """``steps`` evaluations, 2 steps - 1 with ``ode``."""
     target = Counted(models.target)
     levels = level_schedule(options, models.target, options.sigma0)
     state = x.double() + levels[0] * noise.start()

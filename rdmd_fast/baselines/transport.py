@@ -38,8 +38,9 @@ def minibatch_map(x, target, batch: int, seed: int) -> np.ndarray:
     if batch < 1:
         raise InputError(f"batch {batch}: must be at least 1")
     philox = Philox(seed)
-    dealt = [philox.permutation(Stream.MINIBATCH_PAIRS, which, len(x)).split(batch) for which in (0, 1)]
+    orders = [philox.permutation(Stream.MINIBATCH_PAIRS, which, len(x)).numpy() for which in (0, 1)]
     mapped = np.empty_like(x)
-    for sources, targets in zip(*dealt, strict=True):
+    for first in range(0, len(x), batch):
+        sources, targets = (order[first : first + batch] for order in orders)
         mapped[sources] = exact_map(x[sources], target[targets])
     return mapped
