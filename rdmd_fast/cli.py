@@ -20,6 +20,7 @@ COMMANDS = {
         "rdmd_fast.evaluate",
         "measure translated images, or a toy run against its closed form and exact transport",
     ),
+    "baseline": ("rdmd_fast.baselines.command", "translate by SDEdit, ILVR, EGSDE, DDIB or CycleDiffusion"),
     "figures": ("rdmd_fast.figures.command", "make the paper's figures and their tables from runs"),
 }
 
