@@ -30,6 +30,7 @@ EXTRAS = {
         "tensorboard>=2.18",  # curves beside metrics.jsonl
     ],
     "toy": ["POT>=0.9.5"],  # exact optimal transport in 2-D
+    "lpips": ["lpips>=0.1.4"],  # only for the LPIPS metric and cost; it needs a torchvision that fits torch
     "diffusers": ["diffusers>=0.30"],  # only for the autoencoder of latents (its networks are read without it)
     "wandb": ["wandb>=0.18"],  # only for telemetry.wandb_project
     "bench": ["mosaicml-streaming>=0.8"],  # only to be compared with in benchmarks/test_data.py
@@ -38,6 +39,7 @@ EXTRAS = {
         "pytest-benchmark>=5.0",
         "pytest-timeout>=2.3",  # a hung rank fails its test instead of the job
         "hypothesis>=6.100",
+        "torchmetrics>=1.4",  # independent FID, KID and PSNR to compare with
         "ruff>=0.9",
     ],
 }

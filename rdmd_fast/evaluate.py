@@ -96,7 +96,8 @@ def toy_table(report: dict[str, float]) -> list[str]:
 def evaluate_digits(arguments: argparse.Namespace) -> dict:
     """The generator, the identity map and the untrained generator on the same held-out sources."""
     from .drawing import image_grid
-    from .metrics.judges import DigitJudge, digit_report, format_table
+    from .metrics.judges import DigitJudge, format_table
+    from .metrics.report import ImageReport
     from .networks.exported import Generator, load_denoiser, load_generator
     from .validation import held_out_images
 
@@ -108,7 +109,8 @@ def evaluate_digits(arguments: argparse.Namespace) -> dict:
         teacher = load_denoiser(arguments.teacher)
         untrained = generator.config.model_copy(update={"reading": "teacher"})
         outputs["untrained (teacher at σ)"] = _translate(Generator(teacher.model, untrained), source)
-    rows = [digit_report(judge, source, images, arguments.label, target, name) for name, images in outputs.items()]
+    report = ImageReport(target, judge, arguments.label)
+    rows = [report.row(name, source, images) for name, images in outputs.items()]
     recall = judge.recall(arguments.label)
     print(format_table(rows))
     print(f"3-NN's recall on the real held-out images of {arguments.label}: {recall:.4f}")

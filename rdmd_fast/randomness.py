@@ -14,6 +14,7 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.kernels import philox
 
 
+@enum.unique
 class Stream(enum.IntEnum):
     """What a random number is for. The values are part of every result: add some, never change one."""
 
@@ -37,6 +38,8 @@ class Stream(enum.IntEnum):
     TARGET_FLIP = 17
     SAMPLER_CHURN = 18
     SAMPLER_CLASS = 19
+    METRIC_SUBSET = 30
+    METRIC_SAMPLES = 31
 
 
 class Philox:
