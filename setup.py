@@ -54,12 +54,14 @@ setup(
     python_requires=">=3.11",
     packages=[
         "rdmd_fast",
+        "rdmd_fast.baselines",
         "rdmd_fast.data",
         "rdmd_fast.data.sources",
         "rdmd_fast.networks",
         "rdmd_fast.metrics",
         "rdmd_fast.figures",
         "rdmd_fast.planning",
+        "rdmd_fast.translation",
         "rdmd_fast.kernels",
     ],
     # `kernels` alone is the name of another package on PyPI, so ours is importable only inside rdmd_fast.

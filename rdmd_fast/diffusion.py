@@ -265,13 +265,35 @@ def heun_sample(
         raised = now * factor
         if factor > 1:
             state = state + (raised**2 - now**2).sqrt() * churn.noise * fresh(step).double()
-        slope = (state - denoiser(state.float(), raised).double()) / raised
-        predicted = state + (following - raised) * slope
-        if following > 0:
-            corrected = (predicted - denoiser(predicted.float(), following).double()) / following
-            predicted = state + (following - raised) * (slope + corrected) / 2
-        state = predicted
+        state = _heun_step(denoiser, state, raised, following)
     return state.float()
+
+
+@torch.no_grad()
+def heun_solve(denoiser: Denoise, state: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Carry samples along the probability-flow ODE by Heun's rule, to less noise or to more.
+
+    Args:
+        denoiser: as ``heun_sample``.
+        state: [N, ...] at the noise level levels[0], data units.
+        levels: float64 [steps + 1], above 0 but for the last one: falling to denoise, rising to encode.
+
+    Returns:
+        float64 [N, ...] at levels[-1]. Costs 2 steps evaluations, one less if the last level is 0.
+    """
+    state = state.double()
+    for now, following in itertools.pairwise(levels):
+        state = _heun_step(denoiser, state, now, following)
+    return state
+
+
+def _heun_step(denoiser: Denoise, state: torch.Tensor, now: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    slope = (state - denoiser(state.float(), now).double()) / now
+    predicted = state + (following - now) * slope
+    if following > 0:
+        corrected = (predicted - denoiser(predicted.float(), following).double()) / following
+        predicted = state + (following - now) * (slope + corrected) / 2
+    return predicted
 
 
 def sampling_levels(

@@ -40,6 +40,11 @@ class Stream(enum.IntEnum):
     SAMPLER_CLASS = 19
     METRIC_SUBSET = 30
     METRIC_SAMPLES = 31
+    BASELINE_START = 32
+    BASELINE_STEP = 33
+    BASELINE_REFERENCE = 34
+    ENERGY_SIGMA = 35
+    ENERGY_NOISE = 36
 
 
 class Philox:
