@@ -65,13 +65,18 @@ def one_thread():
 
 @functools.lru_cache(maxsize=4)
 def held_out(folder: str, count: int) -> torch.Tensor:
-    """The first ``count`` images of a set, float32 [n, C, H, W] in [-1, 1]; InputError where it holds other things."""
+    """The first ``count`` images of a set as outputs are read, [n, C, H, W]; InputError where it holds other things."""
     from .validation import held_out_images
 
     images = held_out_images(folder, count)
     if images.ndim != 4:
         raise InputError(f"{folder}: holds arrays of shape {list(images.shape[1:])}, a study measures images")
-    return images
+    return as_received(images)
+
+
+def as_received(images: torch.Tensor) -> torch.Tensor:
+    """What a user receives of float images in [-1, 1]: clipped and rounded to 8 bits, float32 again."""
+    return to_uint8(images).float() / 127.5 - 1
 
 
 @functools.lru_cache(maxsize=2)
@@ -98,7 +103,7 @@ def timed(translate: Translate, sources: torch.Tensor, batch_size: int, device: 
     _wait(device)
     seconds = (time.perf_counter() - start) / len(sources)
     outputs = torch.cat([outputs.float().cpu() for outputs, _ in results])
-    return Run(to_uint8(outputs).float() / 127.5 - 1, results[0][1], seconds)
+    return Run(as_received(outputs), results[0][1], seconds)
 
 
 def _wait(device: torch.device) -> None:

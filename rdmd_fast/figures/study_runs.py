@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from ..baselines.options import NEEDS_SOURCE_TEACHER
 from ..config import Config, load_config
 from ..drawing import GREEK
 from ..errors import InputError
@@ -150,9 +151,10 @@ class StudyRuns:
         found = []
         for options in self.study.baselines:
             model = {"kind": "baseline", "options": options.model_dump(mode="json"), "target": self.teachers()["target"]}
-            if options.method in ("ddib", "cyclediffusion"):
+            if options.method in NEEDS_SOURCE_TEACHER:
                 model["source"] = self.teachers()["source"]
-            setting = ", ".join(f"{key} {value:g}" for key, value in options.model_dump(exclude_unset=True).items())
+            chosen = options.model_dump(exclude_unset=True, exclude={"method"})
+            setting = ", ".join(f"{key} {value}" for key, value in chosen.items())
             found += [Candidate(options.method, setting, seed, model | {"seed": seed}) for seed in self.seeds]
         return found
 

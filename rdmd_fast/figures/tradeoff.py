@@ -78,14 +78,14 @@ def in_words(settings: Sequence[Setting], quality: str, seeds: int) -> str:
     measured = [each for each in settings if each.method in (RDMD, *methods)]
     front = [each for each in measured if not any(dominates(other, each, quality) for other in measured)]
     certainty = (
-        f"Numbers are mean ± standard error over {seeds} seeds; better and worse are by more than two standard errors "
-        "of the difference in one of the two, and no clear loss in the other."
+        f"Numbers are mean ± standard error over {seeds} seeds. A setting is better than another where it is lower "
+        "in one of the two by more than two standard errors of the difference, and not higher by more in the other."
         if seeds > 1
-        else "One seed: there are no standard errors, every difference counts."
+        else "One seed: there are no standard errors, and every difference counts."
     )
     paragraphs = [
         f"{LABELS[quality]} (lower is closer to the target) and {LABELS[FAITHFULNESS]} (lower is more faithful). "
-        f"{certainty} Better in both than these is no other setting: {', '.join(map(str, front))}."
+        f"{certainty} No other setting dominates these: {', '.join(map(str, front))}."
     ]
     for method in methods:
         theirs = [setting for setting in settings if setting.method == method]
