@@ -24,6 +24,7 @@ from .rdmd import RDMDOptions
 from .runtime import read_text
 from .teacher import TeacherStageOptions
 from .telemetry import TelemetryOptions
+from .transport_weight import LogUniformWeight
 from .validation import ValidationOptions
 
 
@@ -95,6 +96,8 @@ def _stage_problems(config: Config):
         yield "network: comes from the teacher's export, remove the section"
     elif config.diffusion is not None:
         yield "diffusion: comes from the teacher's export, remove the section"
+    if isinstance(config.rdmd.transport_weight, LogUniformWeight) and config.generator.kind == "affine":
+        yield "rdmd.transport_weight: an affine generator is of one λ only, give a number or use generator.kind mlp"
     if config.rdmd.fake_score == "closed_form":
         if config.generator.kind != "affine" or config.teacher != "analytic":
             yield "rdmd.fake_score: 'closed_form' needs generator.kind affine and teacher analytic"
@@ -284,8 +287,14 @@ def _explain(error: dict) -> str:
         "log_uniform",
         "ToyDistribution",
         "str",
+        "number",
+        "range",
     }
-    located = ".".join(part for position, part in enumerate(parts) if not (position and part in tags))
+    kept: list[str] = []
+    for part in parts:
+        if not kept or part not in tags or ".".join([*kept, part]) in keys:  # a member's name can be a key elsewhere
+            kept.append(part)
+    located = ".".join(kept)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(located, keys, n=1, cutoff=0.5)
         leaf = located.rsplit(".", 1)[-1]
@@ -319,7 +328,8 @@ def _options_of(model: type[BaseModel], prefix: str):
         sections = [kind for kind in _members(field.annotation) if _is_section(kind)]
         default = "" if field.is_required() else repr(field.get_default(call_default_factory=True))
         if not sections or field.description:
-            yield f"{prefix}{name}", "" if sections else default, field.description or ""
+            plain = not sections or isinstance(field.default, int | float)
+            yield f"{prefix}{name}", default if plain else "", field.description or ""
         for section in sections:
             for key, value, description in _options_of(section, f"{prefix}{name}."):
                 if key not in seen:

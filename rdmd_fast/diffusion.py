@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from .kernels.coefficients import Coefficients
 from .kernels.noise_forward import CounterNoise
 from .options import Options
-from .randomness import Philox, Stream
+from .randomness import DrawnAhead, Philox, Stream
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Fresh = Callable[[int], torch.Tensor]
@@ -338,20 +338,14 @@ class ForwardProcess:
         """
         self.philox, self.sigma, self.diffusion, self.weighting = philox, sigma, diffusion, weighting
         self.streams, self.sample_shape, self.stride, self.device = streams, sample_shape, stride, device
-        self._blocks: dict[int, tuple[int, int, list[tuple[Coefficients, CounterNoise]]]] = {}
+        self._ahead = DrawnAhead(stride, self._draw_block)
 
     def draw(self, positions: torch.Tensor, slot: int = 0) -> tuple[Coefficients, CounterNoise]:
         """Coefficients at random noise levels, and the noise, for the samples at ``positions`` (int64 [n], a range).
 
         ``slot`` tells the micro-batches of one update apart.
         """
-        first, count = int(positions[0]), len(positions)
-        block_first, block_count, draws = self._blocks.get(slot, (0, 0, []))
-        ahead, offset = divmod(first - block_first, self.stride)
-        if offset or count != block_count or not 0 <= ahead < len(draws):
-            ahead, draws = 0, self._draw_block(first, count)
-            self._blocks[slot] = first, count, draws
-        return draws[ahead]
+        return self._ahead.draw(positions, slot)
 
     def _draw_block(self, first: int, count: int) -> list[tuple[Coefficients, CounterNoise]]:
         on_cpu = self.device.type == "cpu"

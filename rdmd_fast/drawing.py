@@ -97,32 +97,32 @@ def _common_limits(clouds: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
 
 
 def toy_picture(source, output, target, path: str | Path, title: str = "", segments: int = 200) -> None:
-    """Write a PNG of three panels: source points, their outputs with transport segments, target points.
+    """Write a PNG of panels: source points, their outputs with transport segments, target points.
 
     ``source`` and ``output`` [n, 2] are paired; ``target`` is [m, 2]; all in data units and drawn on equal
-    axes. ``segments`` of the pairs are joined, the first ones (samples are independent). Raises InputError
-    when matplotlib is missing or a cloud is not a finite [n, 2].
+    axes. A mapping of panel titles to outputs draws a panel of each. ``segments`` of the pairs are joined, the first
+    ones (samples are independent). Raises InputError when matplotlib is missing or a cloud is not a finite [n, 2].
     """
-    source, output, target = (
-        fp64_rows(source, "source"),
-        fp64_rows(output, "output"),
-        fp64_rows(target, "target"),
-    )
-    if source.shape != output.shape or {source.shape[1], target.shape[1]} != {2}:
-        raise InputError(
-            f"source, output and target have shapes {source.shape}, {output.shape} and {target.shape}: "
-            "give paired [n, 2], [n, 2] and any [m, 2]"
-        )
+    outputs = output if isinstance(output, dict) else {"output G(x)": output}
+    outputs = {name: fp64_rows(points, "output") for name, points in outputs.items()}
+    source, target = fp64_rows(source, "source"), fp64_rows(target, "target")
+    for output in outputs.values():
+        if source.shape != output.shape or {source.shape[1], target.shape[1]} != {2}:
+            raise InputError(
+                f"source, output and target have shapes {source.shape}, {output.shape} and {target.shape}: "
+                "give paired [n, 2], [n, 2] and any [m, 2]"
+            )
     figure_class = require("matplotlib.figure", "eval").Figure
     require("matplotlib.backends.backend_agg", "eval")
-    figure = figure_class(figsize=(12, 4.6), layout="constrained")
+    figure = figure_class(figsize=(4 * (2 + len(outputs)), 4.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    panels = figure.subplots(1, 2 + len(outputs), sharex=True, sharey=True)
     _scatter(panels[0], source, SOURCE_COLOUR, "source x")
-    _draw_transport(panels[1], source[:segments], output[:segments])
-    _scatter(panels[1], output, OUTPUT_COLOUR, "output G(x)")
-    _scatter(panels[2], target, TARGET_COLOUR, "target")
-    _frame(panels, *_common_limits([source, output, target]))
+    for panel, (name, output) in zip(panels[1:], outputs.items(), strict=False):
+        _draw_transport(panel, source[:segments], output[:segments])
+        _scatter(panel, output, OUTPUT_COLOUR, name)
+    _scatter(panels[-1], target, TARGET_COLOUR, "target")
+    _frame(panels, *_common_limits([source, *outputs.values(), target]))
     if title:
         figure.suptitle(title, fontsize=14)
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150))

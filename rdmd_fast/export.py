@@ -128,4 +128,5 @@ def _fake_score_config(config: dict, generator: ExportConfig) -> ExportConfig:
     if config["teacher"] == "analytic":
         return ExportConfig.model_validate(values | {"network": config["network"]})
     teacher = read_teacher_config(config["teacher"])
-    return teacher.model_copy(update={"step": generator.step, "target_class": generator.target_class})
+    own = {name: getattr(generator, name) for name in ("step", "target_class", "transport_weights")}
+    return teacher.model_copy(update=own)

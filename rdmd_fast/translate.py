@@ -14,6 +14,7 @@ EPILOG = """examples:
   rdmd translate --model runs/digits_2to3/export --input shards/digits/2/test --output out/threes
   rdmd translate --model runs/cat2wild/export --input photos/cats --output out/wild --size resize
   rdmd translate --model runs/summer2winter/export --input photos/valley --output out/winter --size tiles --format jpg
+  rdmd translate --model runs/digits_2to3_any_weight/export --transport-weight 0.3 --input … --output …
   rdmd translate --model runs/latent_cat2wild/export --autoencoder sd-vae --input photos/cats --output out/wild
 
 --size crop takes the central square to the generator's resolution, as `rdmd pack` does; resize takes the whole image
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--overlap", type=float, metavar="SHARE", help="tiles: least share of a side that neighbours share (0.25)"
+    )
+    parser.add_argument(
+        "--transport-weight",
+        type=float,
+        metavar="λ",
+        help="for a generator of a range of λ: more keeps more of the input (the range's geometric mean)",
     )
     parser.add_argument("--format", choices=("png", "jpg", "webp"), help="of images (png); jpg and webp at quality 95")
     parser.add_argument(
@@ -95,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 def plan(arguments: argparse.Namespace):
     """(Job, its Autoencoder or None) of the command line; InputError where its parts do not fit."""
     from .data.images import default_workers
-    from .networks.exported import read_export_config
+    from .networks.exported import conditions, read_export_config
     from .translation.inputs import open_inputs
     from .translation.outputs import Outputs
     from .translation.sizes import make_size
@@ -103,7 +110,9 @@ def plan(arguments: argparse.Namespace):
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: must be at least 1")
-    shape = tuple(read_export_config(arguments.model, "generator").sample_shape)
+    config = read_export_config(arguments.model, "generator")
+    conditions(config, arguments.transport_weight, 1)  # names a λ that it does not take ahead of any work
+    shape = tuple(config.sample_shape)
     if len(shape) != 3:
         raise InputError(f"--model {arguments.model}: is for points of shape {shape}, translate takes images")
     autoencoder = _open_autoencoder(arguments.autoencoder, shape) if arguments.autoencoder else None
@@ -115,8 +124,11 @@ def plan(arguments: argparse.Namespace):
         raise InputError(f"--format {arguments.format}: is for images, --input {arguments.input} holds latents")
     arrays = samples.latents or (autoencoder is not None and not size.blends)  # the latents of tiles are of no image
     outputs = Outputs(Path(arguments.output), (arguments.format or "png") if pictures else None, arrays)
-    flags = arguments.dtype, arguments.batch_size, arguments.skip_unreadable
-    return Job(arguments.model, arguments.autoencoder, samples, size, outputs, *flags, default_workers()), autoencoder
+    flags = arguments.dtype, arguments.batch_size, arguments.skip_unreadable, default_workers()
+    job = Job(
+        arguments.model, arguments.autoencoder, samples, size, outputs, *flags, arguments.transport_weight
+    )  # fmt: skip
+    return job, autoencoder
 
 
 def _open_autoencoder(folder: str, shape: tuple[int, int, int]):

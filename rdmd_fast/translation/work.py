@@ -30,6 +30,7 @@ class Job(NamedTuple):
         batch_size: most images, tiles or latents at a time.
         skip_unreadable: go on after a sample that cannot be read.
         threads: that read, and as many that write.
+        transport_weight: λ for a generator of a range of them, None for its middle.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Job(NamedTuple):
     batch_size: int = 64
     skip_unreadable: bool = False
     threads: int = 1
+    transport_weight: float | None = None
 
 
 class Piece(NamedTuple):
@@ -92,7 +94,7 @@ class Translator:
         if pieces.dtype == np.uint8:
             x = image_normalize(x.permute(0, 3, 1, 2), torch.float32)
             x = self.autoencoder.encode(x) if self.autoencoder else x
-        return self.generator(x)
+        return self.generator(x, self.job.transport_weight)
 
 
 def _parts(pieces: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -156,9 +156,13 @@ def test_compiled_calls_equal_eager_ones():
         assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("reading", [None, [0.8, 0.4]])
-def test_operator_is_registered_soundly(reading):
+@pytest.mark.parametrize(
+    ("reading", "weights"), [(None, None), ([0.8, 0.4], None), (None, torch.tensor([1.0, 2, 3, 4]))]
+)
+def test_operator_is_registered_soundly(reading, weights):
     f_real, f_fake, y, x, noise = batch((3, 20, 20))
     rows = coefficients(SIGMAS, DiffusionOptions()).rows
     options = 0.3, "dmd", "l1", 0.1, 0.25, torch.bfloat16
-    torch.library.opcheck(_gradient_op, (f_real, f_fake, y, x, None, None, rows, *noise.arguments(), reading, *options))
+    torch.library.opcheck(
+        _gradient_op, (f_real, f_fake, y, x, None, None, weights, rows, *noise.arguments(), reading, *options)
+    )
