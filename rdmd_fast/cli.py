@@ -21,6 +21,7 @@ COMMANDS = {
         "measure a generator, or a toy run against its closed form and exact transport",
     ),
     "figures": ("rdmd_fast.figures.command", "make the paper's figures and their tables from runs"),
+    "sweep": ("rdmd_fast.sweep", "help to choose λ and generator_sigma: short runs, a picture, a recommendation"),
 }
 
 

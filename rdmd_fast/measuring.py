@@ -86,9 +86,8 @@ def report(target: str, count: int, judge: str | None, label: int | None, featur
     from .metrics.judges import DigitJudge
     from .metrics.report import ImageReport
 
-    return ImageReport(
-        held_out(target, count), DigitJudge(judge) if judge else None, label, load_features(features) if features else None
-    )  # fmt: skip
+    digit_judge, extractor = DigitJudge(judge) if judge else None, load_features(features) if features else None
+    return ImageReport(held_out(target, count), digit_judge, label, extractor)
 
 
 @torch.no_grad()

@@ -80,7 +80,9 @@ def recommend(trials: Sequence[Trial], reference: Reference) -> Recommendation:
                 f"to the target, less than {ENOUGH:.0%}. Give more --steps or smaller λ.",
             )
         good = [trial for trial in whole if covered[trial] >= covered[best] - AS_GOOD]
-        standard = f"at most {AS_GOOD:.0%} of the way to the target less than the best, which covers {covered[best]:.0%}"
+        standard = (
+            f"at most {AS_GOOD:.0%} of the way to the target less than the best, which covers {covered[best]:.0%}"
+        )
     return _most_faithful(good, whole, len(trials), standard)
 
 
@@ -95,7 +97,8 @@ def _most_faithful(good: Sequence[Trial], whole: Sequence[Trial], count: int, st
         )
     # Of equal costs the larger λ, which holds on to the source the more.
     chosen = min(good, key=lambda trial: (trial.cost, -trial.transport_weight))
-    reason = f"{chosen}: the lowest transport cost, {chosen.cost:.4g}, of the {len(good)} of {count} settings with {standard}."
+    reason = f"{chosen}: the lowest transport cost ({chosen.cost:.4g}) of the {len(good)} of {count} settings with "
+    reason += f"{standard}."
     weights = sorted({trial.transport_weight for trial in whole})
     if len(weights) > 1 and chosen.transport_weight == weights[-1]:
         reason += " It is the largest λ that was tried: a larger one may do as well."

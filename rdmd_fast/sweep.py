@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--transport-weight", nargs="+", metavar="L", help="λ to try (a quarter of the config's, its own, 4 times)"
     )
     parser.add_argument(
-        "--generator-sigma", nargs="+", metavar="S", help="generator_sigma to try (half of the config's, its own, twice)"
+        "--generator-sigma",
+        nargs="+",
+        metavar="S",
+        help="generator_sigma to try (half of the config's, its own, twice)",
     )
     parser.add_argument(
         "--steps", type=int, metavar="N", help="iterations of a run (a tenth of the config's, but 100 at least)"
@@ -247,9 +250,7 @@ def advise(rows: Sequence[dict], references: dict) -> Recommendation:
     cost = "transport_cost" if "transport_cost" in rows[0] else "l2"
     if best_by in (cost, "psnr", "colour_cosine"):
         return Recommendation(None, f"validation.best_by: {best_by} is no distance to the target, name another.")
-    trials = [
-        Trial(row["transport_weight"], row["generator_sigma"], row.get(best_by), row.get(cost)) for row in rows
-    ]
+    trials = [Trial(row["transport_weight"], row["generator_sigma"], row.get(best_by), row.get(cost)) for row in rows]
     return recommend(trials, Reference(references["untouched"], references["floor"]))
 
 
@@ -261,8 +262,8 @@ def write(out: Path, rows: list[dict], references: dict, recommendation: Recomme
     print(format_table([{key: "-" if value is None else value for key, value in row.items()} for row in rows]))
     if references.get("untouched") is not None:
         print(
-            f"{references['best_by']} of the untouched sources {references['untouched']:.4g}, of real samples from other "
-            f"real ones {references['floor']:.4g}"
+            f"{references['best_by']} of the untouched sources {references['untouched']:.4g}, of real samples from "
+            f"other real ones {references['floor']:.4g}"
         )
     chosen = recommendation.trial
     print(f"recommended: {recommendation.reason}" if chosen else recommendation.reason)
@@ -283,38 +284,24 @@ def write(out: Path, rows: list[dict], references: dict, recommendation: Recomme
 
 def draw(grid: Sequence[GridSetting], folders: Sequence[Path], path: Path) -> None:
     """Rows of images, a setting each, or a panel of points each; nothing for samples that have no picture."""
+    from .data.toys import ToyDistribution
     from .distributed import World
+    from .drawing import toy_picture
     from .pictures import picture_writer
+    from .randomness import Philox, Stream
 
     config = grid[0].config
     sources = pictured_sources(config)
     outputs = [torch.from_numpy(np.load(folder / "samples.npy", allow_pickle=False)) for folder in folders]
     names = [f"λ {setting.transport_weight:g}  σ {setting.generator_sigma:g}" for setting in grid]
     if sources.ndim == 2:
-        if sources.shape[1] == 2:
-            draw_maps(sources, outputs, names, path)
+        if isinstance(config.data.target, ToyDistribution) and sources.shape[1] == 2:
+            target = config.data.target.sample(Philox(config.seed), Stream.EVALUATION, torch.arange(TOY_POINTS))
+            maps = {name: cloud.numpy() for name, cloud in zip(names, outputs, strict=True)}
+            toy_picture(sources.numpy(), maps, target.numpy(), path)
         return
     write_grid = picture_writer(config.telemetry.decoder, tuple(sources.shape[1:]), World(0, 1, torch.device("cpu")))
     if write_grid is None:
         print(f"no picture: samples of {sources.shape[1]} channels are drawn where telemetry.decoder names a decoder")
         return
     write_grid([("source x", sources), *zip(names, outputs, strict=True)], path)
-
-
-def draw_maps(sources: torch.Tensor, outputs: Sequence[torch.Tensor], names: Sequence[str], path: Path) -> None:
-    """A panel a setting: points, their outputs and transport segments, on equal axes."""
-    from .drawing import OUTPUT_COLOUR, common_limits, draw_transport, frame_panels, replace_file, scatter
-    from .metrics.inputs import require
-
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    figure = require("matplotlib.figure", "eval").Figure(figsize=(3.6 * columns, 3.9 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    clouds = [points.double().numpy() for points in (sources, *outputs)]
-    for panel, cloud, name in zip(panels, clouds[1:], names, strict=False):
-        draw_transport(panel, clouds[0][:200], cloud[:200])
-        scatter(panel, cloud, OUTPUT_COLOUR, name)
-    frame_panels(panels, *common_limits(clouds))
-    for panel in panels[len(names) :]:
-        panel.set_visible(False)
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -29,7 +29,7 @@ def test_shipped_studies_are_valid_and_wide_enough(name):
         ("source.val=x", "unknown key source.val"),
         ("rdmd.transport_weights=[0.1, 0.1]", "rdmd: transport_weights: names a λ twice"),
         ("rdmd.transport_weights=[-1]", "rdmd.transport_weights.0: Input should be greater than or equal to 0"),
-        ("rdmd.transport_weights=[1]", "conditioned.transport_weights: rdmd.transport_weights lacks 0.03, add it"),
+        ("rdmd.transport_weights=[1]", "conditioned.transport_weights: rdmd.transport_weights lacks 0.05, add it"),
         ("teachers.target.export=x", "teachers.target: name one of export .* and config"),
         ("teachers.source=null", "teachers.source: missing, ddib needs it"),
         ("baselines=[{method: sdedit, sigma: 1}]", "unknown key baselines.0.sdedit.sigma"),

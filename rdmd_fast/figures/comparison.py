@@ -113,7 +113,9 @@ def compare(baseline: Sequence[Setting], reference: Sequence[Setting], quality: 
         sentences.append(f"Neither better nor worse than any of {other}'s: {names}.")
     both = {id(each) for _, each, _ in better} & {id(each) for _, each, _ in worse}
     if both:
-        sentences.append(f"{len(both)} of them {'is' if len(both) == 1 else 'are'} better than one λ and worse than another.")
+        sentences.append(
+            f"{len(both)} of them {'is' if len(both) == 1 else 'are'} better than one λ and worse than another."
+        )
     return " ".join(sentences)
 
 

@@ -10,8 +10,9 @@ from ..errors import InputError
 from ..metrics.inputs import require
 from ..metrics.judges import format_table
 from .common import FigureOptions, mean_and_error, with_error, write_rows
-from .comparison import FAITHFULNESS, LABELS, STANDARD_ERRORS, Setting, error_of_difference, settings_of
+from .comparison import FAITHFULNESS, STANDARD_ERRORS, Setting, error_of_difference, settings_of
 from .study_runs import RDMD, StudyRuns
+from .tradeoff import frame
 
 COMPARED = ("share_3nn", "frechet", "fid", "kid", "l2")
 COLOURS = {"separate": "#5b6b7d", "one": "#d1495b"}
@@ -87,7 +88,9 @@ def printed(line: dict) -> dict:
 def training_cost(rows: Sequence[dict]) -> dict:
     """Seconds of training, mean over seeds: of the one run, and of the separate runs at all λ together."""
     seeds = sorted({row["seed"] for row in rows})
-    separate = [sum(row["training_seconds"] for row in rows if row["method"] == RDMD and row["seed"] == s) for s in seeds]
+    separate = [
+        sum(row["training_seconds"] for row in rows if row["method"] == RDMD and row["seed"] == s) for s in seeds
+    ]
     one = [next(row["training_seconds"] for row in rows if row["method"] != RDMD and row["seed"] == s) for s in seeds]
     (one_mean, one_error), (separate_mean, separate_error) = mean_and_error(one), mean_and_error(separate)
     return {
@@ -140,12 +143,7 @@ def draw(settings: Sequence[Setting], quality: str, judged: bool, cost: dict, pa
                     color=COLOURS[name],
                 )  # fmt: skip
     for panel, key in zip(panels, keys, strict=True):
-        panel.set_xlabel(f"{LABELS[FAITHFULNESS]} (lower is more faithful)")
-        panel.set_ylabel(f"{LABELS[key]} ({'higher' if key == 'share_3nn' else 'lower'} is better)")
-        panel.grid(color="#e6e9ed", linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.margins(0.12)
-        panel.spines[["top", "right"]].set_visible(False)
+        frame(panel, key)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150))

@@ -18,7 +18,7 @@ from ..study import StudyOptions, TeacherOptions, TrainingOptions, load_study
 from ..trainings import data_digest, digest, file_reference, point_reference, training_point
 from .common import FigureOptions, shipped_config
 
-RDMD = "RDMD"
+RDMD, IDENTITY = "RDMD", "identity"
 
 
 class Candidate(NamedTuple):
@@ -142,7 +142,7 @@ class StudyRuns:
         sigma = self.training_config(self.study.rdmd, 0).rdmd.generator_sigma
         untrained = {"kind": "untrained", "teacher": self.teachers()["target"], "generator_sigma": sigma}
         return [
-            Candidate("identity", "", 0, {"kind": "identity"}),
+            Candidate(IDENTITY, "", 0, {"kind": "identity"}),
             Candidate("untrained generator", f"σ {sigma:g}", 0, untrained),
         ]
 
@@ -150,7 +150,11 @@ class StudyRuns:
         """Every baseline at every setting with each seed, which is that of its noise."""
         found = []
         for options in self.study.baselines:
-            model = {"kind": "baseline", "options": options.model_dump(mode="json"), "target": self.teachers()["target"]}
+            model = {
+                "kind": "baseline",
+                "options": options.model_dump(mode="json"),
+                "target": self.teachers()["target"],
+            }
             if options.method in NEEDS_SOURCE_TEACHER:
                 model["source"] = self.teachers()["source"]
             chosen = options.model_dump(exclude_unset=True, exclude={"method"})
@@ -186,7 +190,9 @@ class StudyRuns:
             "held_out": study.held_out,
             "digests": [data_digest(study.source.test), data_digest(study.target.test)],
         }
-        name = re.sub(r"[^a-z0-9.]+", "-", f"{candidate.method} {candidate.setting}".translate(GREEK).lower()).strip("-")
+        name = re.sub(r"[^a-z0-9.]+", "-", f"{candidate.method} {candidate.setting}".translate(GREEK).lower()).strip(
+            "-"
+        )
         settings = {"model": candidate.model, "data": data, "metrics": metrics, "batch_size": study.batch_size}
         return Point(f"measure-{name}-seed{candidate.seed}", measure, settings)
 

@@ -14,7 +14,7 @@ from ..metrics.judges import format_table
 from ..study import StudyOptions
 from .common import FigureOptions, write_rows
 from .comparison import FAITHFULNESS, LABELS, Setting, compare, dominates, settings_of
-from .study_runs import RDMD, StudyRuns
+from .study_runs import IDENTITY, RDMD, StudyRuns
 
 PICTURED = 10  # columns of the grid of translations
 TABLE = ("share_3nn", "frechet", "fid", "kid", "l2", "mse_per_pixel", "psnr", "ssim")
@@ -74,7 +74,9 @@ def printed(setting: Setting) -> dict:
 def in_words(settings: Sequence[Setting], quality: str, seeds: int) -> str:
     """Where each baseline is better than RDMD and where not, by the rule of ``comparison``; a paragraph for each."""
     ours = [setting for setting in settings if setting.method == RDMD]
-    methods = [method for method in dict.fromkeys(each.method for each in settings) if method in baseline_names(settings)]
+    methods = [
+        method for method in dict.fromkeys(each.method for each in settings) if method in baseline_names(settings)
+    ]
     measured = [each for each in settings if each.method in (RDMD, *methods)]
     front = [each for each in measured if not any(dominates(other, each, quality) for other in measured)]
     certainty = (
@@ -106,7 +108,8 @@ def _costs(theirs: Sequence[Setting], ours: Sequence[Setting]) -> str:
         [each.values["seconds_per_image"].mean for each in ours]
     )
     return (
-        f"It takes {_range(evaluations)} network evaluations an image where {RDMD} takes 1, and {ratio:.0f} times as long."
+        f"It takes {_range(evaluations)} network evaluations an image where {RDMD} takes 1, and {ratio:.0f} times as "
+        "long."
     )
 
 
@@ -119,47 +122,69 @@ def _range(values: Sequence[float]) -> str:
 
 
 def draw(settings: Sequence[Setting], study: StudyOptions, path: Path) -> None:
-    """Two panels over L2, a curve a method with standard errors; costs in the legend."""
-    first = study.quality
-    second = "share_3nn" if study.judge else "kid"
-    figure = require("matplotlib.figure", "eval").Figure(figsize=(13, 6.6), layout="constrained")
+    """Two panels over L2, curves with standard errors; costs in the legend. The identity (L2 0) is in the table."""
+    keys = (study.quality, "share_3nn" if study.judge else "kid")
+    figure = require("matplotlib.figure", "eval").Figure(figsize=(13, 6.8), layout="constrained")
     panels = figure.subplots(1, 2)
-    methods = list(dict.fromkeys(setting.method for setting in settings))
+    methods = [method for method in dict.fromkeys(setting.method for setting in settings) if method != IDENTITY]
     for index, method in enumerate(methods):
-        group = sorted(
-            (each for each in settings if each.method == method), key=lambda each: each.values[FAITHFULNESS].mean
-        )
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        for panel, key in zip(panels, (first, second), strict=True):
-            _curve(panel, group, key, style | {"label": legend(group)}, front=method == RDMD)
-            if key == first:
-                _label_points(panel, group, key, style["color"])
-    for panel, key in zip(panels, (first, second), strict=True):
-        panel.set_xlabel(f"{LABELS[FAITHFULNESS]} (lower is more faithful)")
-        panel.set_ylabel(f"{LABELS[key]} ({'higher' if key == 'share_3nn' else 'lower'} is better)")
-        panel.grid(color="#e6e9ed", linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    if first in ("frechet", "fid"):
-        panels[0].set_yscale("log")
+        group = [each for each in settings if each.method == method]
+        style = {
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "front": method == RDMD,
+        }
+        for panel, key in zip(panels, keys, strict=True):
+            for number, curve in enumerate(curves(group)):
+                _draw_curve(panel, curve, key, label=None if number else legend(group), dashed=number > 0, **style)
+    for panel, key in zip(panels, keys, strict=True):
+        frame(panel, key)
+    plain_log_scale(panels[0])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
-def _curve(panel, group: Sequence[Setting], key: str, style: dict, front: bool) -> None:
-    x, y = ([each.values[name] for each in group] for name in (FAITHFULNESS, key))
+def curves(group: Sequence[Setting]) -> list[list[Setting]]:
+    """Settings by the options that they name, each curve in the order of its L2."""
+    found: dict[tuple, list[Setting]] = {}
+    for setting in sorted(group, key=lambda each: each.values[FAITHFULNESS].mean):
+        options = tuple(part.split()[0] for part in setting.name.split(", ") if part)
+        found.setdefault(options, []).append(setting)
+    return sorted(found.values(), key=len, reverse=True)
+
+
+def _draw_curve(panel, curve: Sequence[Setting], key: str, label, dashed: bool, front: bool, color, marker) -> None:
+    x, y = ([each.values[name] for each in curve] for name in (FAITHFULNESS, key))
     panel.errorbar(
         [each.mean for each in x], [each.mean for each in y], [each.error or 0 for each in y],
-        [each.error or 0 for each in x], linewidth=2.2 if front else 1.2, markersize=7 if front else 5,
-        elinewidth=1, capsize=2, zorder=3 if front else 2, **style,
+        [each.error or 0 for each in x], color=color, marker=marker, label=label,
+        linestyle="--" if dashed else "-", linewidth=2.2 if front else 1.2, markersize=7 if front else 5,
+        elinewidth=1, capsize=2, zorder=3 if front else 2,
     )  # fmt: skip
+    for setting, across, up in zip(curve, x, y, strict=True):
+        panel.annotate(
+            short(setting.name), (across.mean, up.mean), (4, 4), textcoords="offset points", fontsize=7, color=color
+        )
 
 
-def _label_points(panel, group: Sequence[Setting], key: str, colour: str) -> None:
-    for setting in group:
-        at = (setting.values[FAITHFULNESS].mean, setting.values[key].mean)
-        panel.annotate(short(setting.name), at, (4, 4), textcoords="offset points", fontsize=7, color=colour)
+def frame(panel, key: str) -> None:
+    """Labels and grid of a panel of ``key`` over L2."""
+    panel.set_xlabel(f"{LABELS[FAITHFULNESS]} (lower is more faithful)")
+    panel.set_ylabel(f"{LABELS[key]} ({'higher' if key == 'share_3nn' else 'lower'} is better)")
+    panel.grid(color="#e6e9ed", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.margins(0.07)
+
+
+def plain_log_scale(panel) -> None:
+    """A logarithmic axis whose ticks are written as people write numbers."""
+    ticker = require("matplotlib.ticker", "eval")
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
 def short(setting: str) -> str:
@@ -186,14 +211,13 @@ def legend(group: Sequence[Setting]) -> str:
 def draw_samples(rows: list[dict], settings: list[Setting], study: StudyOptions, points: Path, path: Path) -> None:
     """The same sources by every method at its setting of the best quality, first seed; RDMD at all of its λ."""
     from ..measuring import SAMPLES, held_out
-    from ..drawing import to_uint8
 
     sources = held_out(study.source.test, study.held_out)
     chosen = torch.linspace(0, len(sources) - 1, min(SAMPLES, len(sources))).long()
     lines = [("source x", sources[chosen][:PICTURED])]
     for method in dict.fromkeys(setting.method for setting in settings):
         group = [setting for setting in settings if setting.method == method]
-        if method == "identity":
+        if method == IDENTITY:
             continue
         best = min(group, key=lambda each: each.values[study.quality].mean)
         for setting in group if method == RDMD else [best]:
