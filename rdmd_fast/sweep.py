@@ -148,11 +148,8 @@ def default_sigmas(config: Config) -> list[float]:
 
 def _comparable(point: Point) -> dict:
     """The configuration without what the references do not depend on: one set of them for every grid."""
-    config = point.settings["config"]
-    kept = ("seed", "data", "validation", "stage", "generator", "network", "rdmd")
-    plain = {key: config[key] for key in kept}
-    plain["rdmd"] = plain["rdmd"] | {"transport_weight": 0.0, "generator_sigma": 1.0}
-    return plain
+    config = {key: value for key, value in point.settings["config"].items() if key != "train"}
+    return config | {"rdmd": config["rdmd"] | {"transport_weight": 1.0, "generator_sigma": 1.0}}
 
 
 # -- work of the points ------------------------------------------------------------------------------------------------
