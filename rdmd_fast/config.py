@@ -228,7 +228,7 @@ def read_values(path: str, overrides: list[str] = (), what: str = "config") -> d
     if not isinstance(values, dict):
         raise InputError(f"{what} {path}: must be a mapping of keys to values, found {type(values).__name__}")
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     _check_plain(values, f"{what} {path}")
     return values
 
@@ -255,7 +255,8 @@ def _parse_yaml(text: str, where: str):
         raise InputError(f"{where}: not valid YAML{line} ({problem})") from None
 
 
-def _apply_override(values: dict, override: str) -> None:
+def apply_override(values: dict, override: str) -> None:
+    """Put ``key=value`` (dotted key, YAML value) into nested ``values``; InputError for what is none."""
     key, separator, value = override.partition("=")
     if not separator or not all(part for part in key.split(".")):
         raise InputError(f"override {override!r}: write it as key=value, for example train.steps=1000")
@@ -319,10 +320,11 @@ def _brief(value) -> str:
 
 def option_table() -> list[tuple[str, str, str]]:
     """Every option as (dotted key, default, description with unit and origin)."""
-    return list(_options_of(Config, ""))
+    return list(options_of(Config, ""))
 
 
-def _options_of(model: type[BaseModel], prefix: str):
+def options_of(model: type[BaseModel], prefix: str):
+    """(dotted key, default, description) of every option of a section; ``prefix`` goes before each key."""
     seen = set()
     for name, field in model.model_fields.items():
         sections = [kind for kind in _members(field.annotation) if _is_section(kind)]
@@ -331,7 +333,7 @@ def _options_of(model: type[BaseModel], prefix: str):
             plain = not sections or isinstance(field.default, int | float)
             yield f"{prefix}{name}", default if plain else "", field.description or ""
         for section in sections:
-            for key, value, description in _options_of(section, f"{prefix}{name}."):
+            for key, value, description in options_of(section, f"{prefix}{name}."):
                 if key not in seen:
                     seen.add(key)
                     yield key, value, description

@@ -46,6 +46,7 @@ class Stream(enum.IntEnum):
     BASELINE_REFERENCE = 34
     ENERGY_SIGMA = 35
     ENERGY_NOISE = 36
+    MINIBATCH_PAIRS = 37
 
 
 class Philox:

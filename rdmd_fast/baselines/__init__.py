@@ -10,7 +10,7 @@ import torch
 
 from ..errors import InputError
 from ..randomness import Philox
-from .ddib import ddib
+from . import cyclediffusion, ddib, egsde, ilvr, sdedit
 from .options import (
     METHODS,
     NEEDS_SOURCE_TEACHER,
@@ -22,7 +22,6 @@ from .options import (
     SDEditOptions,
     parse_options,
 )
-from .sdedit import sdedit
 from .solvers import Models, Noise, Translation
 
 __all__ = [
@@ -39,7 +38,13 @@ __all__ = [
     "translate",
 ]
 
-_TRANSLATORS = {"sdedit": sdedit, "ddib": ddib}
+_TRANSLATORS = {
+    "sdedit": sdedit.translate,
+    "ilvr": ilvr.translate,
+    "egsde": egsde.translate,
+    "ddib": ddib.translate,
+    "cyclediffusion": cyclediffusion.translate,
+}
 
 
 @torch.no_grad()
@@ -61,6 +66,8 @@ def translate(
     """
     if options.method in NEEDS_SOURCE_TEACHER and models.source is None:
         raise InputError(f"{options.method}: needs a teacher of the source domain too (--source-teacher)")
+    if options.method == "egsde" and options.lambda_s and models.energy is None:
+        raise InputError("egsde: needs an energy network (--energy, of `rdmd baseline train-energy`), or lambda_s=0")
     _check_shapes(models, x)
     return _TRANSLATORS[options.method](options, models, x, Noise(philox, positions, x))
 

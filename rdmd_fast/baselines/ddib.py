@@ -16,8 +16,8 @@ from .options import DDIBOptions
 from .solvers import Counted, Models, Noise, Translation, level_schedule
 
 
-def ddib(options: DDIBOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
-    """``translate`` for DDIB: 2 (steps - 1) evaluations of the source teacher, 2 steps - 1 of the target's."""
+def translate(options: DDIBOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
+    """2 (steps - 1) evaluations of the source teacher, 2 steps - 1 of the target's."""
     source, target = Counted(models.source), Counted(models.target)
     levels = level_schedule(options, models.target, options.sigma0)
     latent = heun_solve(source, x, levels[:-1].flip(0))

@@ -8,24 +8,20 @@ in a geometric σ(t). ``ancestral`` and ``ode`` are not the paper's.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from ..diffusion import heun_solve
 from .options import SDEditOptions
-from .solvers import Counted, Models, Noise, Translation, level_schedule, reverse_deviation, reverse_mean
+from .solvers import Counted, Models, Noise, Translation, level_schedule, reverse_sde
 
 
-def sdedit(options: SDEditOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
-    """``translate`` for SDEdit: ``steps`` evaluations, 2 steps - 1 with ``ode``."""
+def translate(options: SDEditOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:
+    """``steps`` evaluations, 2 steps - 1 with ``ode``."""
     target = Counted(models.target)
     levels = level_schedule(options, models.target, options.sigma0)
     state = x.double() + levels[0] * noise.start()
     if options.solver == "ode":
         state = heun_solve(target, state, levels)
     else:
-        for step, (now, following) in enumerate(itertools.pairwise(levels)):
-            mean = reverse_mean(state, target.double(state, now), now, following)
-            state = mean + reverse_deviation(now, following, options.solver) * noise.step(step)
+        state = reverse_sde(target, state, levels, options.solver, noise)
     return Translation(state.float(), target.evaluations)

@@ -6,6 +6,7 @@ x_VP = α x_VE with σ = σ_VP/α, so every equation for x_VP divides by α.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -117,3 +118,40 @@ def reverse_deviation(now, following, solver: str):
     σ_s/σ_t times that, and 0 in the last step."""
     deviation = (now**2 - following**2).sqrt()
     return deviation * (following / now) if solver == "ancestral" else deviation
+
+
+def reverse_sde(
+    target: Counted,
+    state: torch.Tensor,
+    levels: torch.Tensor,
+    solver: str,
+    noise: Noise,
+    energy_gradient: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Carry ``state``, float64 at levels[0], along the reverse SDE to levels[-1].
+
+    ``energy_gradient(step, state, level)`` is subtracted from the score: EGSDE's term.
+    """
+    for step, (now, following) in enumerate(itertools.pairwise(levels)):
+        mean = reverse_mean(state, target.double(state, now), now, following)
+        if energy_gradient:
+            mean = mean - (now**2 - following**2) * energy_gradient(step, state, now)
+        state = mean + reverse_deviation(now, following, solver) * noise.step(step)
+    return state
+
+
+def low_pass(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """φ_N: means of blocks of N × N pixels, each repeated over its block; [N, C, H, W] to the same shape.
+
+    Linear and an orthogonal projection, φ(φ(x)) = φ(x), as ILVR's derivation asks; its code filters bicubically, which
+    is idempotent only nearly.
+
+    Raises:
+        InputError: no images, or sides that N does not divide.
+    """
+    if x.ndim != 4 or x.shape[2] % factor or x.shape[3] % factor:
+        raise InputError(
+            f"factor {factor}: its low-pass takes images whose sides it divides, these samples are {list(x.shape[1:])}"
+        )
+    means = torch.nn.functional.avg_pool2d(x, factor)
+    return means.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
