@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import Field, ValidationError, model_validator
 
 from .baselines import BaselineOptions
+from .baselines.energy import EnergyTrainingOptions
 from .baselines.options import NEEDS_SOURCE_TEACHER
 from .config import read_values
 from .errors import InputError
@@ -78,6 +79,9 @@ class StudyOptions(Options):
     rdmd: TrainingOptions
     conditioned: TrainingOptions | None = Field(
         None, description="one generator for a range of λ, compared with those of `rdmd` at the same λ"
+    )
+    energy: EnergyTrainingOptions = Field(
+        default_factory=EnergyTrainingOptions, description="EGSDE's energy network, trained on both domains"
     )
     baselines: list[BaselineOptions] = Field(default_factory=list, description="settings of the baselines")
 

@@ -15,10 +15,14 @@ from ..errors import InputError
 from ..measuring import measure
 from ..points import Point, run_points
 from ..study import StudyOptions, TeacherOptions, TrainingOptions, load_study
-from ..trainings import data_digest, digest, file_reference, point_reference, training_point
+from ..trainings import data_digest, digest, energy_point, file_reference, point_reference, training_point
 from .common import FigureOptions, shipped_config
 
 RDMD, IDENTITY = "RDMD", "identity"
+BASELINES = {
+    "sdedit": "SDEdit", "ilvr": "ILVR", "egsde": "EGSDE", "ddib": "DDIB", "cyclediffusion": "CycleDiffusion"
+}  # fmt: skip
+DRAW_NO_NOISE = ("ddib",)  # the same with every seed: measured once
 
 
 class Candidate(NamedTuple):
@@ -148,6 +152,10 @@ class StudyRuns:
 
     def baselines(self) -> list[Candidate]:
         """Every baseline at every setting with each seed, which is that of its noise."""
+        return self.baselines_of(self.energy() if any(map(needs_energy, self.study.baselines)) else None)
+
+    def baselines_of(self, energy: dict | None) -> list[Candidate]:
+        """The same with an energy network that is there."""
         found = []
         for options in self.study.baselines:
             model = {
@@ -157,10 +165,19 @@ class StudyRuns:
             }
             if options.method in NEEDS_SOURCE_TEACHER:
                 model["source"] = self.teachers()["source"]
+            if needs_energy(options):
+                model["energy"] = energy
             chosen = options.model_dump(exclude_unset=True, exclude={"method"})
             setting = ", ".join(f"{key} {value}" for key, value in chosen.items())
-            found += [Candidate(options.method, setting, seed, model | {"seed": seed}) for seed in self.seeds]
+            seeds = self.seeds[:1] if options.method in DRAW_NO_NOISE else self.seeds
+            found += [Candidate(BASELINES[options.method], setting, seed, model | {"seed": seed}) for seed in seeds]
         return found
+
+    def energy(self) -> dict:
+        """Reference of EGSDE's energy network."""
+        study = self.study
+        point = energy_point(study.energy, study.source.train, study.target.train)
+        return point_reference(point, self.folder, self.run([point])[0])
 
     def measure(self, candidates: list[Candidate]) -> list[dict]:
         """A row of the table for each: method, setting, seed, metrics, costs; ``folder`` of its point."""
@@ -195,6 +212,10 @@ class StudyRuns:
         )
         settings = {"model": candidate.model, "data": data, "metrics": metrics, "batch_size": study.batch_size}
         return Point(f"measure-{name}-seed{candidate.seed}", measure, settings)
+
+
+def needs_energy(options) -> bool:
+    return options.method == "egsde" and options.lambda_s > 0
 
 
 def pack_missing(study: StudyOptions, path: str) -> None:

@@ -14,7 +14,7 @@ from ..metrics.judges import format_table
 from ..study import StudyOptions
 from .common import FigureOptions, write_rows
 from .comparison import FAITHFULNESS, LABELS, Setting, compare, dominates, settings_of
-from .study_runs import IDENTITY, RDMD, StudyRuns
+from .study_runs import BASELINES, IDENTITY, RDMD, StudyRuns
 
 PICTURED = 10  # columns of the grid of translations
 TABLE = ("share_3nn", "frechet", "fid", "kid", "l2", "mse_per_pixel", "psnr", "ssim")
@@ -32,7 +32,6 @@ def make(out: Path, options: FigureOptions) -> dict:
     require("matplotlib.figure", "eval")  # missing now is better than missing after hours
     runs = StudyRuns(out, options)
     study = runs.study
-    # Energies and generators first: measuring a point takes seconds, training it minutes.
     rows = runs.measure([*runs.generators(study.rdmd.transport_weights), *runs.untouched(), *runs.baselines()])
     settings = settings_of(rows)
     table, text = summary_rows(settings), in_words(settings, study.quality, len(runs.seeds))
@@ -74,9 +73,7 @@ def printed(setting: Setting) -> dict:
 def in_words(settings: Sequence[Setting], quality: str, seeds: int) -> str:
     """Where each baseline is better than RDMD and where not, by the rule of ``comparison``; a paragraph for each."""
     ours = [setting for setting in settings if setting.method == RDMD]
-    methods = [
-        method for method in dict.fromkeys(each.method for each in settings) if method in baseline_names(settings)
-    ]
+    methods = [name for name in BASELINES.values() if any(setting.method == name for setting in settings)]
     measured = [each for each in settings if each.method in (RDMD, *methods)]
     front = [each for each in measured if not any(dominates(other, each, quality) for other in measured)]
     certainty = (
@@ -93,13 +90,6 @@ def in_words(settings: Sequence[Setting], quality: str, seeds: int) -> str:
         theirs = [setting for setting in settings if setting.method == method]
         paragraphs.append(f"{compare(theirs, ours, quality)} {_costs(theirs, ours)}")
     return "\n\n".join(paragraphs)
-
-
-def baseline_names(settings: Sequence[Setting]) -> list[str]:
-    """Methods with evaluations of their own that are not RDMD's: of more than one setting, or of several steps."""
-    from ..baselines import METHODS
-
-    return [method for method in METHODS if any(setting.method == method for setting in settings)]
 
 
 def _costs(theirs: Sequence[Setting], ours: Sequence[Setting]) -> str:
@@ -162,7 +152,8 @@ def _draw_curve(panel, curve: Sequence[Setting], key: str, label, dashed: bool, 
         linestyle="--" if dashed else "-", linewidth=2.2 if front else 1.2, markersize=7 if front else 5,
         elinewidth=1, capsize=2, zorder=3 if front else 2,
     )  # fmt: skip
-    for setting, across, up in zip(curve, x, y, strict=True):
+    # Shares lie close together at 1: there only ours are named.
+    for setting, across, up in zip(curve, x, y, strict=True) if front or key != "share_3nn" else ():
         panel.annotate(
             short(setting.name), (across.mean, up.mean), (4, 4), textcoords="offset points", fontsize=7, color=color
         )
@@ -182,7 +173,7 @@ def plain_log_scale(panel) -> None:
     """A logarithmic axis whose ticks are written as people write numbers."""
     ticker = require("matplotlib.ticker", "eval")
     panel.set_yscale("log")
-    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0, 7.0)))
     panel.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_formatter(ticker.NullFormatter())
 
@@ -202,7 +193,7 @@ def legend(group: Sequence[Setting]) -> str:
     energy = [each.values["energy_evaluations"].mean for each in group if "energy_evaluations" in each.values]
     also = f" + {_range(energy)} of energy" if any(energy) else ""
     milliseconds = [1000 * each.values["seconds_per_image"].mean for each in group]
-    low, high = (f"{value:.2g}" for value in (min(milliseconds), max(milliseconds)))
+    low, high = (f"{float(f'{value:.2g}'):g}" for value in (min(milliseconds), max(milliseconds)))
     time = low if low == high else f"{low} to {high}"
     plural = "evaluation" if evaluations == "1" else "evaluations"
     return f"{group[0].method}: {evaluations} {plural}{also},\n{time} ms an image"
