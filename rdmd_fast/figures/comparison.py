@@ -128,7 +128,7 @@ def _sentence(verdict: str, cases: list[tuple[float, Setting, Setting]], count: 
         amount = f"no difference in {label}"
     else:
         amount = f"{label} {'lower' if gap > 0 else 'higher'} by {abs(gap):.2f}"
-    names = "" if len(cases) == count else f" ({', '.join(each.name for _, each, _ in cases)})"
+    names = "" if len(cases) == count else f" ({'; '.join(each.name for _, each, _ in cases)})"
     return (
         f"{len(cases)} of {count} {'is' if len(cases) == 1 else 'are'} {verdict}{names}, most at {setting.name}: "
         f"{_values(setting, quality)} against {_values(other, quality)} of {other}, {amount}."

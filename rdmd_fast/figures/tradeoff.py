@@ -21,6 +21,7 @@ TABLE = ("share_3nn", "frechet", "fid", "kid", "l2", "mse_per_pixel", "psnr", "s
 COSTS = ("evaluations", "energy_evaluations", "seconds_per_image")
 COLOURS = ("#d1495b", "#2a7f9e", "#e09f3e", "#5f8d4e", "#7d5ba6", "#5b6b7d", "#8c564b")
 MARKERS = "osD^vPX"
+SYMBOLS = {"sigma0": "σ₀", "factor": "N", "lambda_i": "λᵢ", "lambda_s": "λₛ", "eta": "η"}
 
 
 def make(out: Path, options: FigureOptions) -> dict:
@@ -126,7 +127,8 @@ def draw(settings: Sequence[Setting], study: StudyOptions, path: Path) -> None:
         }
         for panel, key in zip(panels, keys, strict=True):
             for number, curve in enumerate(curves(group)):
-                _draw_curve(panel, curve, key, label=None if number else legend(group), dashed=number > 0, **style)
+                label = None if number else legend(group)
+                _draw_curve(panel, curve, key, short_names(group), label=label, dashed=number > 0, **style)
     for panel, key in zip(panels, keys, strict=True):
         frame(panel, key)
     plain_log_scale(panels[0])
@@ -144,7 +146,8 @@ def curves(group: Sequence[Setting]) -> list[list[Setting]]:
     return sorted(found.values(), key=len, reverse=True)
 
 
-def _draw_curve(panel, curve: Sequence[Setting], key: str, label, dashed: bool, front: bool, color, marker) -> None:
+def _draw_curve(panel, curve, key: str, names: dict, label, dashed: bool, front: bool, color, marker) -> None:
+    halo = require("matplotlib.patheffects", "eval").withStroke(linewidth=1.5, foreground="white")
     x, y = ([each.values[name] for each in curve] for name in (FAITHFULNESS, key))
     panel.errorbar(
         [each.mean for each in x], [each.mean for each in y], [each.error or 0 for each in y],
@@ -152,11 +155,12 @@ def _draw_curve(panel, curve: Sequence[Setting], key: str, label, dashed: bool, 
         linestyle="--" if dashed else "-", linewidth=2.2 if front else 1.2, markersize=7 if front else 5,
         elinewidth=1, capsize=2, zorder=3 if front else 2,
     )  # fmt: skip
-    # Shares lie close together at 1: there only ours are named.
-    for setting, across, up in zip(curve, x, y, strict=True) if front or key != "share_3nn" else ():
+    # Shares lie close together at 1: there no setting is named.
+    for setting, across, up in zip(curve, x, y, strict=True) if key != "share_3nn" else ():
         panel.annotate(
-            short(setting.name), (across.mean, up.mean), (4, 4), textcoords="offset points", fontsize=7, color=color
-        )
+            names[setting.name], (across.mean, up.mean), (6, 5), textcoords="offset points", fontsize=8, color=color,
+            path_effects=[halo], zorder=4,
+        )  # fmt: skip
 
 
 def frame(panel, key: str) -> None:
@@ -178,11 +182,17 @@ def plain_log_scale(panel) -> None:
     panel.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def short(setting: str) -> str:
-    """Settings as the figure names them."""
-    for name, symbol in (("sigma0", "σ₀"), ("factor", "N"), ("lambda_i", "λᵢ"), ("lambda_s", "λₛ"), ("eta", "η")):
-        setting = setting.replace(name, symbol)
-    return setting
+def short_names(group: Sequence[Setting]) -> dict[str, str]:
+    """What the figure calls a method's settings: symbols, without the options that all of them share."""
+    parts = [set(setting.name.split(", ")) for setting in group]
+    shared = set.intersection(*parts) if len(group) > 1 else set()
+    names = {}
+    for setting in group:
+        name = ", ".join(part for part in setting.name.split(", ") if part not in shared)
+        for option, symbol in SYMBOLS.items():
+            name = name.replace(option, symbol)
+        names[setting.name] = name
+    return names
 
 
 def legend(group: Sequence[Setting]) -> str:

@@ -1,5 +1,6 @@
 """A whole study, tiny: teachers of two steps, 16 channels, a few held-out digits."""
 
+import argparse
 import csv
 import json
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from rdmd_fast import cli
+from rdmd_fast.data import pack
+from rdmd_fast.data.packing import pack_sets
+from rdmd_fast.data.sources.generated import digit_sets
 from rdmd_fast.errors import InputError
 from rdmd_fast.figures import conditional, tradeoff
 from rdmd_fast.figures.common import FigureOptions
@@ -21,8 +24,12 @@ QUIET = ["train.steps=2", "train.global_batch_size=8", "checkpoint.every=0", "te
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
+    """The two digits of the study, and no others for the judge to tell them from."""
     folder = tmp_path_factory.mktemp("digits")
-    assert cli.main(["pack", "digits", "--out", str(folder), "--hues", "1"]) == 0
+    parser = argparse.ArgumentParser()
+    pack.add_arguments(parser)
+    arguments = parser.parse_args(["digits", "--out", str(folder), "--hues", "1", "--workers", "1"])
+    pack_sets([each for each in digit_sets(arguments) if each.folder[0] in "23"], "rdmd pack digits", arguments)
     return folder
 
 
