@@ -10,6 +10,7 @@ import torch
 
 from .conditioning import target_class_row, training_labels, varied_labels
 from .config import Config
+from .costs import FeatureCost
 from .data.device import open_domain
 from .data.faults import StreamReport
 from .data.stream import SampleStream
@@ -185,6 +186,7 @@ def _teacher_picture(config, world, export, philox, target) -> Picture:
 def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
     options = config.rdmd
     source = open_domain(config.data, "source", philox, world.device)
+    feature_cost = FeatureCost.of(options.cost, source.shape, world.device)
     if config.teacher == "analytic":
         networks = _analytic_networks(config, source, world)
     else:
@@ -209,7 +211,7 @@ def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
     reading = Reading.of(export.reading, export.diffusion, options.generator_sigma)
     stage = RDMD(
         options, export.diffusion, reading, generator, fake_score, teacher, source, philox, layout,
-        world.device, DTYPES[config.train.dtype], telemetry, label,
+        world.device, DTYPES[config.train.dtype], telemetry, label, feature_cost,
     )  # fmt: skip
     ema = ShardedEMA(generator, options.ema, layout.global_batch)
     measure, best_by, held_out = _validation(config, world, export, source)

@@ -127,7 +127,9 @@ def closed_form_scales(source: ToyDistribution, target: ToyDistribution, rdmd) -
     """Optimal scale of each axis of the target (design: closed forms), or None where none is known."""
     standard = source.toy == "gaussian" and source.mixture()[1][0].equal(torch.eye(2, dtype=torch.float64))
     centred = not any(source.mean) and not any(target.mean)
-    if not (standard and centred and target.toy == "gaussian" and rdmd.cost.kind == "squared_l2"):
+    if not (standard and centred and target.toy == "gaussian"):
+        return None
+    if rdmd.cost.kind != "squared_l2" or rdmd.cost.features is not None:
         return None
     if rdmd.weighting == "dmd":
         return None

@@ -156,6 +156,7 @@ def expected_gradient(f_real, f_fake, y, x, noise, table, weighting, cost, delta
             delta**2 * ((1 + (displacement / delta) ** 2).sqrt() - 1),
             displacement / (1 + (displacement / delta) ** 2).sqrt(),
         ),
+        "none": (0 * displacement, 0 * displacement),
     }[cost]
     return score + weight * (derivative + (0 if extra is None else extra.double())), score, value
 
