@@ -31,7 +31,9 @@ class TeacherOptions(Options):
     """A diffusion model of one domain: there already, or trained as a point of the study."""
 
     export: str | None = Field(None, description="RUN/export of the teacher stage, an EDM .pkl or a diffusers folder")
-    config: str | None = Field(None, description="configuration of the teacher stage to train instead")
+    config: str | None = Field(
+        None, description="configuration of the teacher stage to train instead; the study sets its data"
+    )
     overrides: Overrides
 
     @model_validator(mode="after")

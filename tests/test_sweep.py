@@ -6,27 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdmd_fast import cli, points
+from rdmd_fast import cli
 from rdmd_fast.errors import InputError
 from rdmd_fast.sweep import add_arguments, advise, default_sigmas, default_weights, measure_references, numbers, plan
 
 ROOT = Path(__file__).parent.parent
 TOY = str(ROOT / "configs/toy/gaussian_to_gaussian.yaml")
 TINY = ["validation.count=30", "rdmd.fake_warmup=0", "checkpoint.every=0"]
-
-
-@pytest.fixture
-def computed(monkeypatch):
-    """Names of the points that were computed, in this process: starting another takes seconds."""
-    names = []
-
-    def compute(todo, jobs, say):
-        for folder, point in todo.items():
-            names.append(point.name)
-            points._work(point, folder)
-
-    monkeypatch.setattr(points, "_compute", compute)
-    return names
 
 
 def grid_of(*arguments):

@@ -67,7 +67,7 @@ class StudyRuns:
             return self._teachers
         wanted = {role: teacher for role, teacher in self.study.teachers if teacher is not None}
         trained = {
-            role: training_point(f"teacher-{role}", self._teacher_config(teacher))
+            role: training_point(f"teacher-{role}", self._teacher_config(role, teacher))
             for role, teacher in wanted.items()
             if teacher.config is not None
         }
@@ -79,8 +79,10 @@ class StudyRuns:
                 self._teachers[role] = file_reference(teacher.export)
         return self._teachers
 
-    def _teacher_config(self, teacher: TeacherOptions) -> Config:
-        config = load_config(teacher.config, teacher.overrides)
+    def _teacher_config(self, role: str, teacher: TeacherOptions) -> Config:
+        """A configuration of the teacher stage on the domain's training shards."""
+        shards = getattr(self.study, role).train
+        config = load_config(teacher.config, [*teacher.overrides, f"data.target={json.dumps(shards)}"])
         if config.stage != "teacher":
             raise InputError(f"study {self.path}: teachers: {teacher.config} is of stage {config.stage}, not teacher")
         return config
@@ -106,22 +108,29 @@ class StudyRuns:
             raise InputError(f"study {self.path}: {options.config} is of stage {config.stage}, not rdmd")
         return config
 
+    def train(self, transport_weights: list[float]) -> None:
+        """Everything that the trade-off trains, so that all cores have work: generators and the energy network."""
+        generators = [point for _, _, point in self._generator_points(transport_weights)]
+        energy = [self._energy_point()] if any(map(needs_energy, self.study.baselines)) else []
+        self.run([*energy, *generators])
+
     def generators(self, transport_weights: list[float]) -> list[Candidate]:
         """A generator trained at each λ with each seed."""
-        teacher = self.teachers()["target"]
-        runs = [(weight, seed) for seed in self.seeds for weight in transport_weights]
-        points = [
-            training_point(
-                f"rdmd-{weight:g}-seed{seed}",
-                self.training_config(self.study.rdmd, seed, f"rdmd.transport_weight={weight}"),
-                teacher,
-            )
-            for weight, seed in runs
-        ]
+        planned = self._generator_points(transport_weights)
+        results = self.run([point for _, _, point in planned])
         return [
             Candidate(RDMD, f"λ {weight:g}", seed, self._generator(point, result), result)
-            for (weight, seed), point, result in zip(runs, points, self.run(points), strict=True)
+            for (weight, seed, point), result in zip(planned, results, strict=True)
         ]
+
+    def _generator_points(self, transport_weights: list[float]) -> list[tuple[float, int, Point]]:
+        teacher = self.teachers()["target"]
+        planned = []
+        for seed in self.seeds:
+            for weight in transport_weights:
+                config = self.training_config(self.study.rdmd, seed, f"rdmd.transport_weight={weight}")
+                planned.append((weight, seed, training_point(f"rdmd-{weight:g}-seed{seed}", config, teacher)))
+        return planned
 
     def conditioned_generators(self) -> list[Candidate]:
         """The generator for all λ, trained with each seed, at each λ of the study."""
@@ -175,9 +184,11 @@ class StudyRuns:
 
     def energy(self) -> dict:
         """Reference of EGSDE's energy network."""
-        study = self.study
-        point = energy_point(study.energy, study.source.train, study.target.train)
+        point = self._energy_point()
         return point_reference(point, self.folder, self.run([point])[0])
+
+    def _energy_point(self) -> Point:
+        return energy_point(self.study.energy, self.study.source.train, self.study.target.train)
 
     def measure(self, candidates: list[Candidate]) -> list[dict]:
         """A row of the table for each: method, setting, seed, metrics, costs; ``folder`` of its point."""

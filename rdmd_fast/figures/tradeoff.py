@@ -33,6 +33,7 @@ def make(out: Path, options: FigureOptions) -> dict:
     require("matplotlib.figure", "eval")  # missing now is better than missing after hours
     runs = StudyRuns(out, options)
     study = runs.study
+    runs.train(study.rdmd.transport_weights)
     rows = runs.measure([*runs.generators(study.rdmd.transport_weights), *runs.untouched(), *runs.baselines()])
     settings = settings_of(rows)
     table, text = summary_rows(settings), in_words(settings, study.quality, len(runs.seeds))

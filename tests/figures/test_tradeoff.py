@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -15,7 +16,9 @@ from rdmd_fast.data.sources.generated import digit_sets
 from rdmd_fast.errors import InputError
 from rdmd_fast.figures import conditional, tradeoff
 from rdmd_fast.figures.common import FigureOptions
+from rdmd_fast.figures.comparison import settings_of
 from rdmd_fast.figures.study_runs import StudyRuns
+from rdmd_fast.study import load_study
 
 DIGITS = Path(__file__).parents[2] / "configs/digits"
 NETWORK = "{kind: song_unet, model_channels: 16, channel_mult: [1], num_blocks: 1, attn_resolutions: []}"
@@ -34,23 +37,23 @@ def shards(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def study_values(shards):
+def study_values(shards, tmp_path_factory):
+    features = str(tmp_path_factory.mktemp("features") / "mean.pt")
+    torch.jit.script(torch.nn.Sequential(torch.nn.AvgPool2d(4), torch.nn.Flatten())).save(features)
     teacher = {"config": str(DIGITS / "teacher_3.yaml"), "overrides": [*QUIET, f"network={NETWORK}"]}
 
     def domain(digit):
         return {split: str(shards / str(digit) / split) for split in ("train", "test")}
-
-    def trained(digit):
-        return teacher | {"overrides": [*teacher["overrides"], f"data.target={shards / str(digit) / 'train'}"]}
 
     return {
         "source": domain(2),
         "target": domain(3),
         "judge": str(shards),
         "judge_label": 3,
+        "features": features,
         "held_out": 20,
         "batch_size": 8,
-        "teachers": {"target": trained(3), "source": trained(2)},
+        "teachers": {"target": teacher, "source": teacher},
         "rdmd": {
             "config": str(DIGITS / "rdmd_2to3.yaml"),
             "overrides": [*QUIET, "validation.every=0"],
@@ -113,12 +116,18 @@ def test_both_figures_of_a_study(computed, study_values, out, tmp_path):
     assert sorted(name.partition("-seed")[0] for name in computed) == [
         "conditioned", "measure-rdmd-one-generator-lambda-0.1"
     ]  # fmt: skip
-    assert {line["metric"] for line in found["table"]} == {"share_3nn", "frechet", "l2"}
+    assert {line["metric"] for line in found["table"]} == {"share_3nn", "frechet", "fid", "kid", "l2"}
     assert found["cost"]["runs"] == 1 and Image.open(out / "lambda.png").width > 100
 
     computed.clear()
     assert tradeoff.make(out, options)["rows"] == made["rows"]
     assert computed == []
+
+    # Without a judge quality is FID.
+    study = load_study(options.study, ["judge=null"])
+    tradeoff.draw(settings_of(made["rows"]), study, tmp_path / "fid.png")
+    assert (tmp_path / "fid.png").read_bytes() != (out / "tradeoff.png").read_bytes()
+    assert "FID" in tradeoff.in_words(settings_of(made["rows"]), study.quality, 1)
 
 
 def test_another_teacher_makes_new_points(study_values, out, tmp_path):
