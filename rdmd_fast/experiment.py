@@ -40,7 +40,7 @@ from .teacher import TeacherStage
 from .telemetry import Telemetry
 from .training_state import TrainingState
 from .transport_weight import WeightRange, output_name, three_of, told
-from .validation import ImageValidator, ToyValidator, held_out_images
+from .validation import ImageValidator, PointsValidator, ToyValidator, held_out_images
 
 Picture = Callable[[dict[str, torch.Tensor], Path], None]
 
@@ -313,7 +313,9 @@ def _validation(config: Config, world: World, export: ExportConfig, source):
         validator = None
         if sources.ndim == 4:
             validator = ImageValidator(options, sources, targets, latents=source.stream.shards.kind == "array")
-        held_out = sources
+        elif tuple(sources.shape[1:]) == (2,) and targets is not None:
+            validator = PointsValidator(options, sources, targets)
+        held_out = validator if isinstance(validator, PointsValidator) else sources
     else:
         return None, None, source.batch(torch.arange(config.telemetry.sample_count)).cpu()
     if validator is None:
@@ -343,7 +345,7 @@ def _translator(
 
 def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label) -> Picture:
     write = picture_writer(config.telemetry.decoder, tuple(export.sample_shape), world)
-    if isinstance(held_out, ToyValidator):
+    if isinstance(held_out, PointsValidator):
         return _toy_picture(config, world, export, held_out)
     if write is None:
         return no_picture
@@ -372,7 +374,7 @@ def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, 
     return picture
 
 
-def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
+def _toy_picture(config, world, export, validator: PointsValidator) -> Picture:
     from .drawing import toy_picture
     from .metrics.inputs import require
 
@@ -386,7 +388,8 @@ def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
             output_name(weight): _translator(weights, export, world.device, weight)(validator.source).numpy()
             for weight in looks
         }
-        title = f"{config.data.source.toy} → {config.data.target.toy}"
+        names = (getattr(domain, "toy", "points") for domain in (config.data.source, config.data.target))
+        title = " → ".join(names)
         if len(looks) == 1:
             title += f", λ = {config.rdmd.transport_weight:g}"
         toy_picture(validator.source.numpy(), outputs, validator.target.numpy(), path, title)
