@@ -86,7 +86,7 @@ def printed(line: dict) -> dict:
 
 
 def training_cost(rows: Sequence[dict]) -> dict:
-    """Seconds and iterations of training: of the one run, and of the separate runs at all λ together, means over seeds."""
+    """Seconds (means over seeds) and iterations of training: of the one run, and of the separate runs together."""
     seeds = sorted({row["seed"] for row in rows})
 
     def total(separate: bool, seed: int) -> tuple[float, int]:
