@@ -53,7 +53,7 @@ from .noise_forward import (
 )
 
 WEIGHTINGS = ("uniform", "sigma2", "dmd")
-COSTS = ("squared_l2", "l1", "pseudo_huber")
+COSTS = ("squared_l2", "l1", "pseudo_huber", "none")
 
 # A sample that the teacher restores exactly would divide by zero; at this floor its gradient is merely large.
 NORMALIZER_FLOOR = 1e-6
@@ -86,8 +86,10 @@ class GradientStatistics(NamedTuple):
 def elementwise_cost(displacement: Tensor, cost: str, delta: float) -> tuple[Tensor, Tensor]:
     """Cost of each element of y - x, and its derivative with respect to y.
 
-    squared_l2: d²; l1: |d| (derivative 0 at 0); pseudo_huber: δ² (√(1 + (d/δ)²) - 1), d in data units.
+    squared_l2: d²; l1: |d| (derivative 0 at 0); pseudo_huber: δ² (√(1 + (d/δ)²) - 1), d in data units; none: 0.
     """
+    if cost == "none":
+        return torch.zeros_like(displacement), torch.zeros_like(displacement)
     if cost == "squared_l2":
         return displacement.square(), 2 * displacement
     if cost == "l1":
@@ -167,6 +169,8 @@ def _elementwise_cost(displacement, delta, COST: tl.constexpr):
     elif COST == "l1":
         cost = tl.abs(displacement)
         derivative = tl.where(displacement > 0, 1.0, tl.where(displacement < 0, -1.0, displacement))
+    elif COST == "none":
+        cost, derivative = tl.zeros_like(displacement), tl.zeros_like(displacement)
     else:
         ratio = displacement / delta
         root = tl.sqrt(1 + ratio * ratio)
@@ -424,5 +428,5 @@ def static_cases() -> list[StaticCase]:
         case(f"dmd/weights/{shape}", elements, {**bf16, "residuals": "*fp32", "weights": "*fp32"})
     case("uniform/weights", 12288, {**bf16, "weights": "*fp32"})
     for cost in COSTS[1:]:
-        case(f"uniform/{cost}", 12288, bf16, cost)
+        case(f"uniform/{cost}", 12288, {**bf16, "extra": "*fp32"} if cost == "none" else bf16, cost)
     return cases

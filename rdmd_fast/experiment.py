@@ -10,6 +10,7 @@ import torch
 
 from .conditioning import target_class_row, training_labels, varied_labels
 from .config import Config
+from .costs import FeatureCost
 from .data.device import open_domain
 from .data.faults import StreamReport
 from .data.stream import SampleStream
@@ -39,7 +40,7 @@ from .teacher import TeacherStage
 from .telemetry import Telemetry
 from .training_state import TrainingState
 from .transport_weight import WeightRange, output_name, three_of, told
-from .validation import ImageValidator, ToyValidator, held_out_images
+from .validation import ImageValidator, PointsValidator, ToyValidator, held_out_images
 
 Picture = Callable[[dict[str, torch.Tensor], Path], None]
 
@@ -106,7 +107,7 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
     target = open_domain(config.data, "target", philox, world.device)
     if config.teacher is not None:
         start, weights = read_teacher(config.teacher)
-        _check_shape(config.teacher, start, target.shape, "data.target")
+        _check_teacher(config.teacher, start, target.shape, "data.target")
         network_options, diffusion = start.network, start.diffusion
     else:
         network_options, diffusion, weights = config.network, config.diffusion or DiffusionOptions(), None
@@ -185,6 +186,7 @@ def _teacher_picture(config, world, export, philox, target) -> Picture:
 def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
     options = config.rdmd
     source = open_domain(config.data, "source", philox, world.device)
+    feature_cost = FeatureCost.of(options.cost, source.shape, world.device)
     if config.teacher == "analytic":
         networks = _analytic_networks(config, source, world)
     else:
@@ -209,7 +211,7 @@ def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
     reading = Reading.of(export.reading, export.diffusion, options.generator_sigma)
     stage = RDMD(
         options, export.diffusion, reading, generator, fake_score, teacher, source, philox, layout,
-        world.device, DTYPES[config.train.dtype], telemetry, label,
+        world.device, DTYPES[config.train.dtype], telemetry, label, feature_cost,
     )  # fmt: skip
     ema = ShardedEMA(generator, options.ema, layout.global_batch)
     measure, best_by, held_out = _validation(config, world, export, source)
@@ -250,7 +252,7 @@ def _analytic_networks(config: Config, source, world: World):
 def _distilled_networks(config: Config, source, layout, world: World):
     """Teacher from its export; G and fake score start from its weights."""
     start, weights = read_teacher(config.teacher)
-    _check_shape(config.teacher, start, source.shape, "data.source")
+    _check_teacher(config.teacher, start, source.shape, "data.source")
     network_options = start.network if config.generator.kind == "teacher" else config.generator
     target_class_row(getattr(network_options, "label_dim", 0), config.data.target_class, world.device)  # names the key
     check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
@@ -311,7 +313,9 @@ def _validation(config: Config, world: World, export: ExportConfig, source):
         validator = None
         if sources.ndim == 4:
             validator = ImageValidator(options, sources, targets, latents=source.stream.shards.kind == "array")
-        held_out = sources
+        elif tuple(sources.shape[1:]) == (2,) and targets is not None:
+            validator = PointsValidator(options, sources, targets)
+        held_out = validator if isinstance(validator, PointsValidator) else sources
     else:
         return None, None, source.batch(torch.arange(config.telemetry.sample_count)).cpu()
     if validator is None:
@@ -321,7 +325,7 @@ def _validation(config: Config, world: World, export: ExportConfig, source):
         return {
             f"{name}{suffix}": value
             for suffix, weight in three_of(export.transport_weights).items()
-            for name, value in validator.measure(_translator(weights, export, world.device, weight)).items()
+            for name, value in validator.measure(_translator(weights, export, world.device, weight), weight).items()
         }
 
     return measure, validator.best_by, held_out
@@ -341,7 +345,7 @@ def _translator(
 
 def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label) -> Picture:
     write = picture_writer(config.telemetry.decoder, tuple(export.sample_shape), world)
-    if isinstance(held_out, ToyValidator):
+    if isinstance(held_out, PointsValidator):
         return _toy_picture(config, world, export, held_out)
     if write is None:
         return no_picture
@@ -370,7 +374,7 @@ def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, 
     return picture
 
 
-def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
+def _toy_picture(config, world, export, validator: PointsValidator) -> Picture:
     from .drawing import toy_picture
     from .metrics.inputs import require
 
@@ -384,7 +388,8 @@ def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
             output_name(weight): _translator(weights, export, world.device, weight)(validator.source).numpy()
             for weight in looks
         }
-        title = f"{config.data.source.toy} → {config.data.target.toy}"
+        names = (getattr(domain, "toy", "points") for domain in (config.data.source, config.data.target))
+        title = " → ".join(names)
         if len(looks) == 1:
             title += f", λ = {config.rdmd.transport_weight:g}"
         toy_picture(validator.source.numpy(), outputs, validator.target.numpy(), path, title)
@@ -395,7 +400,11 @@ def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
 # -- shared ------------------------------------------------------------------------------------------------------------
 
 
-def _check_shape(folder: str, export: ExportConfig, shape: tuple[int, ...], key: str) -> None:
+def _check_teacher(folder: str, export: ExportConfig, shape: tuple[int, ...], key: str) -> None:
+    if export.transport_weights:
+        raise InputError(
+            f"teacher {folder}: is told a λ, a fake score of one generator for a range of them: name a teacher"
+        )
     if tuple(export.sample_shape) != tuple(shape):
         raise InputError(
             f"teacher {folder}: is for samples of shape {tuple(export.sample_shape)}, {key} has {tuple(shape)}: "

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from .costs import CostOptions
+from .costs import CostOptions, FeatureCost
 from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, Reading, SigmaOptions
 from .distributed import BatchLayout, OptimizerOptions, loss_scale, take_step
 from .ema import EMAOptions
@@ -95,10 +95,12 @@ class RDMD:
         dtype: torch.dtype,
         telemetry,
         class_label: torch.Tensor | None = None,
+        feature_cost: FeatureCost | None = None,
     ):
         self.options, self.reading, self.layout = options, reading, layout
         self.generator, self.fake_score, self.teacher, self.source = generator, fake_score, teacher, source
         self.device, self.dtype, self.telemetry = device, dtype, telemetry
+        self.feature_cost = feature_cost
         self.learned_fake = options.fake_score == "learned"
         self.fake_updates_done = 0
         self.class_labels = None if class_label is None else class_label.expand(layout.micro_batch, -1)
@@ -148,21 +150,35 @@ class RDMD:
                 )
                 f_real = self.teacher(network_input, table.c_noise, self.class_labels)
                 f_fake = self.fake_score(network_input, table.c_noise, self.class_labels, **weight.inputs)
+            feature_cost, extra = self._feature_cost(x, y)
+            with self.telemetry.phase("scores"), torch.no_grad():
                 gradient, statistics = generator_gradient(
                     f_real, f_fake, f_generator, x, reading.skip, reading.scale, noise, table,
                     weight.value, self.options.weighting,
-                    self.options.cost.kind, self.options.cost.delta, batch_size=self.rank_batch, y=y,
-                    loss_scale=loss_scale(self.generator),
+                    self.options.cost.elementwise, self.options.cost.delta, extra=extra, batch_size=self.rank_batch,
+                    y=y, loss_scale=loss_scale(self.generator),
                 )  # fmt: skip
             outputs.append((y, weight))
             with self.telemetry.phase("generator_backward"):
                 score_gradient_square, transport_cost = statistics.score_gradient_square, statistics.transport_cost
+                if feature_cost is not None:
+                    transport_cost = transport_cost + self.options.cost.feature_weight * feature_cost
                 self._backward(self.generator, f_generator, gradient, score_gradient_square, transport_cost)
             self.telemetry.add("score_gradient_square", score_gradient_square)
             self.telemetry.add("transport_cost", transport_cost)
+            if feature_cost is not None:
+                self.telemetry.add("feature_cost", feature_cost)
             self.telemetry.add("transport_cost_per_element", transport_cost / x[0].numel())
             self._step(self.generator, "generator")
         return outputs
+
+    def _feature_cost(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The features' cost of each sample, and the derivative of its weighted form with respect to y; if there is."""
+        if self.feature_cost is None:
+            return None, None
+        with self.telemetry.phase("feature_cost"):
+            cost, derivative = self.feature_cost(x, y)
+            return cost, derivative.mul_(self.options.cost.feature_weight)
 
     def _fake_update(self, outputs: list[tuple[torch.Tensor, Drawn]] | None = None) -> None:
         """One update of the fake score on the generator's outputs; None makes them from fresh sources."""
