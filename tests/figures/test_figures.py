@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdmd_fast import points
+from rdmd_fast import drawing, points
 from rdmd_fast.cli import main
 from rdmd_fast.errors import InputError
 from rdmd_fast.figures import surface, toys
@@ -38,6 +38,7 @@ def in_this_process(monkeypatch):
             points._work(point, folder)
 
     monkeypatch.setattr(points, "_compute", compute)
+    monkeypatch.setattr(drawing, "toy_picture", lambda *arguments: None)  # each run's own, which takes a second
     return computed
 
 
