@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "baseline": ("rdmd_fast.baselines.command", "translate by SDEdit, ILVR, EGSDE, DDIB or CycleDiffusion"),
     "figures": ("rdmd_fast.figures.command", "make the paper's figures and their tables from runs"),
+    "sweep": ("rdmd_fast.sweep", "help to choose λ and generator_sigma: short runs, a picture, a recommendation"),
 }
 
 

@@ -107,7 +107,7 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
     target = open_domain(config.data, "target", philox, world.device)
     if config.teacher is not None:
         start, weights = read_teacher(config.teacher)
-        _check_shape(config.teacher, start, target.shape, "data.target")
+        _check_teacher(config.teacher, start, target.shape, "data.target")
         network_options, diffusion = start.network, start.diffusion
     else:
         network_options, diffusion, weights = config.network, config.diffusion or DiffusionOptions(), None
@@ -252,7 +252,7 @@ def _analytic_networks(config: Config, source, world: World):
 def _distilled_networks(config: Config, source, layout, world: World):
     """Teacher from its export; G and fake score start from its weights."""
     start, weights = read_teacher(config.teacher)
-    _check_shape(config.teacher, start, source.shape, "data.source")
+    _check_teacher(config.teacher, start, source.shape, "data.source")
     network_options = start.network if config.generator.kind == "teacher" else config.generator
     target_class_row(getattr(network_options, "label_dim", 0), config.data.target_class, world.device)  # names the key
     check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
@@ -325,7 +325,7 @@ def _validation(config: Config, world: World, export: ExportConfig, source):
         return {
             f"{name}{suffix}": value
             for suffix, weight in three_of(export.transport_weights).items()
-            for name, value in validator.measure(_translator(weights, export, world.device, weight)).items()
+            for name, value in validator.measure(_translator(weights, export, world.device, weight), weight).items()
         }
 
     return measure, validator.best_by, held_out
@@ -400,7 +400,11 @@ def _toy_picture(config, world, export, validator: PointsValidator) -> Picture:
 # -- shared ------------------------------------------------------------------------------------------------------------
 
 
-def _check_shape(folder: str, export: ExportConfig, shape: tuple[int, ...], key: str) -> None:
+def _check_teacher(folder: str, export: ExportConfig, shape: tuple[int, ...], key: str) -> None:
+    if export.transport_weights:
+        raise InputError(
+            f"teacher {folder}: is told a λ, a fake score of one generator for a range of them: name a teacher"
+        )
     if tuple(export.sample_shape) != tuple(shape):
         raise InputError(
             f"teacher {folder}: is for samples of shape {tuple(export.sample_shape)}, {key} has {tuple(shape)}: "

@@ -9,6 +9,9 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, model_validator
 
+from .baselines import BaselineOptions
+from .baselines.energy import EnergyTrainingOptions
+from .baselines.options import NEEDS_SOURCE_TEACHER
 from .config import read_values
 from .errors import InputError
 from .options import Options
@@ -28,7 +31,9 @@ class TeacherOptions(Options):
     """A diffusion model of one domain: there already, or trained as a point of the study."""
 
     export: str | None = Field(None, description="RUN/export of the teacher stage, an EDM .pkl or a diffusers folder")
-    config: str | None = Field(None, description="configuration of the teacher stage to train instead")
+    config: str | None = Field(
+        None, description="configuration of the teacher stage to train instead; the study sets its data"
+    )
     overrides: Overrides
 
     @model_validator(mode="after")
@@ -77,7 +82,10 @@ class StudyOptions(Options):
     conditioned: TrainingOptions | None = Field(
         None, description="one generator for a range of λ, compared with those of `rdmd` at the same λ"
     )
-    baselines: list[dict] = Field(default_factory=list, description="settings of the baselines, each {method: …}")
+    energy: EnergyTrainingOptions = Field(
+        default_factory=EnergyTrainingOptions, description="EGSDE's energy network, trained on both domains"
+    )
+    baselines: list[BaselineOptions] = Field(default_factory=list, description="settings of the baselines")
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -89,6 +97,9 @@ class StudyOptions(Options):
             alone = [each for each in self.conditioned.transport_weights if each not in self.rdmd.transport_weights]
             if alone:
                 raise ValueError(f"conditioned.transport_weights: rdmd.transport_weights lacks {alone[0]:g}, add it")
+        wanting = [each.method for each in self.baselines if each.method in NEEDS_SOURCE_TEACHER]
+        if wanting and self.teachers.source is None:
+            raise ValueError(f"teachers.source: missing, {wanting[0]} needs it")
         return self
 
     @property

@@ -56,7 +56,8 @@ class ImageValidator:
         by_target = None if target is None else "frechet" if self.judge else "sliced_w2"
         self.best_by = options.best_by or by_target
 
-    def measure(self, translate: Translate) -> dict[str, float]:
+    def measure(self, translate: Translate, transport_weight: float | None = None) -> dict[str, float]:
+        """Metrics of a generator; what they are does not depend on its λ."""
         from .metrics.frechet import frechet_distance
         from .metrics.images import l2, mean_colour_cosine, psnr
 
@@ -99,14 +100,15 @@ class PointsValidator:
         self.source, self.target, self.second_target = source, target, second_target
         self.best_by = options.best_by or "squared_w2"
 
-    def measure(self, translate: Translate) -> dict[str, float]:
+    def measure(self, translate: Translate, transport_weight: float | None = None) -> dict[str, float]:
+        """Metrics of a generator at ``transport_weight``, None for that of the configuration."""
         from .metrics.toys import toy_report
 
         outputs = translate(self.source).float().cpu()
         report = toy_report(self.source.numpy(), outputs.numpy(), self.target.numpy(), self.second_target.numpy())
-        return report | self._closed_form(outputs)
+        return report | self._closed_form(outputs, transport_weight)
 
-    def _closed_form(self, outputs: torch.Tensor) -> dict[str, float]:
+    def _closed_form(self, outputs: torch.Tensor, transport_weight: float | None) -> dict[str, float]:
         return {}
 
 
@@ -125,9 +127,12 @@ class ToyValidator(PointsValidator):
             target.sample(philox, Stream.EVALUATION, positions + 2 * count),
         )
 
-    def _closed_form(self, outputs: torch.Tensor) -> dict[str, float]:
+    def _closed_form(self, outputs: torch.Tensor, transport_weight: float | None) -> dict[str, float]:
         """Measured linear map beside r*, where the closed form holds: source N(0, I), Gaussian target at 0."""
-        expected = closed_form_scales(self.source_distribution, self.target_distribution, self.rdmd)
+        rdmd = self.rdmd
+        if transport_weight is not None:
+            rdmd = rdmd.model_copy(update={"transport_weight": transport_weight})
+        expected = closed_form_scales(self.source_distribution, self.target_distribution, rdmd)
         if expected is None:
             return {}
         from .metrics.theory import fit_linear_map, scale_and_rotation

@@ -15,7 +15,7 @@ def test_shipped_studies_are_valid_and_wide_enough(name):
     study = load_study(str(CONFIGS / name / "study.yaml"))
     assert len(study.rdmd.transport_weights) >= 5
     assert len(study.conditioned.transport_weights) == 4
-    methods = Counter(baseline["method"] for baseline in study.baselines)
+    methods = Counter(baseline.method for baseline in study.baselines)
     assert set(methods) == {"sdedit", "ilvr", "egsde", "ddib", "cyclediffusion"}
     assert min(methods.values()) >= 5
     assert study.quality == {"digits": "frechet", "afhqv2": "fid"}[name]
@@ -29,8 +29,11 @@ def test_shipped_studies_are_valid_and_wide_enough(name):
         ("source.val=x", "unknown key source.val"),
         ("rdmd.transport_weights=[0.1, 0.1]", "rdmd: transport_weights: names a λ twice"),
         ("rdmd.transport_weights=[-1]", "rdmd.transport_weights.0: Input should be greater than or equal to 0"),
-        ("rdmd.transport_weights=[1]", "conditioned.transport_weights: rdmd.transport_weights lacks 0.03, add it"),
+        ("rdmd.transport_weights=[1]", "conditioned.transport_weights: rdmd.transport_weights lacks 0.05, add it"),
         ("teachers.target.export=x", "teachers.target: name one of export .* and config"),
+        ("teachers.source=null", "teachers.source: missing, ddib needs it"),
+        ("baselines=[{method: sdedit, sigma: 1}]", "unknown key baselines.0.sdedit.sigma"),
+        ("baselines=[{method: cut}]", "baselines.0: Input tag 'cut' found using 'method' does not match"),
         ("teachers.source={export: x, overrides: [a=b]}", "teachers.source: overrides: are of a config"),
     ],
 )
