@@ -19,7 +19,7 @@ TINY_SURFACE = surface.SurfaceSize(
 TINY = ("train.steps=2", "rdmd.fake_warmup=0", "train.global_batch_size=32")
 TINY_TOYS = toys.ToysSize(
     problems=(
-        toys.Problem("8 Gaussians", "toy/gaussian_to_8gaussians.yaml", (0.1, 1.0), TINY, (*toys.TEACHER, *TINY)),
+        toys.Problem("8 Gaussians", "toy/gaussian_to_8gaussians.yaml", (0.1, 1.0), TINY),
         toys.Problem("swiss roll", "toy/gaussian_to_swiss_roll.yaml", (0.2,), TINY),
     ),
     points=60,
@@ -94,7 +94,7 @@ def test_monte_carlo_that_disagrees_is_seen(monkeypatch):
 def test_toys_table_has_every_map_and_resumes(tmp_path, in_this_process, capsys):
     options = FigureOptions(2, 1, None)
     made = toys.make(tmp_path, options, TINY_TOYS)
-    assert len(in_this_process) == 7  # the teacher once
+    assert len(in_this_process) == 6
     printed = capsys.readouterr().out.splitlines()
     rows, runs = read(tmp_path / "toys.csv"), read(tmp_path / "toys_runs.csv")
     names = ["RDMD λ=0.1", "RDMD λ=1", "exact OT", "minibatch OT 7", "minibatch OT 20"]
@@ -113,7 +113,7 @@ def test_toys_table_has_every_map_and_resumes(tmp_path, in_this_process, capsys)
     assert sum("best λ =" in line for line in printed) == 2
     assert Image.open(tmp_path / "toys.png").size[0] > 1000
     again = toys.make(tmp_path, options, TINY_TOYS)
-    assert len(in_this_process) == 7 and again == made
+    assert len(in_this_process) == 6 and again == made
     other = TINY_TOYS.problems[0]._replace(overrides=(*TINY, "rdmd.fake_updates=1"))
     assert points.stored(toys.study(other, 1, TINY_TOYS)[0].folder(tmp_path / "points")) is None
 
