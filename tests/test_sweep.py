@@ -31,6 +31,8 @@ def test_a_sweep_of_a_toy(computed, tmp_path, capsys):
     assert report["references"]["floor"] == report["rows"][0]["noise_floor"]
     said = capsys.readouterr().out
     assert report["recommendation"]["reason"] in said
+    header = next(line for line in said.splitlines() if line.startswith("transport_weight"))
+    assert "squared_w2" in header and "noise_floor" not in header  # which is the same for all
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 3
     assert Image.open(tmp_path / "sweep.png").width > 100
     outputs = [np.load(path) for path in sorted(tmp_path.glob("points/lambda-*/samples.npy"))]

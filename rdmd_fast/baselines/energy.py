@@ -1,7 +1,7 @@
 """EGSDE's energy network: a classifier of noised images into source and target domain (arXiv 2207.06635, Section 3.2).
 
-The encoder half of EDM's DDPM++ with a linear head on its mean features; the paper takes ADM's classifier, of which it
-drops the last layer as we do. Trained by cross-entropy on x + σ ε at random σ, half of each batch from each domain.
+The encoder half of EDM's DDPM++ with a linear head on its mean features; the paper fine-tunes ADM's ImageNet classifier
+and drops the last layer as we do. Trained by cross-entropy on x + σ ε at random σ, half of each batch from each domain.
 
 DIR/config.json            the network, its data shape
 DIR/energy.safetensors     weights, fp32

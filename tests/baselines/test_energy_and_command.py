@@ -86,7 +86,7 @@ def test_training_refuses_what_does_not_fit():
     with pytest.raises(InputError, match=r"side divides by 8, these are 4×4: set network\.channel_mult"):
         train_energy(training(network=deep), Stripes(0), Stripes(1), 0, torch.device("cpu"))
     with pytest.raises(InputError, match="diverged within 60 updates: lower lr=1"):
-        train_energy(training(lr=1.0, weight_decay=10.0), Stripes(0), Stripes(1), 0, torch.device("cpu"))
+        train_energy(training(lr=1.0, weight_decay=10.0, batch_size=2), Stripes(0), Stripes(1), 0, torch.device("cpu"))
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
