@@ -22,8 +22,8 @@ def grid_of(*arguments):
 
 
 def test_a_sweep_of_a_toy(computed, tmp_path, capsys):
-    command = ["sweep", "--config", TOY, "--out", str(tmp_path), "--steps", "2", *TINY, "--transport-weight", "0.1"]
-    assert cli.main([*command, "1"]) == 0
+    command = ["sweep", "--config", TOY, "--out", str(tmp_path), "--steps", "2", *TINY, "--transport-weight"]
+    assert cli.main([*command, "0.1", "1"]) == 0
     assert computed == ["reference", "lambda-0.1-sigma-1", "lambda-1-sigma-1"]
     report = json.loads((tmp_path / "sweep.json").read_text())
     assert [row["transport_weight"] for row in report["rows"]] == [0.1, 1.0]
@@ -39,7 +39,7 @@ def test_a_sweep_of_a_toy(computed, tmp_path, capsys):
     assert len(outputs) == 2 and not np.array_equal(*outputs)
 
     computed.clear()
-    assert cli.main([*command, "1", "3"]) == 0
+    assert cli.main([*command, "3", "1", "0.1"]) == 0
     assert computed == ["lambda-3-sigma-1"]
 
 
