@@ -30,7 +30,13 @@ EXTRAS = {
         "tensorboard>=2.18",  # curves beside metrics.jsonl
     ],
     "toy": ["POT>=0.9.5"],  # exact optimal transport in 2-D
+    "lpips": ["lpips>=0.1.4"],  # only for the LPIPS metric and cost; it needs a torchvision that fits torch
     "diffusers": ["diffusers>=0.30"],  # only for the autoencoder of latents (its networks are read without it)
+    "onnx": [  # only for `rdmd export --format onnx`
+        "onnx>=1.18",  # the format
+        "onnxscript>=0.5",  # torch.onnx writes with it
+        "onnxruntime>=1.22",  # runs what was written, to compare it with the generator
+    ],
     "wandb": ["wandb>=0.18"],  # only for telemetry.wandb_project
     "bench": ["mosaicml-streaming>=0.8"],  # only to be compared with in benchmarks/test_data.py
     "test": [
@@ -38,6 +44,7 @@ EXTRAS = {
         "pytest-benchmark>=5.0",
         "pytest-timeout>=2.3",  # a hung rank fails its test instead of the job
         "hypothesis>=6.100",
+        "torchmetrics>=1.4",  # independent FID, KID and PSNR to compare with
         "ruff>=0.9",
     ],
 }
@@ -52,11 +59,14 @@ setup(
     python_requires=">=3.11",
     packages=[
         "rdmd_fast",
+        "rdmd_fast.baselines",
         "rdmd_fast.data",
         "rdmd_fast.data.sources",
         "rdmd_fast.networks",
         "rdmd_fast.metrics",
+        "rdmd_fast.figures",
         "rdmd_fast.planning",
+        "rdmd_fast.translation",
         "rdmd_fast.kernels",
     ],
     # `kernels` alone is the name of another package on PyPI, so ours is importable only inside rdmd_fast.

@@ -2,8 +2,8 @@
 
 Every tensor that is computed from a tensor on the device is on the device. Told which tensors are there at first
 (parameters, buffers, optimizer states, data), a dispatch mode follows their descendants, and counts the operations by
-which the host would have to wait for one: reading a number (`.item()`, `float(t)`, `bool(t)`), sizes that depend on values
-(nonzero, masks as indices), and `torch.equal`. A copy to the host is such a read when it is read from.
+which the host would have to wait for one: reading a number (`.item()`, `float(t)`, `bool(t)`), sizes that depend on
+values (nonzero, masks as indices), and `torch.equal`. A copy to the host is such a read when it is read from.
 """
 
 from __future__ import annotations

@@ -373,13 +373,14 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
     counts = {"ours": count_host(ours), "plain": count_plain(plain)}
     entry = {
         "case": case, "device": torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine(),
-        "dtype": dtype, "batch": batch, "stage": arguments.stage, "compile": arguments.compile, "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "losses": losses,
+        "dtype": dtype, "batch": batch, "stage": arguments.stage, "compile": arguments.compile,
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "losses": losses,
     }  # fmt: skip
     for side, duration in times.items():
         side_dtype = "fp32" if side == "plain_fp32" else dtype
         entry[side] = {
-            "images_per_second": batch / duration, "seconds": duration, "mfu": flops / duration / matmul_peak(side_dtype),
+            "images_per_second": batch / duration, "seconds": duration,
+            "mfu": flops / duration / matmul_peak(side_dtype),
             "peak_bytes": peak_of_side("ours" if side == "ours" else "plain", side_dtype, arguments),
             **counts.get(side, {}),
         }  # fmt: skip

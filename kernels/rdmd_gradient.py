@@ -16,6 +16,7 @@ and reads F_G instead of y.
 
 Launches: one, and for ``dmd`` one before it that sums |F* - F_real| by chunks of 1,024 elements. Sums by chunk are
 added in a fixed order, without atomics, so they depend neither on the batch nor on the run.
+λ is a number, or one of each sample, read with the table.
 Memory: reads F_real, F_fake, x and y (or F_G), writes the gradient; ``dmd`` reads F_real and y twice.
 """
 
@@ -52,7 +53,7 @@ from .noise_forward import (
 )
 
 WEIGHTINGS = ("uniform", "sigma2", "dmd")
-COSTS = ("squared_l2", "l1", "pseudo_huber")
+COSTS = ("squared_l2", "l1", "pseudo_huber", "none")
 
 # A sample that the teacher restores exactly would divide by zero; at this floor its gradient is merely large.
 NORMALIZER_FLOOR = 1e-6
@@ -85,8 +86,10 @@ class GradientStatistics(NamedTuple):
 def elementwise_cost(displacement: Tensor, cost: str, delta: float) -> tuple[Tensor, Tensor]:
     """Cost of each element of y - x, and its derivative with respect to y.
 
-    squared_l2: d²; l1: |d| (derivative 0 at 0); pseudo_huber: δ² (√(1 + (d/δ)²) - 1), d in data units.
+    squared_l2: d²; l1: |d| (derivative 0 at 0); pseudo_huber: δ² (√(1 + (d/δ)²) - 1), d in data units; none: 0.
     """
+    if cost == "none":
+        return torch.zeros_like(displacement), torch.zeros_like(displacement)
     if cost == "squared_l2":
         return displacement.square(), 2 * displacement
     if cost == "l1":
@@ -97,7 +100,9 @@ def elementwise_cost(displacement: Tensor, cost: str, delta: float) -> tuple[Ten
     raise ValueError(f"transport cost {cost!r}: one of {', '.join(COSTS)}")
 
 
-def _reference(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:
+def _reference(
+    f_real, f_fake, clean, x, y, extra, weights, table, noise, reading, options, dtype
+) -> tuple[Tensor, ...]:
     if y is None:
         y = clean.float() if reading is None else generator_output(clean, x, *reading)
     f_real = f_real.float()
@@ -108,11 +113,16 @@ def _reference(f_real, f_fake, clean, x, y, extra, table, noise, reading, option
         scale = table.row("c_out").sign() / residual
     else:
         scale = table.row("score_scale")
-    score_gradient = difference * scale.view(-1, *(1,) * (y.ndim - 1))
+    scale = scale.view(-1, *(1,) * (y.ndim - 1))
+    score_gradient = difference * scale
     cost, cost_gradient = elementwise_cost(y - x.float(), options.cost, options.delta)
     if extra is not None:
         cost_gradient = cost_gradient + extra.float()
-    gradient = score_gradient.add(cost_gradient, alpha=options.transport_weight).mul_(options.factor)
+    if weights is None:
+        gradient = score_gradient.add(cost_gradient, alpha=options.transport_weight)
+    else:
+        gradient = score_gradient.addcmul(cost_gradient, weights.view(scale.shape))  # with the bits of add
+    gradient.mul_(options.factor)
     return in_element_order(gradient.to(dtype)), chunk_sums(score_gradient.square()), chunk_sums(cost)
 
 
@@ -159,6 +169,8 @@ def _elementwise_cost(displacement, delta, COST: tl.constexpr):
     elif COST == "l1":
         cost = tl.abs(displacement)
         derivative = tl.where(displacement > 0, 1.0, tl.where(displacement < 0, -1.0, displacement))
+    elif COST == "none":
+        cost, derivative = tl.zeros_like(displacement), tl.zeros_like(displacement)
     else:
         ratio = displacement / delta
         root = tl.sqrt(1 + ratio * ratio)
@@ -168,7 +180,7 @@ def _elementwise_cost(displacement, delta, COST: tl.constexpr):
 
 @jit(do_not_specialize=["n", "chunks"])
 def _gradient_kernel(
-    gradient, score_partials, cost_partials, f_real, f_fake, clean, x, extra, residuals, table,
+    gradient, score_partials, cost_partials, f_real, f_fake, clean, x, extra, weights, residuals, table,
     skip, scale, transport_weight, factor, delta, floor, n, count, chunks,
     COST: tl.constexpr, FROM_GENERATOR: tl.constexpr, PARTIALS: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -183,6 +195,8 @@ def _gradient_kernel(
     cost, cost_gradient = _elementwise_cost(y - source, delta, COST)
     if extra is not None:
         cost_gradient += load_samples(extra, offsets, mask)
+    if weights is not None:
+        transport_weight = load_coefficient(weights, 0, row, n)
     total = (score_gradient + transport_weight * cost_gradient) * factor
     tl.store(gradient + offsets, total.to(gradient.dtype.element_ty), mask=mask)
     partial = row * chunks + chunk
@@ -199,7 +213,7 @@ def _partials_width(chunks: int) -> int:
     return max(2, min(1024, triton.next_power_of_2(chunks)))
 
 
-def _triton(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:
+def _triton(f_real, f_fake, clean, x, y, extra, weights, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:
     dmd = options.weighting == "dmd"
     check_shapes(clean, table, noise if dmd else None, f_real, f_fake, x, y, extra)
     f_real, f_fake, clean, x, y, extra = map(in_element_order, (f_real, f_fake, clean, x, y, extra))
@@ -216,7 +230,7 @@ def _triton(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, 
         )  # fmt: skip
     launch(
         _gradient_kernel, clean, gradient, score_partials, cost_partials, f_real, f_fake, clean, x, extra,
-        residuals, rows,
+        weights, residuals, rows,
         skip, scale, options.transport_weight, options.factor, options.delta, NORMALIZER_FLOOR,
         COST=options.cost, FROM_GENERATOR=reading is not None,
         PARTIALS=_partials_width(score_partials.shape[1]) if dmd else 1,
@@ -228,7 +242,7 @@ def _triton(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, 
 
 
 class _Options(NamedTuple):
-    transport_weight: float
+    transport_weight: float | Tensor
     weighting: str
     cost: str
     delta: float
@@ -241,22 +255,23 @@ def _empty_outputs(clean, dtype) -> tuple[Tensor, Tensor, Tensor]:
     return empty_in_element_order(clean, dtype), score, cost
 
 
-def _gradient(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:
+def _gradient(f_real, f_fake, clean, x, y, extra, weights, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:
     implementation = _triton if backend(clean.device) == "triton" else _reference
-    return implementation(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype)
+    return implementation(f_real, f_fake, clean, x, y, extra, weights, table, noise, reading, options, dtype)
 
 
 # Opaque to torch.compile on purpose: a compiler that fuses multiply and add would change the noise.
 @torch.library.custom_op("rdmd_fast::rdmd_gradient", mutates_args=())
 def _gradient_op(
     f_real: Tensor, f_fake: Tensor, clean: Tensor, x: Tensor, y: Tensor | None, extra: Tensor | None,
-    table: Tensor, seed: int, seed_tensor: Tensor | None, stream: int, positions: Tensor, drawn: Tensor | None,
+    weights: Tensor | None, table: Tensor, seed: int, seed_tensor: Tensor | None, stream: int, positions: Tensor,
+    drawn: Tensor | None,
     reading: list[float] | None, transport_weight: float, weighting: str, cost: str, delta: float, factor: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     noise = CounterNoise.of_arguments(seed, seed_tensor, stream, positions, drawn)
     options = _Options(transport_weight, weighting, cost, delta, factor)
-    return _gradient(f_real, f_fake, clean, x, y, extra, Coefficients(table), noise, reading, options, dtype)
+    return _gradient(f_real, f_fake, clean, x, y, extra, weights, Coefficients(table), noise, reading, options, dtype)
 
 
 @_gradient_op.register_fake
@@ -264,18 +279,32 @@ def _(f_real, f_fake, clean, *arguments):
     return _empty_outputs(clean, arguments[-1])
 
 
+def _by_sample(options: _Options, clean: Tensor) -> tuple[_Options, Tensor | None]:
+    """Options whose λ is a number, and λ of each sample, float32 [N], where there is one."""
+    weights = options.transport_weight
+    if not isinstance(weights, Tensor):
+        return options, None
+    if weights.shape != clean.shape[:1] or weights.dtype != torch.float32 or weights.device != clean.device:
+        raise ValueError(
+            f"transport_weight: {weights.dtype} {list(weights.shape)} on {weights.device}, give float32 "
+            f"[{clean.shape[0]}] on {clean.device}"
+        )
+    return options._replace(transport_weight=0.0), weights.contiguous()
+
+
 @torch.no_grad()
 def _dispatch(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype):
+    options, weights = _by_sample(options, clean)
     if options.weighting not in WEIGHTINGS:
         raise ValueError(f"weighting {options.weighting!r}: one of {', '.join(WEIGHTINGS)}")
     if options.cost not in COSTS:
         raise ValueError(f"transport cost {options.cost!r}: one of {', '.join(COSTS)}")
     if torch.compiler.is_compiling():
         outputs = _gradient_op(
-            f_real, f_fake, clean, x, y, extra, table.rows, *noise.arguments(), reading, *options, dtype
+            f_real, f_fake, clean, x, y, extra, weights, table.rows, *noise.arguments(), reading, *options, dtype
         )  # fmt: skip
     else:
-        outputs = _gradient(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype)
+        outputs = _gradient(f_real, f_fake, clean, x, y, extra, weights, table, noise, reading, options, dtype)
     return outputs[0], GradientStatistics(*outputs[1:])
 
 
@@ -286,7 +315,7 @@ def rdmd_gradient(
     x: Tensor,
     noise: CounterNoise,
     table: Coefficients,
-    transport_weight: float,
+    transport_weight: float | Tensor,
     weighting: str = "dmd",
     cost: str = "squared_l2",
     delta: float = 0.1,
@@ -300,7 +329,7 @@ def rdmd_gradient(
         y, x: generator's outputs and the sources they came from, [N, ...], data units.
         noise: the noise of y_t; read by ``dmd`` only.
         table: coefficients of the N samples.
-        transport_weight: λ.
+        transport_weight: λ, a number, or float32 [N] on the samples' device.
         weighting: one of ``WEIGHTINGS``.
         cost: one of ``COSTS``.
         delta: scale of the pseudo-Huber cost in data units.
@@ -312,7 +341,7 @@ def rdmd_gradient(
         (gradient float32 [N, ...], statistics); images in channels_last.
 
     Raises:
-        ValueError: unknown weighting or cost.
+        ValueError: unknown weighting or cost, or a λ of another shape, dtype or device.
     """
     options = _Options(transport_weight, weighting, cost, delta, 1.0 / (batch_size or y.shape[0]))
     return _dispatch(f_real, f_fake, y, x, None, extra, table, noise, None, options, torch.float32)
@@ -327,7 +356,7 @@ def generator_gradient(
     scale: float,
     noise: CounterNoise,
     table: Coefficients,
-    transport_weight: float,
+    transport_weight: float | Tensor,
     weighting: str = "dmd",
     cost: str = "squared_l2",
     delta: float = 0.1,
@@ -372,6 +401,7 @@ def static_cases() -> list[StaticCase]:
         "cost_partials": "*fp32",
         "x": "*fp32",
         "extra": None,
+        "weights": None,
         "residuals": None,
         "table": "*fp32",
         **scalars,
@@ -394,6 +424,9 @@ def static_cases() -> list[StaticCase]:
     case("uniform/fp32", 12288, networks("*fp32", "*fp32"))
     case("uniform/fp16", 12288, networks("*fp16", "*fp16"))
     case("dmd/extra", 12288, {**bf16, "residuals": "*fp32", "extra": "*fp32"})
+    for shape, elements in STATIC_SAMPLES.items():
+        case(f"dmd/weights/{shape}", elements, {**bf16, "residuals": "*fp32", "weights": "*fp32"})
+    case("uniform/weights", 12288, {**bf16, "weights": "*fp32"})
     for cost in COSTS[1:]:
-        case(f"uniform/{cost}", 12288, bf16, cost)
+        case(f"uniform/{cost}", 12288, {**bf16, "extra": "*fp32"} if cost == "none" else bf16, cost)
     return cases

@@ -18,8 +18,11 @@ COMMANDS = {
     "translate": ("rdmd_fast.translate", "translate images with a trained generator"),
     "evaluate": (
         "rdmd_fast.evaluate",
-        "measure a generator, or a toy run against its closed form and exact transport",
+        "measure translated images, or a toy run against its closed form and exact transport",
     ),
+    "baseline": ("rdmd_fast.baselines.command", "translate by SDEdit, ILVR, EGSDE, DDIB or CycleDiffusion"),
+    "figures": ("rdmd_fast.figures.command", "make the paper's figures and their tables from runs"),
+    "sweep": ("rdmd_fast.sweep", "help to choose λ and generator_sigma: short runs, a picture, a recommendation"),
 }
 
 

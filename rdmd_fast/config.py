@@ -24,6 +24,7 @@ from .rdmd import RDMDOptions
 from .runtime import read_text
 from .teacher import TeacherStageOptions
 from .telemetry import TelemetryOptions
+from .transport_weight import LogUniformWeight
 from .validation import ValidationOptions
 
 
@@ -32,6 +33,12 @@ class Config(Options):
 
     stage: Literal["teacher", "rdmd"] = Field(description="teacher: score of the target domain; rdmd: distillation")
     run_dir: str = Field(description="folder of the run: config, metrics, pictures, checkpoints, export")
+    license: str | None = Field(
+        None,
+        max_length=100,
+        description="licence of the exports, for their model card, as mit or cc-by-nc-sa-4.0; unset: the teacher's, "
+        "where that is known (ours)",
+    )
     any_size = frozenset(["seed"])
 
     seed: int = Field(0, ge=0, lt=2**64, description="key of all counter-based randomness, 64 bits (ours)")
@@ -95,6 +102,8 @@ def _stage_problems(config: Config):
         yield "network: comes from the teacher's export, remove the section"
     elif config.diffusion is not None:
         yield "diffusion: comes from the teacher's export, remove the section"
+    if isinstance(config.rdmd.transport_weight, LogUniformWeight) and config.generator.kind == "affine":
+        yield "rdmd.transport_weight: an affine generator is of one λ only, give a number or use generator.kind mlp"
     if config.rdmd.fake_score == "closed_form":
         if config.generator.kind != "affine" or config.teacher != "analytic":
             yield "rdmd.fake_score: 'closed_form' needs generator.kind affine and teacher analytic"
@@ -211,18 +220,23 @@ def load_config(path: str, overrides: list[str] = ()) -> Config:
     Raises:
         InputError: one line that names the file or key, what is wrong and the nearest right key.
     """
+    return validate_config(read_values(path, overrides), path)
+
+
+def read_values(path: str, overrides: list[str] = (), what: str = "config") -> dict:
+    """Plain values of a YAML file (``what`` it is called in errors) with ``key=value`` overrides; errors as above."""
     try:
         text = read_text(path, MOST_BYTES)
     except (OSError, ValueError) as error:
         remedy = f"; {_SHORTER}" if os.path.isfile(path) and os.path.getsize(path) > MOST_BYTES else ""
-        raise InputError(f"config {path}: cannot be read ({_reason(error)}){remedy}") from None
-    values = _parse_yaml(text, f"config {path}")
+        raise InputError(f"{what} {path}: cannot be read ({_reason(error)}){remedy}") from None
+    values = _parse_yaml(text, f"{what} {path}")
     if not isinstance(values, dict):
-        raise InputError(f"config {path}: must be a mapping of keys to values, found {type(values).__name__}")
+        raise InputError(f"{what} {path}: must be a mapping of keys to values, found {type(values).__name__}")
     for override in overrides:
-        _apply_override(values, override)
-    _check_plain(values, f"config {path}")
-    return validate_config(values, path)
+        apply_override(values, override)
+    _check_plain(values, f"{what} {path}")
+    return values
 
 
 def validate_config(values: dict, origin: str) -> Config:
@@ -247,7 +261,8 @@ def _parse_yaml(text: str, where: str):
         raise InputError(f"{where}: not valid YAML{line} ({problem})") from None
 
 
-def _apply_override(values: dict, override: str) -> None:
+def apply_override(values: dict, override: str) -> None:
+    """Put ``key=value`` (dotted key, YAML value) into nested ``values``; InputError for what is none."""
     key, separator, value = override.partition("=")
     if not separator or not all(part for part in key.split(".")):
         raise InputError(f"override {override!r}: write it as key=value, for example train.steps=1000")
@@ -279,8 +294,14 @@ def _explain(error: dict) -> str:
         "log_uniform",
         "ToyDistribution",
         "str",
+        "number",
+        "range",
     }
-    located = ".".join(part for position, part in enumerate(parts) if not (position and part in tags))
+    kept: list[str] = []
+    for part in parts:
+        if not kept or part not in tags or ".".join([*kept, part]) in keys:  # a member's name can be a key elsewhere
+            kept.append(part)
+    located = ".".join(kept)
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(located, keys, n=1, cutoff=0.5)
         leaf = located.rsplit(".", 1)[-1]
@@ -305,18 +326,20 @@ def _brief(value) -> str:
 
 def option_table() -> list[tuple[str, str, str]]:
     """Every option as (dotted key, default, description with unit and origin)."""
-    return list(_options_of(Config, ""))
+    return list(options_of(Config, ""))
 
 
-def _options_of(model: type[BaseModel], prefix: str):
+def options_of(model: type[BaseModel], prefix: str):
+    """(dotted key, default, description) of every option of a section; ``prefix`` goes before each key."""
     seen = set()
     for name, field in model.model_fields.items():
         sections = [kind for kind in _members(field.annotation) if _is_section(kind)]
         default = "" if field.is_required() else repr(field.get_default(call_default_factory=True))
         if not sections or field.description:
-            yield f"{prefix}{name}", "" if sections else default, field.description or ""
+            plain = not sections or isinstance(field.default, int | float)
+            yield f"{prefix}{name}", default if plain else "", field.description or ""
         for section in sections:
-            for key, value, description in _options_of(section, f"{prefix}{name}."):
+            for key, value, description in options_of(section, f"{prefix}{name}."):
                 if key not in seen:
                     seen.add(key)
                     yield key, value, description

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from .kernels.coefficients import Coefficients
 from .kernels.noise_forward import CounterNoise
 from .options import Options
-from .randomness import Philox, Stream
+from .randomness import DrawnAhead, Philox, Stream
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Fresh = Callable[[int], torch.Tensor]
@@ -265,13 +265,35 @@ def heun_sample(
         raised = now * factor
         if factor > 1:
             state = state + (raised**2 - now**2).sqrt() * churn.noise * fresh(step).double()
-        slope = (state - denoiser(state.float(), raised).double()) / raised
-        predicted = state + (following - raised) * slope
-        if following > 0:
-            corrected = (predicted - denoiser(predicted.float(), following).double()) / following
-            predicted = state + (following - raised) * (slope + corrected) / 2
-        state = predicted
+        state = _heun_step(denoiser, state, raised, following)
     return state.float()
+
+
+@torch.no_grad()
+def heun_solve(denoiser: Denoise, state: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Carry samples along the probability-flow ODE by Heun's rule, to less noise or to more.
+
+    Args:
+        denoiser: as ``heun_sample``.
+        state: [N, ...] at the noise level levels[0], data units.
+        levels: float64 [steps + 1], above 0 but for the last one: falling to denoise, rising to encode.
+
+    Returns:
+        float64 [N, ...] at levels[-1]. Costs 2 steps evaluations, one less if the last level is 0.
+    """
+    state = state.double()
+    for now, following in itertools.pairwise(levels):
+        state = _heun_step(denoiser, state, now, following)
+    return state
+
+
+def _heun_step(denoiser: Denoise, state: torch.Tensor, now: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    slope = (state - denoiser(state.float(), now).double()) / now
+    predicted = state + (following - now) * slope
+    if following > 0:
+        corrected = (predicted - denoiser(predicted.float(), following).double()) / following
+        predicted = state + (following - now) * (slope + corrected) / 2
+    return predicted
 
 
 def sampling_levels(
@@ -316,20 +338,14 @@ class ForwardProcess:
         """
         self.philox, self.sigma, self.diffusion, self.weighting = philox, sigma, diffusion, weighting
         self.streams, self.sample_shape, self.stride, self.device = streams, sample_shape, stride, device
-        self._blocks: dict[int, tuple[int, int, list[tuple[Coefficients, CounterNoise]]]] = {}
+        self._ahead = DrawnAhead(stride, self._draw_block)
 
     def draw(self, positions: torch.Tensor, slot: int = 0) -> tuple[Coefficients, CounterNoise]:
         """Coefficients at random noise levels, and the noise, for the samples at ``positions`` (int64 [n], a range).
 
         ``slot`` tells the micro-batches of one update apart.
         """
-        first, count = int(positions[0]), len(positions)
-        block_first, block_count, draws = self._blocks.get(slot, (0, 0, []))
-        ahead, offset = divmod(first - block_first, self.stride)
-        if offset or count != block_count or not 0 <= ahead < len(draws):
-            ahead, draws = 0, self._draw_block(first, count)
-            self._blocks[slot] = first, count, draws
-        return draws[ahead]
+        return self._ahead.draw(positions, slot)
 
     def _draw_block(self, first: int, count: int) -> list[tuple[Coefficients, CounterNoise]]:
         on_cpu = self.device.type == "cpu"

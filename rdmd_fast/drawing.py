@@ -89,7 +89,7 @@ def _label_width(label: str, font) -> int:
     return max((int(np.ceil(font.getlength(line))) for line in label.splitlines()), default=0)
 
 
-def _common_limits(clouds: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
+def common_limits(clouds: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
     """Centre [2] and half-width of one square that holds all but the farthest points of every cloud."""
     low = np.min([np.quantile(cloud, 0.001, axis=0) for cloud in clouds], axis=0)
     high = np.max([np.quantile(cloud, 0.999, axis=0) for cloud in clouds], axis=0)
@@ -97,45 +97,47 @@ def _common_limits(clouds: Sequence[np.ndarray]) -> tuple[np.ndarray, float]:
 
 
 def toy_picture(source, output, target, path: str | Path, title: str = "", segments: int = 200) -> None:
-    """Write a PNG of three panels: source points, their outputs with transport segments, target points.
+    """Write a PNG of panels: source points, their outputs with transport segments, target points.
 
     ``source`` and ``output`` [n, 2] are paired; ``target`` is [m, 2]; all in data units and drawn on equal
-    axes. ``segments`` of the pairs are joined, the first ones (samples are independent). Raises InputError
-    when matplotlib is missing or a cloud is not a finite [n, 2].
+    axes. A mapping of panel titles to outputs draws a panel of each. ``segments`` of the pairs are joined, the first
+    ones (samples are independent). Raises InputError when matplotlib is missing or a cloud is not a finite [n, 2].
     """
-    source, output, target = (
-        fp64_rows(source, "source"),
-        fp64_rows(output, "output"),
-        fp64_rows(target, "target"),
-    )
-    if source.shape != output.shape or {source.shape[1], target.shape[1]} != {2}:
-        raise InputError(
-            f"source, output and target have shapes {source.shape}, {output.shape} and {target.shape}: "
-            "give paired [n, 2], [n, 2] and any [m, 2]"
-        )
+    outputs = output if isinstance(output, dict) else {"output G(x)": output}
+    outputs = {name: fp64_rows(points, "output") for name, points in outputs.items()}
+    source, target = fp64_rows(source, "source"), fp64_rows(target, "target")
+    for output in outputs.values():
+        if source.shape != output.shape or {source.shape[1], target.shape[1]} != {2}:
+            raise InputError(
+                f"source, output and target have shapes {source.shape}, {output.shape} and {target.shape}: "
+                "give paired [n, 2], [n, 2] and any [m, 2]"
+            )
     figure_class = require("matplotlib.figure", "eval").Figure
     require("matplotlib.backends.backend_agg", "eval")
-    figure = figure_class(figsize=(12, 4.6), layout="constrained")
+    figure = figure_class(figsize=(4 * (2 + len(outputs)), 4.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    panels = figure.subplots(1, 3, sharex=True, sharey=True)
-    _scatter(panels[0], source, SOURCE_COLOUR, "source x")
-    _draw_transport(panels[1], source[:segments], output[:segments])
-    _scatter(panels[1], output, OUTPUT_COLOUR, "output G(x)")
-    _scatter(panels[2], target, TARGET_COLOUR, "target")
-    _frame(panels, *_common_limits([source, output, target]))
+    panels = figure.subplots(1, 2 + len(outputs), sharex=True, sharey=True)
+    scatter(panels[0], source, SOURCE_COLOUR, "source x")
+    for panel, (name, output) in zip(panels[1:], outputs.items(), strict=False):
+        draw_transport(panel, source[:segments], output[:segments])
+        scatter(panel, output, OUTPUT_COLOUR, name)
+    scatter(panels[-1], target, TARGET_COLOUR, "target")
+    frame_panels(panels, *common_limits([source, *outputs.values(), target]))
     if title:
         figure.suptitle(title, fontsize=14)
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
 
 
-def _scatter(axes, points: np.ndarray, colour: str, title: str) -> None:
+def scatter(axes, points: np.ndarray, colour: str, title: str) -> None:
+    """Points [n, 2] as dots; their number is added to the title."""
     # Fainter with more points, so that density still shows.
     opacity = float(np.clip(30 / np.sqrt(len(points)), 0.15, 0.8))
     axes.scatter(*points.T, s=7, color=colour, alpha=opacity, linewidths=0, zorder=2)
     axes.set_title(f"{title}  (n = {len(points):,})", fontsize=11)
 
 
-def _draw_transport(axes, source: np.ndarray, output: np.ndarray) -> None:
+def draw_transport(axes, source: np.ndarray, output: np.ndarray) -> None:
+    """A segment from each source point [n, 2] to its output [n, 2], and the source points small."""
     lines = require("matplotlib.collections", "eval").LineCollection
     axes.add_collection(
         lines(np.stack([source, output], axis=1), colors="#9aa5b1", linewidths=0.6, alpha=0.7, zorder=1)
@@ -143,7 +145,8 @@ def _draw_transport(axes, source: np.ndarray, output: np.ndarray) -> None:
     axes.scatter(*source.T, s=4, color=SOURCE_COLOUR, linewidths=0, zorder=1.5)
 
 
-def _frame(panels, centre: np.ndarray, half_width: float) -> None:
+def frame_panels(panels, centre: np.ndarray, half_width: float) -> None:
+    """Equal axes, one square for all ``panels``, and a quiet frame."""
     for axes in panels:
         axes.set_aspect("equal")
         axes.set_xlim(centre[0] - half_width, centre[0] + half_width)

@@ -81,6 +81,8 @@ def memory_lines(config: Config, networks: PlannedNetworks, layout: BatchLayout,
         lines.append(f"  ZeRO {stage}" + "".join(f"{value / MIB:12.1f}" for value in values) + mark)
         if stage == zero_stage(config.deepspeed):
             notes = _notes(states, settings, used)
+            if config.stage == "rdmd" and config.rdmd.cost.features is not None:
+                notes.append(f"  not counted: the feature network of rdmd.cost.features, {config.rdmd.cost.features}")
     return lines + notes
 
 

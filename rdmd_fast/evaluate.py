@@ -1,4 +1,4 @@
-"""``rdmd evaluate``: a digit generator beside its baselines, or a toy run beside closed form and exact transport."""
+"""``rdmd evaluate``: translated images against sources and targets; toy runs against closed forms and exact maps."""
 
 from __future__ import annotations
 
@@ -14,39 +14,62 @@ from .points import strict_json
 from .runtime import write_atomically
 
 EPILOG = """examples:
+  rdmd evaluate --model runs/cats2dogs/export --source shards/cats/test --target shards/dogs/test \\
+      --features inception-2015-12-05.pt --picture grid.png --out report.json
+  rdmd evaluate --outputs out/cut out/unsb --source photos/cats --target photos/dogs --resolution 256 --features F.pt
   rdmd evaluate --model runs/digits_2to3/export --teacher runs/digits_teacher_3/export \\
-      --source shards/digits/2/test --target shards/digits/3/test --judge shards/digits --label 3 --out report.json
+      --source shards/digits/2/test --target shards/digits/3/test --judge shards/digits --label 3
   rdmd evaluate --run runs/toy/gaussian_to_gaussian
+
+A TorchScript file is a program, and it is run: name only files whose origin you trust. docs/evaluation.md has the
+definition of every column.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("--run", metavar="DIR", help="a finished toy run: closed form, exact transport, picture")
-    parser.add_argument("--model", metavar="DIR", help="RUN/export of the rdmd stage")
-    parser.add_argument("--teacher", metavar="DIR", help="RUN/export of its teacher: adds the untrained generator")
-    parser.add_argument("--source", metavar="DIR", help="held-out source shards")
-    parser.add_argument("--target", metavar="DIR", help="held-out target shards")
-    parser.add_argument("--judge", metavar="DIR", help="labelled digit shards ROOT/<digit>/train|test")
-    parser.add_argument("--label", type=int, metavar="N", help="digit of the target domain")
-    parser.add_argument("--picture", metavar="FILE.png", help="grid of sources and translations to write")
-    parser.add_argument("--out", metavar="FILE.json", help="where the numbers go")
+    add = parser.add_argument
+    add("--run", metavar="DIR", help="a finished toy run: closed form, exact transport, picture")
+    add("--model", metavar="DIR", help="RUN/export or RUN/best of the rdmd stage")
+    add("--outputs", nargs="+", metavar="FOLDER", help="translated images, named as their sources: a row each")
+    add("--teacher", metavar="DIR", help="RUN/export of its teacher: adds the untrained generator")
+    add("--transport-weight", type=float, nargs="+", metavar="λ", help="of a generator of a range of λ: a row each")
+    add("--source", metavar="DIR", help="held-out source images, shards or a folder of files")
+    add("--target", metavar="DIR", help="held-out target images, likewise")
+    add("--features", metavar="FILE.pt", help="TorchScript feature network: adds FID and KID")
+    add(
+        "--features-input",
+        choices=("auto", "uint8", "float"),
+        default="auto",
+        help="what it takes: uint8 0 to 255 or float [-1, 1] (auto: uint8 if its forward has return_features)",
+    )
+    add("--lpips", action="store_true", help="add LPIPS to the sources (package lpips)")
+    add("--judge", metavar="DIR", help="labelled digit shards ROOT/<digit>/train|test: adds 3-NN and its features")
+    add("--label", type=int, metavar="N", help="digit of the target domain")
+    add("--count", type=int, metavar="N", help="images of each domain, drawn by --seed (all)")
+    add("--seed", type=int, default=0, metavar="S", help="of --count and of KID's subsets (0)")
+    add(
+        "--resolution", type=int, metavar="N", help="side to which files are brought where no --model and no shards say"
+    )
+    add("--cache", metavar="DIR", help="where the target's features are kept ($XDG_CACHE_HOME/rdmd_fast/features)")
+    add("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    add("--picture", metavar="FILE.png", help="grid of sources, translations and targets to write")
+    add("--out", metavar="FILE.json", help="where the numbers go")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a table and write the same numbers as JSON.
 
     Raises:
-        InputError: missing options, exports or shards.
+        InputError: missing options, exports or images.
     """
     if arguments.run:
         report = evaluate_toy_run(Path(arguments.run))
     else:
-        needed = ("model", "source", "target", "judge", "label")
-        missing = [f"--{name}" for name in needed if getattr(arguments, name) is None]
-        if missing:
-            raise InputError(f"missing {', '.join(missing)}: see rdmd evaluate --help")
-        report = evaluate_digits(arguments)
+        from .image_evaluation import evaluate_images
+
+        report = evaluate_images(arguments)
     if arguments.out:
         write_atomically(Path(arguments.out), json.dumps(strict_json(report), indent=1) + "\n")
     return 0
@@ -91,38 +114,3 @@ def toy_table(report: dict[str, float]) -> list[str]:
             f"rotation                   {report['rotation_degrees']:.3f}°   closed form 0° (free at λ = 0)",
         ]
     return lines
-
-
-def evaluate_digits(arguments: argparse.Namespace) -> dict:
-    """The generator, the identity map and the untrained generator on the same held-out sources."""
-    from .drawing import image_grid
-    from .metrics.judges import DigitJudge, digit_report, format_table
-    from .networks.exported import Generator, load_denoiser, load_generator
-    from .validation import held_out_images
-
-    source, target = (held_out_images(folder, 10**9) for folder in (arguments.source, arguments.target))
-    generator = load_generator(arguments.model)
-    judge = DigitJudge(arguments.judge)
-    outputs = {"RDMD": _translate(generator, source), "identity": source}
-    if arguments.teacher:
-        teacher = load_denoiser(arguments.teacher)
-        untrained = generator.config.model_copy(update={"reading": "teacher"})
-        outputs["untrained (teacher at σ)"] = _translate(Generator(teacher.model, untrained), source)
-    rows = [digit_report(judge, source, images, arguments.label, target, name) for name, images in outputs.items()]
-    recall = judge.recall(arguments.label)
-    print(format_table(rows))
-    print(f"3-NN's recall on the real held-out images of {arguments.label}: {recall:.4f}")
-    if arguments.picture:
-        count = min(16, len(source))
-        chosen = torch.linspace(0, len(source) - 1, count).long()
-        image_grid([("source x", source[chosen]), ("G(x)", outputs["RDMD"][chosen])], arguments.picture)
-    return {"rows": rows, "recall_real_heldout": recall, "knn_accuracy": judge.knn_accuracy}
-
-
-@torch.no_grad()
-def _translate(generator: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """As a user receives them: clipped to [-1, 1] and rounded to 8 bits."""
-    from .drawing import to_uint8
-
-    outputs = torch.cat([generator(part) for part in images.split(256)])
-    return to_uint8(outputs).float() / 127.5 - 1

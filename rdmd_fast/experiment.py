@@ -10,6 +10,7 @@ import torch
 
 from .conditioning import target_class_row, training_labels, varied_labels
 from .config import Config
+from .costs import FeatureCost
 from .data.device import open_domain
 from .data.faults import StreamReport
 from .data.stream import SampleStream
@@ -29,7 +30,16 @@ from .errors import InputError
 from .networks import build_network
 from .networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
 from .networks.analytic_score import AnalyticScore
-from .networks.exported import ExportConfig, Generator, check_weights, expected_weights, load_weights, rebuild
+from .networks.exported import (
+    ExportConfig,
+    Generator,
+    check_weights,
+    conditions,
+    expected_weights,
+    load_teacher_weights,
+    load_weights,
+    rebuild,
+)
 from .networks.teachers import read_teacher, read_teacher_config
 from .pictures import no_picture, picture_writer
 from .randomness import Philox, Stream
@@ -37,7 +47,8 @@ from .rdmd import RDMD
 from .teacher import TeacherStage
 from .telemetry import Telemetry
 from .training_state import TrainingState
-from .validation import ImageValidator, ToyValidator, held_out_images
+from .transport_weight import WeightRange, output_name, three_of, told
+from .validation import ImageValidator, PointsValidator, ToyValidator, held_out_images
 
 Picture = Callable[[dict[str, torch.Tensor], Path], None]
 
@@ -115,7 +126,7 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
     target = open_domain(config.data, "target", philox, world.device)
     if config.teacher is not None:
         start, weights = read_teacher(config.teacher)
-        _check_shape(config.teacher, start, target.shape, "data.target")
+        _check_teacher(config.teacher, start, target.shape, "data.target")
         network_options, diffusion = start.network, start.diffusion
     else:
         network_options, diffusion, weights = config.network, config.diffusion or DiffusionOptions(), None
@@ -194,6 +205,7 @@ def _teacher_picture(config, world, export, philox, target) -> Picture:
 def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
     options = config.rdmd
     source = open_domain(config.data, "source", philox, world.device)
+    feature_cost = FeatureCost.of(options.cost, source.shape, world.device)
     if config.teacher == "analytic":
         networks = _analytic_networks(config, source, world)
     else:
@@ -218,7 +230,7 @@ def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
     reading = Reading.of(export.reading, export.diffusion, options.generator_sigma)
     stage = RDMD(
         options, export.diffusion, reading, generator, fake_score, teacher, source, philox, layout,
-        world.device, DTYPES[config.train.dtype], telemetry, label,
+        world.device, DTYPES[config.train.dtype], telemetry, label, feature_cost,
     )  # fmt: skip
     ema = ShardedEMA(generator, options.ema, layout.global_batch)
     measure, best_by, held_out = _validation(config, world, export, source)
@@ -243,11 +255,15 @@ def _analytic_networks(config: Config, source, world: World):
     if torch.equal(covariances, variances[:, None, None] * torch.eye(means.shape[1], dtype=covariances.dtype)):
         covariances = variances
     teacher = AnalyticScore(GaussianMixtureDenoiser(means, covariances, weights), diffusion).to(world.device)
-    generator = build_network(config.generator, source.shape)
-    fake = build_network(config.network, source.shape) if config.rdmd.fake_score == "learned" else None
+    conditioned = _bounds(config) is not None
+    generator = build_network(config.generator, source.shape, condition=conditioned)
+    fake = None
+    if config.rdmd.fake_score == "learned":
+        fake = build_network(config.network, source.shape, condition=conditioned)
     export = ExportConfig(
         role="generator", network=config.generator, sample_shape=list(source.shape), diffusion=diffusion,
         reading=config.generator.kind, generator_sigma=config.rdmd.generator_sigma,
+        transport_weights=_bounds(config),
     )  # fmt: skip
     return teacher, fake, generator, export
 
@@ -255,22 +271,30 @@ def _analytic_networks(config: Config, source, world: World):
 def _distilled_networks(config: Config, source, layout, world: World):
     """Teacher from its export; G and fake score start from its weights."""
     start, weights = read_teacher(config.teacher)
-    _check_shape(config.teacher, start, source.shape, "data.source")
+    _check_teacher(config.teacher, start, source.shape, "data.source")
     network_options = start.network if config.generator.kind == "teacher" else config.generator
     target_class_row(getattr(network_options, "label_dim", 0), config.data.target_class, world.device)  # names the key
     check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
-    teacher, fake = (build_network(start.network, source.shape, dropout=False) for _ in range(2))
+    conditioned = _bounds(config) is not None
+    teacher = build_network(start.network, source.shape, dropout=False)
+    fake = build_network(start.network, source.shape, dropout=False, condition=conditioned)
     load_weights(teacher, weights, config.teacher)
-    load_weights(fake, weights, config.teacher)
-    generator = build_network(network_options, source.shape, dropout=False)
+    load_teacher_weights(fake, weights, config.teacher)
+    generator = build_network(network_options, source.shape, dropout=False, condition=conditioned)
     if config.generator.kind == "teacher":
-        load_weights(generator, weights, config.teacher)
+        load_teacher_weights(generator, weights, config.teacher)
     export = ExportConfig(
         role="generator", network=network_options, sample_shape=list(source.shape), diffusion=start.diffusion,
         reading=config.generator.kind, generator_sigma=config.rdmd.generator_sigma,
-        target_class=config.data.target_class,
+        target_class=config.data.target_class, transport_weights=_bounds(config),
     )  # fmt: skip
     return freeze(teacher, layout, config.train, config.deepspeed, world.device), fake, generator, export
+
+
+def _bounds(config: Config) -> list[float] | None:
+    """[low, high] of the λ that networks are conditioned on; None where λ is a number."""
+    bounds = WeightRange.of(config.rdmd.transport_weight)
+    return list(bounds) if bounds else None
 
 
 def _closed_form_fake_score(generator: torch.nn.Module, source: ToyDistribution, diffusion) -> AnalyticScore:
@@ -308,31 +332,39 @@ def _validation(config: Config, world: World, export: ExportConfig, source):
         validator = None
         if sources.ndim == 4:
             validator = ImageValidator(options, sources, targets, latents=source.stream.shards.kind == "array")
-        held_out = sources
+        elif tuple(sources.shape[1:]) == (2,) and targets is not None:
+            validator = PointsValidator(options, sources, targets)
+        held_out = validator if isinstance(validator, PointsValidator) else sources
     else:
         return None, None, source.batch(torch.arange(config.telemetry.sample_count)).cpu()
     if validator is None:
         return None, None, held_out
 
     def measure(weights: dict[str, torch.Tensor]) -> dict[str, float]:
-        return validator.measure(_translator(weights, export, world.device))
+        return {
+            f"{name}{suffix}": value
+            for suffix, weight in three_of(export.transport_weights).items()
+            for name, value in validator.measure(_translator(weights, export, world.device, weight), weight).items()
+        }
 
     return measure, validator.best_by, held_out
 
 
-def _translator(weights: dict[str, torch.Tensor], export: ExportConfig, device) -> Callable:
+def _translator(
+    weights: dict[str, torch.Tensor], export: ExportConfig, device, transport_weight: float | None = None
+) -> Callable:
     generator = Generator(rebuild(export, weights, "EMA"), export).to(device)
 
     @torch.no_grad()
     def translate(x: torch.Tensor, chunk: int = 256) -> torch.Tensor:
-        return torch.cat([generator(part.to(device)).cpu() for part in x.split(chunk)])
+        return torch.cat([generator(part.to(device), transport_weight).cpu() for part in x.split(chunk)])
 
     return translate
 
 
 def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label) -> Picture:
     write = picture_writer(config.telemetry.decoder, tuple(export.sample_shape), world)
-    if isinstance(held_out, ToyValidator):
+    if isinstance(held_out, PointsValidator):
         return _toy_picture(config, world, export, held_out)
     if write is None:
         return no_picture
@@ -346,20 +378,22 @@ def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, 
 
     @torch.no_grad()
     def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
-        y = _translator(weights, export, world.device)(x).to(world.device)
+        looks = sorted(three_of(export.transport_weights).values())
+        outputs = [_translator(weights, export, world.device, weight)(x).to(world.device) for weight in looks]
+        y, inputs = outputs[len(looks) // 2], conditions(export, None, count, world.device)
         # Sharded networks take every rank to run, though one draws.
         real, fake = (
             denoise(network, y + sigma * noise, sigma, export.diffusion, labels, dtype)
-            for network in (teacher, fake_score)
+            for network in (teacher, told(fake_score, inputs))
         )
         if world.is_main:
-            rows = [("source x", x), ("G(x)", y), ("teacher of noised G(x)", real), ("fake score's", fake)]
-            write(rows, path)
+            rows = [("source x", x), *zip(map(output_name, looks), outputs, strict=True)]
+            write([*rows, ("teacher of noised G(x)", real), ("fake score's", fake)], path)
 
     return picture
 
 
-def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
+def _toy_picture(config, world, export, validator: PointsValidator) -> Picture:
     from .drawing import toy_picture
     from .metrics.inputs import require
 
@@ -368,10 +402,16 @@ def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
     def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
         if not world.is_main:
             return
-        outputs = _translator(weights, export, world.device)(validator.source)
-        names = config.data.source.toy, config.data.target.toy
-        title = f"{names[0]} → {names[1]}, λ = {config.rdmd.transport_weight:g}"
-        toy_picture(validator.source.numpy(), outputs.numpy(), validator.target.numpy(), path, title)
+        looks = sorted(three_of(export.transport_weights).values())
+        outputs = {
+            output_name(weight): _translator(weights, export, world.device, weight)(validator.source).numpy()
+            for weight in looks
+        }
+        names = (getattr(domain, "toy", "points") for domain in (config.data.source, config.data.target))
+        title = " → ".join(names)
+        if len(looks) == 1:
+            title += f", λ = {config.rdmd.transport_weight:g}"
+        toy_picture(validator.source.numpy(), outputs, validator.target.numpy(), path, title)
 
     return picture
 
@@ -379,7 +419,11 @@ def _toy_picture(config, world, export, validator: ToyValidator) -> Picture:
 # -- shared ------------------------------------------------------------------------------------------------------------
 
 
-def _check_shape(folder: str, export: ExportConfig, shape: tuple[int, ...], key: str) -> None:
+def _check_teacher(folder: str, export: ExportConfig, shape: tuple[int, ...], key: str) -> None:
+    if export.transport_weights:
+        raise InputError(
+            f"teacher {folder}: is told a λ, a fake score of one generator for a range of them: name a teacher"
+        )
     if tuple(export.sample_shape) != tuple(shape):
         raise InputError(
             f"teacher {folder}: is for samples of shape {tuple(export.sample_shape)}, {key} has {tuple(shape)}: "
@@ -389,27 +433,27 @@ def _check_shape(folder: str, export: ExportConfig, shape: tuple[int, ...], key:
 
 def _flops_per_sample(config: Config, experiment: Experiment) -> float:
     """Matmul and convolution FLOPs of one iteration by sample; a backward pass counts as two forward ones."""
-    shape = tuple(experiment.export.sample_shape)
-    main = forward_flops(experiment.export.network, shape)
+    shape, conditioned = tuple(experiment.export.sample_shape), experiment.export.transport_weights is not None
+    main = forward_flops(experiment.export.network, shape, conditioned)
     if config.stage == "teacher":
         return 3 * main
     if config.teacher == "analytic":
-        score = forward_flops(config.network, shape) if config.rdmd.fake_score == "learned" else 0.0
+        score = forward_flops(config.network, shape, conditioned) if config.rdmd.fake_score == "learned" else 0.0
         teacher = 0.0
-    elif config.generator.kind == "teacher":
-        score = teacher = main
     else:
-        score = teacher = forward_flops(read_teacher_config(config.teacher).network, shape)
+        copied = config.generator.kind == "teacher"
+        network = experiment.export.network if copied else read_teacher_config(config.teacher).network
+        teacher, score = forward_flops(network, shape), forward_flops(network, shape, conditioned)
     updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0
     return 3 * main + teacher + score + updates * 3 * score + max(updates - 1, 0) * main
 
 
-def forward_flops(options, sample_shape: tuple[int, ...]) -> float:
+def forward_flops(options, sample_shape: tuple[int, ...], condition: bool = False) -> float:
     """FLOPs of one sample's forward pass, counted on shapes alone."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        network = build_network(options, sample_shape, dropout=False)
+        network = build_network(options, sample_shape, dropout=False, condition=condition)
         sample, c_noise = torch.empty(1, *sample_shape), torch.empty(1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(sample, c_noise)

@@ -5,7 +5,7 @@ A position is a sample's place in its stream, counted from the run's start, neve
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.kernels import philox
 
 
+@enum.unique
 class Stream(enum.IntEnum):
     """What a random number is for. The values are part of every result: add some, never change one."""
 
@@ -37,6 +38,15 @@ class Stream(enum.IntEnum):
     TARGET_FLIP = 17
     SAMPLER_CHURN = 18
     SAMPLER_CLASS = 19
+    TRANSPORT_WEIGHT = 20
+    METRIC_SUBSET = 30
+    METRIC_SAMPLES = 31
+    BASELINE_START = 32
+    BASELINE_STEP = 33
+    BASELINE_REFERENCE = 34
+    ENERGY_SIGMA = 35
+    ENERGY_NOISE = 36
+    MINIBATCH_PAIRS = 37
 
 
 class Philox:
@@ -85,3 +95,26 @@ class Philox:
         """
         words = philox.words(self.seed, int(stream), torch.tensor([epoch]), 2 * n).view(n, 2)
         return torch.argsort((words[:, 0] << 32) | words[:, 1], stable=True)
+
+
+class DrawnAhead:
+    """Draws for batches that follow each other, many iterations in one call where that is cheaper.
+
+    Args:
+        stride: positions from one draw to the next one in the same slot.
+        draw_block: (first position, count) -> the draws of ``count`` samples at it and at every ``stride`` after it.
+    """
+
+    def __init__(self, stride: int, draw_block: Callable[[int, int], list]):
+        self.stride, self.draw_block = stride, draw_block
+        self._blocks: dict[int, tuple[int, int, list]] = {}
+
+    def draw(self, positions: Tensor, slot: int = 0):
+        """The draw for the samples at ``positions`` (int64 [n], a range); ``slot`` tells micro-batches apart."""
+        first, count = int(positions[0]), len(positions)
+        block_first, block_count, draws = self._blocks.get(slot, (0, 0, []))
+        ahead, offset = divmod(first - block_first, self.stride)
+        if offset or count != block_count or not 0 <= ahead < len(draws):
+            ahead, draws = 0, self.draw_block(first, count)
+            self._blocks[slot] = first, count, draws
+        return draws[ahead]

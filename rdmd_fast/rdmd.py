@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from .costs import CostOptions
+from .costs import CostOptions, FeatureCost
 from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, Reading, SigmaOptions
 from .distributed import BatchLayout, OptimizerOptions, loss_scale, take_step
 from .ema import EMAOptions
@@ -25,12 +25,17 @@ from .kernels.noise_forward import generator_noise_forward, noise_forward
 from .kernels.rdmd_gradient import generator_gradient
 from .options import Options
 from .randomness import Philox, Stream
+from .transport_weight import Drawn, TransportWeight, TransportWeights
 
 
 class RDMDOptions(Options):
     """The distillation."""
 
-    transport_weight: float = Field(0.05, ge=0, description="λ, weight of the transport cost (paper: 0 to 1)")
+    transport_weight: TransportWeight = Field(
+        0.05,
+        description="λ, weight of the transport cost (paper: 0 to 1); or {log_uniform: [low, high]}, one generator for "
+        "every λ between them",
+    )
     cost: CostOptions = Field(default_factory=CostOptions)
     generator_sigma: float = Field(
         1.0,
@@ -71,7 +76,8 @@ class RDMD:
     """The three networks and one iteration over them.
 
     ``generator`` and ``fake_score`` are DeepSpeed engines of raw networks (a closed-form fake score is a plain
-    callable), ``teacher`` is a raw network or a callable like one: ``(network_input, c_noise, class_labels)``.
+    callable), ``teacher`` is a raw network or a callable like one: ``(network_input, c_noise, class_labels)``. Where λ
+    is a range, each sample has its own, and generator and fake score are told it.
     """
 
     def __init__(
@@ -89,16 +95,19 @@ class RDMD:
         dtype: torch.dtype,
         telemetry,
         class_label: torch.Tensor | None = None,
+        feature_cost: FeatureCost | None = None,
     ):
         self.options, self.reading, self.layout = options, reading, layout
         self.generator, self.fake_score, self.teacher, self.source = generator, fake_score, teacher, source
         self.device, self.dtype, self.telemetry = device, dtype, telemetry
+        self.feature_cost = feature_cost
         self.learned_fake = options.fake_score == "learned"
         self.fake_updates_done = 0
         self.class_labels = None if class_label is None else class_label.expand(layout.micro_batch, -1)
         self.generator_c_noise = torch.full((layout.micro_batch,), reading.c_noise, device=device)
         self.rank_batch = layout.micro_batch * layout.accumulation  # the samples that this rank's loss is the mean of
         batch = layout.global_batch
+        self.transport_weights = TransportWeights(options.transport_weight, philox, batch, device)
         self.generator_process = ForwardProcess(
             philox, options.sigma, diffusion, options.weighting,
             (Stream.GENERATOR_SIGMA, Stream.GENERATOR_NOISE), source.shape, batch, device,
@@ -124,17 +133,17 @@ class RDMD:
         for update in range(self.options.fake_updates):
             self._fake_update(outputs if update == 0 else None)
 
-    def _generator_update(self, step: int) -> list[torch.Tensor]:
-        """One update of G; returns its outputs y = G(x), one batch a micro-batch."""
+    def _generator_update(self, step: int) -> list[tuple[torch.Tensor, Drawn]]:
+        """One update of G; returns its outputs y = G(x) and their λ, one batch a micro-batch."""
         outputs, reading = [], self.reading
         for micro in range(self.layout.accumulation):
             with self.telemetry.phase("data"):
-                x = self._sources(micro)
+                x, weight = self._sources(micro)
                 table, noise = self.generator_process.draw(
                     self.layout.positions(step * self.layout.global_batch, micro), micro
                 )
             with self.telemetry.phase("generator_forward"):
-                f_generator = self._generate(x)
+                f_generator = self._generate(x, weight)
             with self.telemetry.phase("losses"), torch.no_grad():
                 network_input, y = generator_noise_forward(
                     f_generator, x, reading.skip, reading.scale, noise, table, self.dtype
@@ -142,38 +151,51 @@ class RDMD:
             with self.telemetry.phase("teacher"), torch.no_grad():
                 f_real = self.teacher(network_input, table.c_noise, self.class_labels)
             with self.telemetry.phase("fake_score"), torch.no_grad():
-                f_fake = self.fake_score(network_input, table.c_noise, self.class_labels)
+                f_fake = self.fake_score(network_input, table.c_noise, self.class_labels, **weight.inputs)
+            feature_cost, extra = self._feature_cost(x, y)
             with self.telemetry.phase("losses"), torch.no_grad():
                 gradient, statistics = generator_gradient(
                     f_real, f_fake, f_generator, x, reading.skip, reading.scale, noise, table,
-                    self.options.transport_weight, self.options.weighting,
-                    self.options.cost.kind, self.options.cost.delta, batch_size=self.rank_batch, y=y,
-                    loss_scale=loss_scale(self.generator),
+                    weight.value, self.options.weighting,
+                    self.options.cost.elementwise, self.options.cost.delta, extra=extra, batch_size=self.rank_batch,
+                    y=y, loss_scale=loss_scale(self.generator),
                 )  # fmt: skip
-            outputs.append(y)
+            outputs.append((y, weight))
             with self.telemetry.phase("generator_backward"):
                 score_gradient_square, transport_cost = statistics.score_gradient_square, statistics.transport_cost
+                if feature_cost is not None:
+                    transport_cost = transport_cost + self.options.cost.feature_weight * feature_cost
                 self._backward(self.generator, f_generator, gradient, score_gradient_square, transport_cost)
             self.telemetry.add("score_gradient_square", score_gradient_square)
             self.telemetry.add("transport_cost", transport_cost)
+            if feature_cost is not None:
+                self.telemetry.add("feature_cost", feature_cost)
             self.telemetry.add("transport_cost_per_element", transport_cost / x[0].numel())
             self._step(self.generator, "generator")
         return outputs
 
-    def _fake_update(self, outputs: list[torch.Tensor] | None = None) -> None:
+    def _feature_cost(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The features' cost of each sample, and the derivative of its weighted form with respect to y; if there is."""
+        if self.feature_cost is None:
+            return None, None
+        with self.telemetry.phase("feature_cost"):
+            cost, derivative = self.feature_cost(x, y)
+            return cost, derivative.mul_(self.options.cost.feature_weight)
+
+    def _fake_update(self, outputs: list[tuple[torch.Tensor, Drawn]] | None = None) -> None:
         """One update of the fake score on the generator's outputs; None makes them from fresh sources."""
         first = self.fake_updates_done * self.layout.global_batch
         for micro in range(self.layout.accumulation):
             with self.telemetry.phase("data"):
                 table, noise = self.fake_process.draw(self.layout.positions(first, micro), micro)
             if outputs is None:
-                network_input, y = self._rollout(micro, table, noise)
+                network_input, y, weight = self._rollout(micro, table, noise)
             else:
-                y = outputs[micro]
+                y, weight = outputs[micro]
                 with self.telemetry.phase("losses"):
                     network_input, _ = noise_forward(y, noise, table, self.dtype)
             with self.telemetry.phase("fake_forward"):
-                f_fake = self.fake_score(network_input, table.c_noise, self.class_labels)
+                f_fake = self.fake_score(network_input, table.c_noise, self.class_labels, **weight.inputs)
             with self.telemetry.phase("losses"):
                 gradient, losses = denoising_gradient(
                     f_fake, y, noise, table, self.rank_batch, loss_scale(self.fake_score)
@@ -193,25 +215,26 @@ class RDMD:
         with self.telemetry.phase("optimizer"):
             take_step(engine, name)
 
-    def _sources(self, micro: int) -> torch.Tensor:
-        """Sources of the coming fake update: the generator's update shares them, and fresh rollouts follow on."""
-        first = self.fake_updates_done * self.layout.global_batch
-        return self.source.batch(self.layout.positions(first, micro))
+    def _sources(self, micro: int) -> tuple[torch.Tensor, Drawn]:
+        """Sources of the coming fake update and their λ: the generator's update shares them, fresh rollouts follow."""
+        positions = self.layout.positions(self.fake_updates_done * self.layout.global_batch, micro)
+        return self.source.batch(positions), self.transport_weights.draw(positions, micro)
 
-    def _generate(self, x: torch.Tensor) -> torch.Tensor:
+    def _generate(self, x: torch.Tensor, weight: Drawn) -> torch.Tensor:
         """Raw output F_G of the generator's network; G(x) = skip x + scale F_G is formed where it is used."""
         network_input = torch.empty_like(x, dtype=self.dtype)
         torch.mul(x, self.reading.input_scale, out=network_input)  # scaled and cast in one pass
-        return self.generator(network_input, self.generator_c_noise, self.class_labels)
+        return self.generator(network_input, self.generator_c_noise, self.class_labels, **weight.inputs)
 
     @torch.no_grad()
-    def _rollout(self, micro: int, table, noise) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the fake score's input, y = G(x)) of fresh sources."""
+    def _rollout(self, micro: int, table, noise) -> tuple[torch.Tensor, torch.Tensor, Drawn]:
+        """(the fake score's input, y = G(x), its λ) of fresh sources."""
         with self.telemetry.phase("data"):
-            x = self._sources(micro)
+            x, weight = self._sources(micro)
         with self.telemetry.phase("generator_forward"):
-            f_generator = self._generate(x)
-        return generator_noise_forward(f_generator, x, self.reading.skip, self.reading.scale, noise, table, self.dtype)
+            f_generator = self._generate(x, weight)
+        reading = self.reading
+        return *generator_noise_forward(f_generator, x, reading.skip, reading.scale, noise, table, self.dtype), weight
 
     def counters(self) -> dict[str, int]:
         return {"fake_updates": self.fake_updates_done}

@@ -56,7 +56,8 @@ class ImageValidator:
         by_target = None if target is None else "frechet" if self.judge else "sliced_w2"
         self.best_by = options.best_by or by_target
 
-    def measure(self, translate: Translate) -> dict[str, float]:
+    def measure(self, translate: Translate, transport_weight: float | None = None) -> dict[str, float]:
+        """Metrics of a generator; what they are does not depend on its λ."""
         from .metrics.frechet import frechet_distance
         from .metrics.images import l2, mean_colour_cosine, psnr
 
@@ -76,33 +77,62 @@ class ImageValidator:
         return values
 
 
-class ToyValidator:
-    """Distance to the target and transport cost on fresh points, beside exact optimal transport and closed forms."""
+class PointsValidator:
+    """Distance to the target and transport cost of held-out points in the plane, beside exact optimal transport.
 
-    def __init__(self, options: ValidationOptions, source: ToyDistribution, target: ToyDistribution, seed: int, rdmd):
+    Args:
+        source: held-out sources [n, 2].
+        target: held-out targets [m, 2]; a second half of them makes the noise floor, so at most m / 2 are compared.
+    """
+
+    def __init__(self, options: ValidationOptions, source: torch.Tensor, target: torch.Tensor):
+        half = len(target) // 2
+        count = min(len(source), half)
+        if count < 2:
+            raise InputError(f"{len(source)} held-out sources and {len(target)} targets: give 2 and 4 or more")
+        self._prepare(options, source[:count], target[:count], target[half : half + count])
+
+    def _prepare(self, options: ValidationOptions, source, target, second_target) -> None:
         from .metrics.inputs import require
 
         require("ot", "toy")
         require("scipy.optimize", "eval")
-        philox, count = Philox(seed), options.count
-        # Three independent sets from one stream: sources, targets, and targets again for the noise floor.
-        positions = torch.arange(count)
-        self.source_distribution, self.target_distribution, self.rdmd = source, target, rdmd
-        self.source = source.sample(philox, Stream.EVALUATION, positions)
-        self.target = target.sample(philox, Stream.EVALUATION, positions + count)
-        self.second_target = target.sample(philox, Stream.EVALUATION, positions + 2 * count)
+        self.source, self.target, self.second_target = source, target, second_target
         self.best_by = options.best_by or "squared_w2"
 
-    def measure(self, translate: Translate) -> dict[str, float]:
+    def measure(self, translate: Translate, transport_weight: float | None = None) -> dict[str, float]:
+        """Metrics of a generator at ``transport_weight``, None for that of the configuration."""
         from .metrics.toys import toy_report
 
         outputs = translate(self.source).float().cpu()
         report = toy_report(self.source.numpy(), outputs.numpy(), self.target.numpy(), self.second_target.numpy())
-        return report | self._closed_form(outputs)
+        return report | self._closed_form(outputs, transport_weight)
 
-    def _closed_form(self, outputs: torch.Tensor) -> dict[str, float]:
+    def _closed_form(self, outputs: torch.Tensor, transport_weight: float | None) -> dict[str, float]:
+        return {}
+
+
+class ToyValidator(PointsValidator):
+    """The same on fresh points of two toys, and beside closed forms where there are any."""
+
+    def __init__(self, options: ValidationOptions, source: ToyDistribution, target: ToyDistribution, seed: int, rdmd):
+        philox, count = Philox(seed), options.count
+        # Three independent sets from one stream: sources, targets, and targets again for the noise floor.
+        positions = torch.arange(count)
+        self.source_distribution, self.target_distribution, self.rdmd = source, target, rdmd
+        self._prepare(
+            options,
+            source.sample(philox, Stream.EVALUATION, positions),
+            target.sample(philox, Stream.EVALUATION, positions + count),
+            target.sample(philox, Stream.EVALUATION, positions + 2 * count),
+        )
+
+    def _closed_form(self, outputs: torch.Tensor, transport_weight: float | None) -> dict[str, float]:
         """Measured linear map beside r*, where the closed form holds: source N(0, I), Gaussian target at 0."""
-        expected = closed_form_scales(self.source_distribution, self.target_distribution, self.rdmd)
+        rdmd = self.rdmd
+        if transport_weight is not None:
+            rdmd = rdmd.model_copy(update={"transport_weight": transport_weight})
+        expected = closed_form_scales(self.source_distribution, self.target_distribution, rdmd)
         if expected is None:
             return {}
         from .metrics.theory import fit_linear_map, scale_and_rotation
@@ -127,7 +157,9 @@ def closed_form_scales(source: ToyDistribution, target: ToyDistribution, rdmd) -
     """Optimal scale of each axis of the target (design: closed forms), or None where none is known."""
     standard = source.toy == "gaussian" and source.mixture()[1][0].equal(torch.eye(2, dtype=torch.float64))
     centred = not any(source.mean) and not any(target.mean)
-    if not (standard and centred and target.toy == "gaussian" and rdmd.cost.kind == "squared_l2"):
+    if not (standard and centred and target.toy == "gaussian"):
+        return None
+    if rdmd.cost.kind != "squared_l2" or rdmd.cost.features is not None:
         return None
     if rdmd.weighting == "dmd":
         return None

@@ -17,7 +17,7 @@ from rdmd_fast.telemetry import TIME_KEYS
 WORKER = Path(__file__).with_name("distributed_worker.py")
 STAGES = [0, 1, 2, 3]
 # Of the runs that are stopped half-way; tests/soak/kill_resume.py does the same to more of them.
-HALVES = [("mlp", 0), ("mlp", 3), ("unet", 1), *(("unet_rdmd", stage) for stage in STAGES)]
+HALVES = [("mlp", 0), ("mlp", 3), ("any_weight_mlp", 3), ("unet", 1), *(("unet_rdmd", stage) for stage in STAGES)]
 # ZeRO stages of a run that starts on two ranks, goes on on one and ends on two.
 CHAINS = [(2, 3, 1), (0, 1, 3), (3, 0, 2)]
 
@@ -39,6 +39,7 @@ MLP_RDMD = {
     "validation": {"count": 16},
     "checkpoint": {"every": 0},
 }
+ANY_WEIGHT = {**MLP_RDMD, "rdmd": {**MLP_RDMD["rdmd"], "transport_weight": {"log_uniform": [0.05, 2.0]}}}
 UNET_TEACHER = {
     "stage": "teacher",
     "data": {"target": "shards/3/train"},
@@ -118,11 +119,13 @@ def runs(tmp_path_factory):
     first, middle, last = ([*chain.from_iterable(links)] for links in zip(*map(layouts, CHAINS), strict=True))
     assert launch(folder, 2, first) == [75] * len(first)
     whole_batch = case(MLP_RDMD, "mlp_whole_batch", 0, train={"steps": 20, "global_batch_size": 16})
-    statuses = launch(folder, 1, [case(MLP_RDMD, "mlp_one", 0), whole_batch, *middle])
-    assert statuses == [0, 0] + [75] * len(middle)
+    any_weight = case(ANY_WEIGHT, "any_weight_mlp_one", 0)
+    statuses = launch(folder, 1, [case(MLP_RDMD, "mlp_one", 0), whole_batch, any_weight, *middle])
+    assert statuses == [0, 0, 0] + [75] * len(middle)
     two, statuses = last, [0] * len(last)
     for stage in STAGES:
-        for base, name in ((MLP_RDMD, "mlp"), (UNET_TEACHER, "unet"), (UNET_RDMD, "unet_rdmd")):
+        bases = [(MLP_RDMD, "mlp"), (UNET_TEACHER, "unet"), (UNET_RDMD, "unet_rdmd")]
+        for base, name in bases + [(ANY_WEIGHT, "any_weight_mlp")] * (stage == 3):
             two.append(case(base, f"{name}_{stage}", stage))
             if (name, stage) not in HALVES:
                 statuses.append(0)
@@ -134,10 +137,10 @@ def runs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name,one,keys", [
-    ("mlp", "mlp_one", ("fake_loss", "transport_cost", "score_gradient_rms")),
-    ("unet", "teacher", ("loss",)),
+@pytest.mark.parametrize("name,one,keys,stage", [
+    *[("mlp", "mlp_one", ("fake_loss", "transport_cost", "score_gradient_rms"), stage) for stage in STAGES],
+    ("any_weight_mlp", "any_weight_mlp_one", ("fake_loss", "transport_cost", "score_gradient_rms"), 3),
+    *[("unet", "teacher", ("loss",), stage) for stage in STAGES],
 ])  # fmt: skip
 def test_two_ranks_at_every_zero_stage_equal_one_rank(runs, name, one, keys, stage):
     single, double = metrics(runs / one), metrics(runs / f"{name}_{stage}")

@@ -16,9 +16,10 @@ from rdmd_fast.distributed import BatchLayout, World
 from rdmd_fast.networks import build_network
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted(path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+FILES = sorted(path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [name for name in FILES if not name.endswith("study.yaml")]  # of a training
 SMALL = [name for name in CONFIGS if name.endswith("_24gb.yaml")]
-DOCUMENTS = ("docs/datasets.md", "docs/teachers.md", "README.md")
+DOCUMENTS = ("docs/datasets.md", "docs/teachers.md", "README.md", "docs/figures.md")
 
 # (sample shape, parameters in millions) of the networks that configurations of each folder describe.
 NETWORKS = {
@@ -163,3 +164,31 @@ def test_shards_of_the_presets_are_those_that_the_commands_pack():
         data = yaml.safe_load((ROOT / "configs" / name).read_text())["data"]
         for path in (value for value in data.values() if isinstance(value, str)):
             assert any(re.match(f"{out}(/|$)", path) for out in packed), (name, path)
+
+
+def test_the_paper_budget_is_what_its_commands_pack():
+    """Head comments of the 2-D presets pack 5,000 points of each domain, of the toys of the analytic preset."""
+    teacher, rdmd = load("toy/paper_teacher_8gaussians.yaml"), load("toy/paper_rdmd_8gaussians.yaml")
+    parser = argparse.ArgumentParser()
+    importlib.import_module(COMMANDS["pack"][0]).add_arguments(parser)
+    packed, trained = {}, []
+    for name in ("paper_teacher_8gaussians", "paper_rdmd_8gaussians"):
+        for line in (ROOT / f"configs/toy/{name}.yaml").read_text().splitlines():
+            words = shlex.split(line.removeprefix("#")) if line.startswith("#   ") else [""]
+            if words[0] == "rdmd":
+                arguments = parser.parse_args(words[2:])
+                packed[str(arguments.out)] = arguments
+            elif words[0] == "python":
+                trained.append(words[-1])
+    assert trained == ["configs/toy/paper_teacher_8gaussians.yaml", "configs/toy/paper_rdmd_8gaussians.yaml"]
+    assert rdmd.teacher == f"{teacher.run_dir}/export"
+    assert set(packed) == {teacher.data.target, rdmd.data.source, rdmd.data.source_holdout, rdmd.data.target_holdout}
+    assert packed[teacher.data.target].count == packed[rdmd.data.source].count == 5000
+    # One seed draws the same normals for every toy: domains and splits are independent only at different seeds.
+    assert len({arguments.seed for arguments in packed.values()}) == len(packed)
+    analytic = load("toy/gaussian_to_8gaussians.yaml")
+    for folder in (teacher.data.target, rdmd.data.target_holdout):
+        arguments, toy = packed[folder], analytic.data.target
+        assert (arguments.source, arguments.scale, arguments.std) == (f"toy:{toy.toy}", toy.scale, toy.std)
+    assert {packed[folder].source for folder in (rdmd.data.source, rdmd.data.source_holdout)} == {"toy:gaussian"}
+    assert rdmd.validation.count >= packed[rdmd.data.target_holdout].count

@@ -28,25 +28,20 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = None) -> np.ndarray:
-    """Turn a picture upright (EXIF orientation), crop its central square, resize it by a Lanczos filter.
+def load_picture(file: str | Path | BinaryIO) -> Image.Image:
+    """A picture in RGB, upright by its EXIF orientation.
 
     Args:
         file: image file, by path or open.
-        resolution: side of the result in pixels; smaller squares are enlarged.
-        crop: side of the central square in pixels; None takes the largest.
-
-    Returns:
-        uint8 [resolution, resolution, 3].
 
     Raises:
-        OSError, ValueError and others: unreadable image (``formats.UNREADABLE``), or one smaller than ``crop``.
+        OSError, ValueError and others: unreadable image (``formats.UNREADABLE``).
     """
     if isinstance(file, str | Path):
         if not Path(file).is_file():  # a pipe would never end
             raise ValueError("not a regular file")
         with open(file, "rb") as content:
-            return load_image(content, resolution, crop)
+            return load_picture(content)
     check_webp_size(file.read(32), MOST_PIXELS)
     file.seek(0)
     try:
@@ -54,16 +49,36 @@ def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = 
     except UnidentifiedImageError:  # its message holds a memory address
         raise ValueError("not an image of a known format") from None
     with opened:
-        image = to_rgb(ImageOps.exif_transpose(opened))
+        return to_rgb(ImageOps.exif_transpose(opened))
+
+
+def load_image(file: str | Path | BinaryIO, resolution: int, crop: int | None = None) -> np.ndarray:
+    """The central square of ``load_picture``, resized by ``central_square``; errors as there and below.
+
+    Returns:
+        uint8 [resolution, resolution, 3].
+    """
+    return np.asarray(central_square(load_picture(file), resolution, crop))
+
+
+def central_square(image: Image.Image, resolution: int, crop: int | None = None) -> Image.Image:
+    """Crop the central square of a picture and resize it by a Lanczos filter.
+
+    Args:
+        image: of any size.
+        resolution: side of the result in pixels; smaller squares are enlarged.
+        crop: side of the central square in pixels; None takes the largest.
+
+    Raises:
+        ValueError: an image smaller than ``crop``.
+    """
     width, height = image.size
     side = crop or min(width, height)
     if side > min(width, height):
         raise ValueError(f"{width}x{height} pixels are too few for a central square of {side}")
     left, top = (width - side) // 2, (height - side) // 2
     square = image.crop((left, top, left + side, top + side))
-    if side != resolution:
-        square = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(square)
+    return square if side == resolution else square.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
 def list_files(folder: Path) -> list[str]:
@@ -118,18 +133,21 @@ def image_keys(paths: Sequence[str]) -> list[str]:
     return keys
 
 
-def map_in_order(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
-    """``function(job)`` of each job in order, computed ahead on ``workers`` threads.
+def map_in_order(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, ahead: int | None = None
+) -> Iterator[Result]:
+    """``function(job)`` of each job in order, computed on ``workers`` threads, ``ahead`` (2 a worker) at most ahead.
 
     Threads, not processes: Pillow decodes, resizes and encodes outside Python's lock.
     """
     pool = ThreadPoolExecutor(workers)
     pending: deque = deque()
+    most = 2 * workers if ahead is None else ahead
     try:
         for job in jobs:
             pending.append(pool.submit(function, job))
             # A bounded window: pool.map would hold every result at once.
-            if len(pending) > 2 * workers:
+            if len(pending) > most:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

@@ -34,7 +34,7 @@ examples:
                                             (DIR/Male/train, val, test and DIR/not_Male/train, val, test)
   rdmd pack mnist:mnist --out shards/mnist --resolution 32 --digits 2 3   (DIR/2/train ... DIR/3/test, coloured)
   rdmd pack digits --out shards/digits                   (DIR/0/train ... DIR/9/test, each digit in 8 hues)
-  rdmd pack toy:8gaussians --count 5000 --out shards/8gaussians
+  rdmd pack toy:8gaussians --scale 2 --std 0.2 --count 5000 --out shards/8gaussians
   rdmd pack shards/cats256 --out shards/cats64 --resolution 64            (resizes a shard set, ours or another's)
   rdmd pack photos/wild --out shards/wild --resolution 64 --other shards/cats   (reports images that both hold)
   rdmd pack --check shards/cats shards/wild             (hashes, index and every image; exit status 2 on a fault)
@@ -57,6 +57,8 @@ DEFAULTS = {
     "device": None,
     "hues": 8,
     "count": 10000,
+    "scale": None,
+    "std": None,
     "seed": 0,
     "shard_size": 4096,
     "other": None,
@@ -76,7 +78,7 @@ FILES = Source(
 )
 DIGITS = Source("digits", digit_sets, ("hues",))
 PREFIXED = {
-    TOY_PREFIX: Source("toys", toy_sets, ("count", "seed")),
+    TOY_PREFIX: Source("toys", toy_sets, ("count", "scale", "std", "seed")),
     CELEBA_PREFIX: Source(
         "CelebA", celeba_sets, ("attribute", "resolution", "crop", "holdout", "encoder", "device", "seed")
     ),
@@ -134,6 +136,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("device", "where the encoder runs: auto, cpu, cuda or cuda:N (default: auto)")
     add("hues", "digits: coloured copies of each image (default: %(default)s)", type=int, metavar="N")
     add("count", "toys: points to draw (default: %(default)s)", type=int, metavar="N")
+    add("scale", "toys: size of the figure, data units (default: the toy's own)", type=float, metavar="LENGTH")
+    add(
+        "std", "toys: standard deviation of a component, data units (default: the toy's own)", type=float, metavar="STD"
+    )
     add("seed", "of the hold-out choice, of MNIST's hues and of a toy's points (default: %(default)s)", type=int)
     add("shard_size", "samples in each shard (default: %(default)s)", type=int, metavar="N")
     add("other", "report the samples that are also in this shard set, the other domain", type=Path, metavar="DIR")

@@ -10,8 +10,7 @@ import numpy as np
 
 from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.errors import InputError
-from rdmd_fast.metrics.frechet import frechet_distance
-from rdmd_fast.metrics.images import l2, mean_colour_cosine, mse_per_pixel, psnr, unit_range
+from rdmd_fast.metrics.images import unit_range
 from rdmd_fast.metrics.inputs import require
 
 NEIGHBOURS = 3
@@ -96,28 +95,6 @@ class DigitJudge:
         if label not in self.classes:
             raise InputError(f"digit {label} is not among {self.classes.tolist()}: pack it or name another")
         return float(np.mean(self._knn.predict(self._test_images[self._test_labels == label]) == label))
-
-
-def digit_report(
-    judge: DigitJudge, source_images, outputs, target_label: int, real_target_images, name: str
-) -> dict[str, str | float | int]:
-    """One row of the digit table; all images [N, C, H, W] in [-1, 1], outputs paired with source_images.
-
-    Keys: ``name``, ``images``, ``real_images`` (counts), ``share_3nn`` (outputs that 3-NN calls
-    target_label), ``colour_cosine``, ``l2``, ``mse_per_pixel`` and ``psnr`` to the sources (see
-    metrics.images), ``frechet`` (of the judge's features, to the real target images).
-    """
-    return {
-        "name": name,
-        "images": len(outputs),
-        "real_images": len(real_target_images),
-        "share_3nn": float(np.mean(judge.knn_labels(outputs) == target_label)),
-        "colour_cosine": mean_colour_cosine(source_images, outputs),
-        "frechet": frechet_distance(judge.features(outputs), judge.features(real_target_images)),
-        "l2": l2(source_images, outputs),
-        "mse_per_pixel": mse_per_pixel(source_images, outputs),
-        "psnr": psnr(source_images, outputs),
-    }
 
 
 def _cell(value) -> str:

@@ -1,4 +1,7 @@
-"""Networks and their options. Every raw network is called ``network(x, c_noise, class_labels=None)``."""
+"""Networks and their options. Every raw network is called ``network(x, c_noise, class_labels=None)``.
+
+One that was built to be told a number of each sample, as λ, takes it as ``condition=``.
+"""
 
 from __future__ import annotations
 
@@ -119,13 +122,17 @@ class TeacherCopyOptions(Options):
 GeneratorOptions = Annotated[TeacherCopyOptions | MLPOptions | AffineOptions, Field(discriminator="kind")]
 
 
-def build_network(options: Options, sample_shape: tuple[int, ...], dropout: bool = True) -> torch.nn.Module:
+def build_network(
+    options: Options, sample_shape: tuple[int, ...], dropout: bool = True, condition: bool = False
+) -> torch.nn.Module:
     """A raw network for samples of ``sample_shape``, (D,) or (C, H, W), freshly initialised.
 
     ``dropout=False`` leaves it out whatever the options say: distillation wants scores without noise of their own.
+    With ``condition`` the network takes a further number by sample, ``network(..., condition=values)``, of which it
+    makes nothing before training.
 
     Raises:
-        InputError: the network does not fit the samples.
+        InputError: the network does not fit the samples, or takes no condition.
     """
     points = len(sample_shape) == 1
     if options.kind in ("mlp", "affine") and not points:
@@ -135,20 +142,28 @@ def build_network(options: Options, sample_shape: tuple[int, ...], dropout: bool
     if options.kind == "mlp":
         from .mlp import MLP
 
-        return MLP(sample_shape[0], hidden=options.hidden, depth=options.depth, embedding=options.embedding)
+        return MLP(
+            sample_shape[0],
+            hidden=options.hidden,
+            depth=options.depth,
+            embedding=options.embedding,
+            condition=condition,
+        )
     if options.kind == "affine":
+        if condition:
+            raise InputError("network kind 'affine' takes no condition: use mlp")
         from .mlp import AffineMap
 
         return AffineMap(sample_shape[0], scale=options.scale, angle=options.angle)
     if options.kind == "diffusers_unet":
-        return _build_unet2d(options, sample_shape, dropout)
+        return _build_unet2d(options, sample_shape, dropout, condition)
     if points:
         raise InputError(f"network kind {options.kind!r} is for images, the data has shape {sample_shape}: use mlp")
-    return _build_unet(options, sample_shape, dropout)
+    return _build_unet(options, sample_shape, dropout, condition)
 
 
 def _build_unet(
-    options: SongUNetOptions | DhariwalUNetOptions, sample_shape: tuple[int, ...], dropout: bool
+    options: SongUNetOptions | DhariwalUNetOptions, sample_shape: tuple[int, ...], dropout: bool, condition: bool
 ) -> torch.nn.Module:
     from .dhariwal_unet import DhariwalUNet
     from .song_unet import SongUNet
@@ -164,10 +179,12 @@ def _build_unet(
     if not dropout:
         arguments |= {"dropout": 0.0, "label_dropout": 0.0}
     build = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet}[options.kind]
-    return build(img_resolution=height, in_channels=channels, out_channels=channels, **arguments)
+    return build(img_resolution=height, in_channels=channels, out_channels=channels, condition=condition, **arguments)
 
 
-def _build_unet2d(options: DiffusersUNetOptions, sample_shape: tuple[int, ...], dropout: bool) -> torch.nn.Module:
+def _build_unet2d(
+    options: DiffusersUNetOptions, sample_shape: tuple[int, ...], dropout: bool, condition: bool
+) -> torch.nn.Module:
     from .unet2d import UNet2D
 
     halvings = 2 ** (len(options.unet.block_out_channels) - 1)
@@ -177,4 +194,4 @@ def _build_unet2d(options: DiffusersUNetOptions, sample_shape: tuple[int, ...], 
             f"the diffusers network takes {options.unet.in_channels} channels and sides that divide by {halvings}, the "
             f"data has shape {tuple(sample_shape)}: pack it at another --resolution"
         )
-    return UNet2D(options, dropout)
+    return UNet2D(options, dropout, condition)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .condition import ConditionEmbedding
 from .unet_layers import Conv2d, GroupNormSiLU, Linear, NoiseEmbedding, UNet, UNetBlock, require
 
 CHANNELS_PER_HEAD = 64
@@ -29,6 +30,7 @@ class DhariwalUNet(UNet):
         attn_resolutions: resolutions whose blocks attend; the innermost block always does. Blocks of fewer channels
             than a head has do not (as in EDM).
         dropout, label_dropout: probability, in training, inside the blocks and of dropping a sample's class.
+        condition: whether the network is told a further number by sample (ours; zero weights at first).
 
     Raises:
         InputError: for sizes that do not divide.
@@ -48,6 +50,7 @@ class DhariwalUNet(UNet):
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
         label_dropout: float = 0.0,
+        condition: bool = False,
     ):
         super().__init__()
         factor = 2 ** (len(channel_mult) - 1)
@@ -70,6 +73,7 @@ class DhariwalUNet(UNet):
         self.out_norm = GroupNormSiLU(widths[0], eps=1e-5)
         self.out_conv = Conv2d(widths[0], out_channels, 3)
         initialise(self)
+        self.map_condition = ConditionEmbedding(emb_channels) if condition else None
 
     def block(self, in_channels: int, out_channels: int, attention: bool = False, **resample) -> UNetBlock:
         heads = out_channels // CHANNELS_PER_HEAD if attention else 0
@@ -122,14 +126,14 @@ class DhariwalUNet(UNet):
         return self.out_conv(self.out_norm(h))
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        """Noise level, class and augmentation -> [N, emb_channels]."""
+        """Noise level, class and augmentation -> [N, emb_channels], ahead of the last SiLU."""
         embedding = self.map_noise(c_noise)
         if self.map_augment is not None:
             embedding = embedding + self.augmentation(augment_labels, embedding)
         embedding = self.map_layer1(F.silu(self.map_layer0(embedding)))
         if self.map_label is not None:
             embedding = embedding + self.map_label(self.labels(class_labels, embedding))
-        return F.silu(embedding)
+        return embedding
 
 
 def initialise(network: DhariwalUNet) -> None:

@@ -2,12 +2,14 @@
 
 DIR/config.json                                network, data shape, parameterisation, how to read it
 DIR/generator.safetensors or teacher.safetensors   EMA weights, fp32, keys as the raw network names them
+DIR/README.md                                  model card
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,7 +22,9 @@ from ..diffusion import DiffusionOptions, Reading, denoise
 from ..errors import InputError
 from ..options import Options
 from ..runtime import fsync_path, read_text, replace_folder, write_atomically
+from ..transport_weight import WeightRange, told
 from . import ExportedNetworkOptions, build_network
+from .condition import conditioning_weights
 
 FORMAT = 1
 MOST_BYTES = 1 << 20  # of a config.json
@@ -38,6 +42,7 @@ class ExportConfig(Options):
     reading: Literal["teacher", "mlp", "affine"] | None = None
     generator_sigma: float | None = Field(None, ge=1e-6, le=1e6)
     target_class: int | None = Field(None, ge=0)
+    transport_weights: list[Annotated[float, Field(ge=1e-6, le=1e6)]] | None = Field(None, min_length=2, max_length=2)
     step: int | None = Field(None, ge=0)
 
     @model_validator(mode="after")
@@ -49,21 +54,47 @@ class ExportConfig(Options):
         classes = getattr(self.network, "label_dim", 0)
         if classes and self.target_class is not None and self.target_class >= classes:
             raise ValueError("target_class: the network has no such class")
+        if self.transport_weights and self.transport_weights[0] >= self.transport_weights[1]:
+            raise ValueError("transport_weights: give [low, high] with low below high")
         return self
 
+    @property
+    def weight_range(self) -> WeightRange | None:
+        """The λ that the network is conditioned on; None for one that is not."""
+        return WeightRange(*self.transport_weights) if self.transport_weights else None
 
-def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Tensor]) -> None:
-    """Write an export so that ``folder`` always holds a whole one: the old until the new is complete."""
+
+def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Tensor], card: str | None = None) -> None:
+    """Write an export so that ``folder`` always holds a whole one: the old until the new is complete.
+
+    Args:
+        card: its README.md.
+    """
+
+    def fill(partial: Path) -> None:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            partial / f"{config.role}.safetensors",
+        )
+        fsync_path(partial / f"{config.role}.safetensors")
+
+    write_folder(folder, config, fill, card)
+
+
+def write_folder(folder: Path, config: ExportConfig, fill: Callable[[Path], None], card: str | None = None) -> None:
+    """A folder with config.json, a README.md and what ``fill`` writes into it, whole or not at all."""
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()},
-        partial / f"{config.role}.safetensors",
-    )
-    fsync_path(partial / f"{config.role}.safetensors")
-    write_atomically(partial / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    try:
+        fill(partial)
+        if card is not None:
+            write_atomically(partial / "README.md", card)
+        write_atomically(partial / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     replace_folder(partial, folder)
 
 
@@ -130,6 +161,11 @@ def load_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], ori
     network.load_state_dict(weights)
 
 
+def load_teacher_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:
+    """``load_weights`` into a network that may be told a condition: those layers, and no others, stay as they are."""
+    load_weights(network, weights | conditioning_weights(network), origin)
+
+
 def check_weights(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], origin: str) -> None:
     """Whether ``weights`` have the keys and shapes of a network's own state dict.
 
@@ -167,7 +203,7 @@ def expected_weights(config: ExportConfig, count: int, origin: str) -> dict[str,
         raise InputError(f"{origin}: has {count} weights, too few for the layers that its configuration names")
     try:
         with torch.device("meta"):
-            return build_network(options, tuple(config.sample_shape), dropout=False).state_dict()
+            return _network_of(config).state_dict()
     except InputError as error:
         raise InputError(f"{origin}: {error}") from None
     except (RuntimeError, OverflowError, TypeError, ValueError):
@@ -177,9 +213,34 @@ def expected_weights(config: ExportConfig, count: int, origin: str) -> dict[str,
 def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str) -> torch.nn.Module:
     """The raw network of an export, in evaluation mode, on the CPU; InputError where the weights are not its own."""
     check_weights(expected_weights(config, len(weights), origin), weights, origin)  # before it takes any memory
-    network = build_network(config.network, tuple(config.sample_shape), dropout=False)
+    network = _network_of(config)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
+
+
+def _network_of(config: ExportConfig) -> torch.nn.Module:
+    condition = config.transport_weights is not None
+    return build_network(config.network, tuple(config.sample_shape), dropout=False, condition=condition)
+
+
+def conditions(
+    config: ExportConfig, weight: float | torch.Tensor | None, count: int, device="cpu"
+) -> dict[str, torch.Tensor]:
+    """What a network is given for λ, by keyword: a number, [N], or None for the middle of its range.
+
+    Raises:
+        InputError: λ lies outside the range, or the network is of one λ only.
+    """
+    bounds = config.weight_range
+    if bounds is None:
+        if weight is not None:
+            raise InputError(
+                "transport_weight: the network was trained for a single one and takes none; train with "
+                "rdmd.transport_weight={log_uniform: [low, high]} to choose it afterwards"
+            )
+        return {}
+    condition = bounds.condition(bounds.middle if weight is None else weight, count)
+    return {"condition": condition.to(device)}
 
 
 def one_hot(config: ExportConfig, class_labels: torch.Tensor | None, count: int, device) -> torch.Tensor | None:
@@ -208,30 +269,51 @@ def one_hot(config: ExportConfig, class_labels: torch.Tensor | None, count: int,
 
 
 class Generator(torch.nn.Module):
-    """One-step translator: ``generator(x)`` maps [N, C, H, W] (or points [N, D]) in data units to the target domain."""
+    """One-step translator: ``generator(x)`` maps [N, C, H, W] (or points [N, D]) in data units to the target domain.
+
+    One that was trained for a range of λ takes ``transport_weight``, a number or a tensor [N], for every call: more
+    keeps more of x, less follows the target domain closer. Without it λ is the range's geometric mean.
+    """
 
     def __init__(self, network: torch.nn.Module, config: ExportConfig):
         super().__init__()
         self.model, self.config = network, config
         self.reading = Reading.of(config.reading, config.diffusion, config.generator_sigma)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def transport_weights(self) -> tuple[float, float] | None:
+        """(lowest, highest) λ that it takes; None for a generator of a single one."""
+        return tuple(self.config.transport_weights) if self.config.transport_weights else None
+
+    def forward(self, x: torch.Tensor, transport_weight: float | torch.Tensor | None = None) -> torch.Tensor:
+        """InputError for a λ outside ``transport_weights``, or for any if that is None."""
         dtype = next(self.model.parameters()).dtype
-        return self.reading(self.model, x.float(), one_hot(self.config, None, len(x), x.device), dtype)
+        network = told(self.model, conditions(self.config, transport_weight, len(x), x.device))
+        return self.reading(network, x.float(), one_hot(self.config, None, len(x), x.device), dtype)
 
 
 class Denoiser(torch.nn.Module):
-    """``denoiser(x_noisy, sigma, class_labels=None)``: E[y | y + σ ε] of [N, …] at σ a number or [N], data units."""
+    """``denoiser(x_noisy, sigma, class_labels=None)``: E[y | y + σ ε] of [N, …] at σ a number or [N], data units.
+
+    A fake score of a range of λ takes ``transport_weight`` as a ``Generator`` does.
+    """
 
     def __init__(self, network: torch.nn.Module, config: ExportConfig):
         super().__init__()
         self.model, self.config = network, config
 
-    def forward(self, x_noisy: torch.Tensor, sigma, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x_noisy: torch.Tensor,
+        sigma,
+        class_labels: torch.Tensor | None = None,
+        transport_weight: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
         labels = one_hot(self.config, class_labels, len(x_noisy), x_noisy.device)
         dtype = next(self.model.parameters()).dtype
-        return denoise(self.model, x_noisy, sigma, self.config.diffusion, labels, dtype)
+        network = told(self.model, conditions(self.config, transport_weight, len(x_noisy), x_noisy.device))
+        return denoise(network, x_noisy, sigma, self.config.diffusion, labels, dtype)
 
 
 def load_generator(folder: str | Path) -> Generator:

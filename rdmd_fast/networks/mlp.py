@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from rdmd_fast.errors import InputError
 
+from .condition import ConditionEmbedding
+
 
 class ConditionedLinear(nn.Linear):
     """A linear layer whose bias comes from outside, one row a sample: one fused matrix product."""
@@ -37,9 +39,18 @@ class MLP(nn.Module):
         depth: number of hidden layers, at least 1.
         embedding: number of sinusoidal features of c_noise, even.
         label_dim: length of one-hot class labels; 0 for none.
+        condition: whether the network is told a further number by sample, which adds to the same biases.
     """
 
-    def __init__(self, dim: int = 2, hidden: int = 256, depth: int = 3, embedding: int = 64, label_dim: int = 0):
+    def __init__(
+        self,
+        dim: int = 2,
+        hidden: int = 256,
+        depth: int = 3,
+        embedding: int = 64,
+        label_dim: int = 0,
+        condition: bool = False,
+    ):
         super().__init__()
         if min(dim, hidden, depth) < 1 or embedding < 2 or embedding % 2 or label_dim < 0:
             raise InputError(
@@ -58,6 +69,7 @@ class MLP(nn.Module):
         self.output_layer = nn.Linear(hidden, dim)
         nn.init.zeros_(self.output_layer.weight)
         nn.init.zeros_(self.output_layer.bias)
+        self.map_condition = ConditionEmbedding(depth * hidden) if condition else None
 
     def forward(
         self,
@@ -65,6 +77,7 @@ class MLP(nn.Module):
         c_noise: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The raw output F.
 
@@ -73,6 +86,7 @@ class MLP(nn.Module):
             c_noise: [N].
             class_labels: [N, label_dim] one-hot; None means no class; ignored if label_dim is 0.
             augment_labels: ignored.
+            condition: [N] in [-1, 1], None for 0; ignored by a network built without.
 
         Returns:
             [N, dim] in x's dtype.
@@ -83,7 +97,10 @@ class MLP(nn.Module):
             if class_labels is None:
                 class_labels = features.new_zeros(len(x), self.label_dim)
             features = torch.cat([features, class_labels.to(dtype)], dim=1)
-        biases = self.conditioning(features).chunk(len(self.hidden_layers), dim=1)
+        biases = self.conditioning(features)
+        if self.map_condition is not None:
+            biases = biases + self.map_condition(condition, c_noise)
+        biases = biases.chunk(len(self.hidden_layers), dim=1)
         h = x.to(dtype)
         for layer, bias in zip(self.hidden_layers, biases, strict=True):
             h = F.silu(layer(h, bias))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rdmd_fast.kernels.scaled_residual import scaled_residual
 
+from .condition import ConditionEmbedding
 from .unet_layers import Conv2d, GroupNormSiLU, Linear, NoiseEmbedding, UNet, UNetBlock, require
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two branches
@@ -40,6 +41,7 @@ class SongUNet(UNet):
         encoder_type: "standard", "skip" or "residual": how a shrunken x enters each level again.
         decoder_type: "standard" or "skip": whether each level adds to the output.
         resample_filter: an even number of taps.
+        condition: whether the network is told a further number by sample (ours; zero weights at first).
 
     Raises:
         InputError: for a choice that does not exist, or sizes that do not divide.
@@ -64,6 +66,7 @@ class SongUNet(UNet):
         encoder_type: str = "standard",
         decoder_type: str = "standard",
         resample_filter: Sequence[float] = (1, 1),
+        condition: bool = False,
     ):
         super().__init__()
         check_choice("embedding_type", embedding_type, ("positional", "fourier"))
@@ -92,6 +95,7 @@ class SongUNet(UNet):
         self.enc = self.build_encoder(model_channels, widths, num_blocks)
         self.dec = self.build_decoder(widths, num_blocks)
         initialise(self)
+        self.map_condition = ConditionEmbedding(emb_channels) if condition else None
 
     def block(self, in_channels: int, out_channels: int, attention: bool = False, **resample) -> UNetBlock:
         return UNetBlock(in_channels, out_channels, heads=int(attention), **resample, **self.block_options)
@@ -171,14 +175,14 @@ class SongUNet(UNet):
         return output
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
-        """Noise level, class and augmentation -> [N, emb_channels]."""
+        """Noise level, class and augmentation -> [N, emb_channels], ahead of the last SiLU."""
         embedding = self.map_noise(c_noise)
         if self.map_label is not None:
             # sqrt(label_dim) gives a one-hot vector unit variance.
             embedding = embedding + self.map_label(self.labels(class_labels, embedding) * math.sqrt(self.label_dim))
         if self.map_augment is not None:
             embedding = embedding + self.augmentation(augment_labels, embedding)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))
+        return self.map_layer1(F.silu(self.map_layer0(embedding)))
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rdmd_fast.kernels.group_norm_silu import group_norm_silu
 
+from .condition import ConditionEmbedding
 from .diffusers_options import DiffusersUNetOptions, FlowSchedule, UNet2DOptions, VPSchedule
 from .unet_layers import ExactTables, Linear
 
@@ -222,7 +223,7 @@ class UNet2D(nn.Module):
 
     checkpointing = False
 
-    def __init__(self, options: DiffusersUNetOptions, dropout: bool = True):
+    def __init__(self, options: DiffusersUNetOptions, dropout: bool = True, condition: bool = False):
         super().__init__()
         unet = options.unet if dropout else options.unet.model_copy(update={"dropout": 0.0})
         widths = unet.block_out_channels
@@ -240,14 +241,18 @@ class UNet2D(nn.Module):
         self.up_blocks = nn.ModuleList(_up_level(unet, embedding, position) for position in range(len(widths)))
         self.conv_norm_out = GroupNorm(unet.norm_num_groups, widths[0], eps=unet.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], unet.out_channels, 3, padding=1)
+        self.map_condition = ConditionEmbedding(embedding) if condition else None
 
-    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, condition: Tensor | None = None
+    ) -> Tensor:
         """The raw prediction F.
 
         Args:
             x: [N, C, H, W]; H and W divide by 2^(levels - 1).
             c_noise: ln(σ̃)/4, [N].
             class_labels: one-hot [N, classes]; None or a row of zeros means no class.
+            condition: [N] in [-1, 1], None for 0; ignored by a network built without.
 
         Returns:
             [N, C, H, W] in x's dtype, channels_last; computed in the weights' dtype.
@@ -257,6 +262,8 @@ class UNet2D(nn.Module):
             if class_labels is None:
                 class_labels = embedding.new_zeros(len(embedding), self.classes)
             embedding = embedding + self.class_embedding(class_labels)
+        if self.map_condition is not None:
+            embedding = embedding + self.map_condition(condition, c_noise)
         h = x.to(embedding.dtype, memory_format=torch.channels_last)
         h = self.conv_in(2 * h - 1 if self.centre else h)
         skips = [h]

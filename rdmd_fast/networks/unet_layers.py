@@ -264,9 +264,11 @@ class UNet(nn.Module):
 
     Attributes:
         checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
+        map_condition: embeds the condition; None in a network without.
     """
 
     checkpointing = False
+    map_condition: nn.Module | None
 
     def run(self, layer: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
         """One layer of `enc` or `dec`."""
@@ -282,6 +284,7 @@ class UNet(nn.Module):
         c_noise: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """The raw output F.
 
@@ -290,11 +293,15 @@ class UNet(nn.Module):
             c_noise: [N].
             class_labels: [N, label_dim] one-hot; None means no class (zeros); ignored if label_dim is 0.
             augment_labels: [N, augment_dim], or None for images that were not augmented.
+            condition: [N] in [-1, 1], None for 0; ignored by a network built without.
 
         Returns:
             [N, out_channels, H, W], channels_last, in x's dtype; computed in the weights' dtype.
         """
         embedding = self.embed(c_noise, class_labels, augment_labels)
+        if self.map_condition is not None:
+            embedding = embedding + self.map_condition(condition, c_noise)
+        embedding = F.silu(embedding)
         h = x.to(embedding.dtype, memory_format=torch.channels_last)
         return self.decode(*self.encode(h, embedding), embedding).to(x.dtype)
 
@@ -310,5 +317,5 @@ class UNet(nn.Module):
     def augmentation(self, augment_labels: Tensor | None, features: Tensor) -> Tensor:
         """Embedded augmentation labels. Zeros stand for none: their weight then has a gradient, as engines expect."""
         if augment_labels is None:
-            augment_labels = features.new_zeros(len(features), self.augment_dim)
+            augment_labels = features.new_zeros(features.shape[0], self.augment_dim)
         return self.map_augment(augment_labels)

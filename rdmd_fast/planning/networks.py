@@ -14,6 +14,7 @@ from ..data.toys import ToyDistribution
 from ..networks import build_network
 from ..networks.teachers import read_teacher_config
 from ..options import Options
+from ..transport_weight import WeightRange
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class PlannedNetwork:
         options: what it is built from.
         shape: of a sample, (D,) or (C, H, W).
         dropout: whether the options' dropout is in it.
+        condition: whether it is told each sample's λ.
         sizes: elements of each parameter, in order.
         buffers: bytes of the buffers that exports and checkpoints hold, fp32.
         gathered_again: elements of parameters that activation checkpointing makes ZeRO-3 gather once more: those of
@@ -36,15 +38,16 @@ class PlannedNetwork:
     sizes: tuple[int, ...]
     buffers: int
     gathered_again: int
+    condition: bool = False
 
     @classmethod
-    def of(cls, options: Options, shape: tuple[int, ...], dropout: bool) -> PlannedNetwork:
+    def of(cls, options: Options, shape: tuple[int, ...], dropout: bool, condition: bool = False) -> PlannedNetwork:
         with torch.device("meta"):
-            network = build_network(options, shape, dropout=dropout)
+            network = build_network(options, shape, dropout=dropout, condition=condition)
         persistent = {name for name in network.state_dict() if name not in dict(network.named_parameters())}
         buffers = sum(4 * buffer.numel() for name, buffer in network.named_buffers() if name in persistent)
         sizes = tuple(parameter.numel() for parameter in network.parameters())
-        return cls(options, shape, dropout, sizes, buffers, _gathered_again(network))
+        return cls(options, shape, dropout, sizes, buffers, _gathered_again(network), condition)
 
     @property
     def parameters(self) -> int:
@@ -53,7 +56,7 @@ class PlannedNetwork:
     def build(self, device: str = "meta") -> nn.Module:
         """The network as initialised, fp32; on the meta device shapes alone."""
         with torch.device(device):
-            return build_network(self.options, self.shape, dropout=self.dropout)
+            return build_network(self.options, self.shape, dropout=self.dropout, condition=self.condition)
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,14 @@ def planned_networks(config: Config) -> PlannedNetworks:
         if config.teacher_stage.dropout is not None and hasattr(options, "dropout"):
             options = options.model_copy(update={"dropout": config.teacher_stage.dropout})
         return PlannedNetworks({"teacher": PlannedNetwork.of(options, shape, True)}, None, "teacher")
-    score = PlannedNetwork.of(options, shape, False) if options else None
+    conditioned = WeightRange.of(config.rdmd.transport_weight) is not None
+    score = PlannedNetwork.of(options, shape, False, conditioned) if options else None
     copied = config.generator.kind == "teacher"
-    trained = {"generator": score if copied else PlannedNetwork.of(config.generator, shape, False)}
+    trained = {"generator": score if copied else PlannedNetwork.of(config.generator, shape, False, conditioned)}
     if config.rdmd.fake_score == "learned":
         trained["fake_score"] = score
-    return PlannedNetworks(trained, None if config.teacher == "analytic" else score, "generator")
+    teacher = None if config.teacher == "analytic" else PlannedNetwork.of(options, shape, False)
+    return PlannedNetworks(trained, teacher, "generator")
 
 
 def sample_shape(config: Config) -> tuple[int, ...]:

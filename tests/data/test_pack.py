@@ -176,6 +176,18 @@ def test_points_of_a_toy_are_packed_unchanged(tmp_path):
     np.testing.assert_array_equal(np.stack([shards.read(i) for i in range(50)]), points.numpy())
 
 
+def test_a_toy_is_packed_at_the_size_that_is_asked_for(tmp_path):
+    words = ("toy:8gaussians", "--count", 20, "--scale", 2, "--std", 0.2, "--out", tmp_path)
+    run(*words)
+    shards = ShardSet(tmp_path)
+    toy = ToyDistribution(toy="8gaussians", scale=2.0, std=0.2)
+    points = toy.sample(Philox(0), Stream.EVALUATION, torch.arange(20))
+    np.testing.assert_array_equal(np.stack([shards.read(i) for i in range(20)]), points.numpy())
+    run(*words)  # the same set
+    with pytest.raises(InputError, match="another set"):
+        run("toy:8gaussians", "--count", 20, "--out", tmp_path)
+
+
 def test_digits_are_packed_by_digit_and_split(tmp_path):
     run("digits", "--out", tmp_path, "--hues", 2)
     assert sorted(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*/manifest.json")) == [
@@ -196,6 +208,9 @@ def test_digits_are_packed_by_digit_and_split(tmp_path):
         (["{photos}", "--resolution", 4, "--holdout", 1.5], r"\[0, 1\)"),
         (["{photos}", "--resolution", 4, "--holdout", 0.001], "one side empty"),
         (["toy:blob"], "toy:8gaussians"),
+        (["toy:gaussian", "--scale", 2], "toy:gaussian: toy gaussian has no scale"),
+        (["toy:circles", "--std", -1], "toy:circles: --std -1: Input should be greater than 0"),
+        (["digits", "--std", 1], "--std: does nothing for digits"),
         (["nowhere", "--resolution", 4], "no such folder"),
     ],
 )

@@ -156,6 +156,7 @@ def expected_gradient(f_real, f_fake, y, x, noise, table, weighting, cost, delta
             delta**2 * ((1 + (displacement / delta) ** 2).sqrt() - 1),
             displacement / (1 + (displacement / delta) ** 2).sqrt(),
         ),
+        "none": (0 * displacement, 0 * displacement),
     }[cost]
     return score + weight * (derivative + (0 if extra is None else extra.double())), score, value
 
@@ -191,6 +192,23 @@ def test_rdmd_gradient_of_every_cost_with_an_extra_one(shape, cost):
     total, _, value = expected_gradient(f_real, f_fake, y, x, noise, table, "dmd", cost, 0.2, 0.3, extra)
     assert_close(gradient, total / shape[0])
     assert_close(statistics.transport_cost, value.flatten(1).sum(1), 2e-6)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "dmd"])
+@pytest.mark.parametrize("shape", [(300, 2), (3, 7, 5, 3), (2, 3, 33, 31)])
+def test_rdmd_gradient_of_a_transport_weight_by_sample(shape, weighting):
+    f_real, f_fake, f_generator, x = inputs(shape, torch.bfloat16)
+    table, noise, weights = table_of(shape[0]), noise_of(shape[0]), torch.linspace(0.01, 2, shape[0])
+
+    def gradient(weight):
+        return generator_gradient(f_real, f_fake, f_generator, x, 0.8, -0.4, noise, table, weight, weighting)[0]
+
+    y = 0.8 * x.double() - 0.4 * f_generator.double()
+    each = weights.double().view(-1, *(1,) * (len(shape) - 1))
+    total, _, _ = expected_gradient(f_real, f_fake, y, x, noise, table, weighting, "squared_l2", 0.1, each)
+    assert_close(gradient(weights), total * -0.4 / shape[0])
+    assert torch.equal(gradient(torch.full_like(weights, 0.3)), gradient(0.3))
+    assert torch.equal(gradient(weights)[-1], gradient(2.0)[-1])
 
 
 def test_rdmd_gradient_keeps_exact_restorations_finite_and_nan_visible():

@@ -116,6 +116,39 @@ def test_generator_form_is_the_chain_rule_through_its_reading(weighting):
     torch.testing.assert_close(by_y - without, 0.3 * extra / 9, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "sigma2", "dmd"])
+@pytest.mark.parametrize("shape", [(2,), (3, 5, 7)])
+def test_every_sample_has_the_gradient_of_its_own_transport_weight(shape, weighting):
+    f_real, f_fake, f_generator, x, noise = batch(shape)
+    weights, extra = torch.tensor([0.01, 2.0, 0.3, 0.0]), torch.randn_like(x)
+    table = coefficients(SIGMAS, DiffusionOptions(), weighting)
+
+    def gradient(weight):
+        return generator_gradient(
+            f_real, f_fake, f_generator, x, 0.8, -0.4, noise, table, weight, weighting, extra=extra, batch_size=9
+        )
+
+    found, statistics = gradient(weights)
+    for sample, weight in enumerate(weights.tolist()):
+        alone, same = gradient(weight)
+        assert torch.equal(found[sample], alone[sample])
+        assert torch.equal(gradient(torch.full_like(weights, weight))[0], alone)
+        assert torch.equal(statistics.transport_cost, same.transport_cost)
+    y = 0.8 * x.double() - 0.4 * f_generator.double()
+    score = explicit_gradient(f_real, f_fake, y.float(), x, noise.drawn, table, weighting, SIGMAS)
+    each = weights.double().view(-1, *(1,) * len(shape))
+    expected = -0.4 / 9 * (score + each * (2 * (y - x.double()) + extra.double()))
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=1e-5)
+
+
+def test_transport_weights_that_do_not_fit_the_samples_are_refused():
+    f_real, f_fake, y, x, noise = batch((4,))
+    table = coefficients(SIGMAS, DiffusionOptions())
+    for weights in (torch.ones(3), torch.ones(4, 1), torch.ones(4, dtype=torch.float64), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"transport_weight.*float32 \[4\]"):
+            rdmd_gradient(f_real, f_fake, y, x, noise, table, weights)
+
+
 @pytest.mark.parametrize("weighting", ["uniform", "dmd"])
 def test_loss_scale_enters_before_the_gradient_is_rounded_to_fp16(weighting):
     f_real, f_fake, f_generator, x, noise = batch((3, 20, 20))
@@ -141,12 +174,13 @@ def test_unknown_weighting_and_cost_are_refused():
         rdmd_gradient(f_real, f_fake, y, x, noise, table, 0.1, "dmd", "l3")
 
 
-def test_compiled_calls_equal_eager_ones():
+@pytest.mark.parametrize("weight", [0.3, torch.tensor([0.01, 2.0, 0.3, 0.0])], ids=["number", "by-sample"])
+def test_compiled_calls_equal_eager_ones(weight):
     f_real, f_fake, f_generator, x, noise = batch((3, 5, 7))
 
     def gradient(f_real, f_fake, f_generator, x, rows):
         result, statistics = generator_gradient(
-            f_real, f_fake, f_generator, x, 0.8, 0.4, noise, Coefficients(rows), 0.3, "dmd", "pseudo_huber"
+            f_real, f_fake, f_generator, x, 0.8, 0.4, noise, Coefficients(rows), weight, "dmd", "pseudo_huber"
         )
         return result, statistics.transport_cost, statistics.score_gradient_square
 
@@ -156,9 +190,13 @@ def test_compiled_calls_equal_eager_ones():
         assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
-@pytest.mark.parametrize("reading", [None, [0.8, 0.4]])
-def test_operator_is_registered_soundly(reading):
+@pytest.mark.parametrize(
+    ("reading", "weights"), [(None, None), ([0.8, 0.4], None), (None, torch.tensor([1.0, 2, 3, 4]))]
+)
+def test_operator_is_registered_soundly(reading, weights):
     f_real, f_fake, y, x, noise = batch((3, 20, 20))
     rows = coefficients(SIGMAS, DiffusionOptions()).rows
     options = 0.3, "dmd", "l1", 0.1, 0.25, torch.bfloat16
-    torch.library.opcheck(_gradient_op, (f_real, f_fake, y, x, None, None, rows, *noise.arguments(), reading, *options))
+    torch.library.opcheck(
+        _gradient_op, (f_real, f_fake, y, x, None, None, weights, rows, *noise.arguments(), reading, *options)
+    )

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import mean_squared_error, peak_signal_noise_ratio
+from torchmetrics.functional.image import peak_signal_noise_ratio as torchmetrics_psnr
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.metrics.images import l2, mean_colour_cosine, mse_per_pixel, psnr, unit_range
+from rdmd_fast.metrics.images import l2, mean_colour_cosine, mse_per_pixel, psnr, ssim, unit_range
 
 
 @pytest.fixture
@@ -20,6 +21,41 @@ def test_psnr_and_mse_match_scikit_image(pair):
     expected = [peak_signal_noise_ratio(a.astype(float), b, data_range=2) for a, b in zip(x, y, strict=True)]
     assert psnr(x, y) == pytest.approx(np.mean(expected), rel=1e-6)
     assert mse_per_pixel(x, torch.tensor(y)) == pytest.approx(mean_squared_error(x.astype(float), y), rel=1e-6)
+
+
+def test_psnr_matches_torchmetrics(pair):
+    x, y = map(torch.as_tensor, pair)
+    expected = torchmetrics_psnr(y, x.double(), data_range=(-1.0, 1.0), dim=(1, 2, 3), reduction="elementwise_mean")
+    assert psnr(x, y) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def explicit_ssim(x, y, side):
+    """Wang et al. 2004, Equation 13, of one channel, from sums over every window that lies in the image."""
+    values = []
+    for top in range(x.shape[0] - side + 1):
+        for left in range(x.shape[1] - side + 1):
+            a, b = (image[top : top + side, left : left + side].ravel() for image in (x, y))
+            covariance = np.cov(a, b)
+            c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+            means = 2 * a.mean() * b.mean() + c1, a.mean() ** 2 + b.mean() ** 2 + c1
+            spreads = 2 * covariance[0, 1] + c2, covariance[0, 0] + covariance[1, 1] + c2
+            values.append(means[0] * spreads[0] / (means[1] * spreads[1]))
+    return np.mean(values)
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(9, 12, 7), (8, 8, 7), (6, 9, 5), (4, 3, 3)])
+def test_ssim_matches_its_definition_in_windows_that_fit(height, width, side):
+    rng = np.random.default_rng(1)
+    x = rng.uniform(-1, 1, size=(3, 3, height, width))
+    y = np.clip(x + 0.3 * rng.normal(size=x.shape), -1, 1)
+    expected = np.mean(
+        [
+            explicit_ssim(a, b, side)
+            for a, b in zip(x.reshape(9, height, width), y.reshape(9, height, width), strict=True)
+        ]
+    )
+    assert ssim(x, y) == pytest.approx(expected, rel=1e-9)
+    assert ssim(x, x) == pytest.approx(1)
 
 
 def test_l2_is_the_mean_of_the_norms_and_not_the_norm_of_the_means(pair):
@@ -59,7 +95,7 @@ def test_overshoot_is_clipped_before_colours_are_compared():
 
 def test_bad_batches_are_refused(pair):
     x, _ = pair
-    for metric in (l2, mse_per_pixel, psnr, mean_colour_cosine):
+    for metric in (l2, mse_per_pixel, psnr, ssim, mean_colour_cosine):
         with pytest.raises(InputError, match="pairs"):
             metric(x, x[:5])
         with pytest.raises(InputError, match=r"\[N, C, H, W\]"):
@@ -68,3 +104,5 @@ def test_bad_batches_are_refused(pair):
             metric(x, np.zeros(x.shape, dtype=np.uint8))
         with pytest.raises(InputError, match="NaN"):
             metric(x, np.full_like(x, np.nan))
+    with pytest.raises(InputError, match="3 pixels"):
+        ssim(x[..., :2], x[..., :2])

@@ -11,7 +11,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.frechet import frechet_distance
-from rdmd_fast.metrics.judges import DigitJudge, digit_report, format_table
+from rdmd_fast.metrics.judges import DigitJudge, format_table
+from rdmd_fast.metrics.report import ImageReport
 
 HUES = (0.0, 0.3, 0.7)
 DIGITS = (2, 3, 8)
@@ -105,13 +106,13 @@ def test_the_judge_is_the_same_each_time(root, judge, test_images):
 
 def test_the_report_tells_a_translation_from_a_copy(judge, test_images):
     twos, threes = test_images[2][:90], test_images[3]
-    copied = digit_report(judge, twos, twos, 3, threes, "copy")
-    ideal = digit_report(judge, twos, threes[:90], 3, threes, "real threes")
+    report = ImageReport(threes, judge, 3)
+    copied, ideal = report.row("copy", twos, twos), report.row("real threes", twos, threes[:90])
     assert (copied["name"], copied["images"], copied["real_images"]) == ("copy", 90, len(threes))
     assert copied["share_3nn"] < 0.1 < 0.9 < ideal["share_3nn"]
     assert copied["colour_cosine"] == pytest.approx(1)
     assert copied["l2"] == copied["mse_per_pixel"] == 0 < ideal["l2"]
-    assert copied["psnr"] == float("inf")
+    assert copied["psnr"] == float("inf") and copied["ssim"] == 1 > ideal["ssim"]
     assert ideal["frechet"] < 0.2 * copied["frechet"]
     assert copied["frechet"] == pytest.approx(frechet_distance(judge.features(twos), judge.features(threes)), rel=1e-9)
 

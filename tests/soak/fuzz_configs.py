@@ -60,6 +60,8 @@ class Configs:
         self.material = material
         self.bases = []
         for path in sorted((ROOT / "configs").rglob("*.yaml")):
+            if path.name == "study.yaml":  # of many trainings
+                continue
             values = yaml.safe_load(path.read_text())
             self.bases.append(on_own_data(values, material))
         self.small = [small_rdmd(), small_teacher(material), small_distillation(material)]

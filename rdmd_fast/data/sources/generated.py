@@ -7,6 +7,7 @@ from typing import get_args
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from rdmd_fast.data import digits
 from rdmd_fast.data.sources import Sample, SampleSet
@@ -15,6 +16,7 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.randomness import Philox, Stream
 
 TOY_PREFIX = "toy:"
+TOY_OPTIONS = ("scale", "std")
 
 
 def digit_sets(args) -> list[SampleSet]:
@@ -47,10 +49,17 @@ def toy_sets(args) -> list[SampleSet]:
     if name not in names:
         raise InputError(f"{args.source}: no such toy; choose from {', '.join(TOY_PREFIX + name for name in names)}")
 
-    points = ToyDistribution(toy=name).sample(Philox(args.seed), Stream.EVALUATION, torch.arange(args.count)).numpy()
+    size = {key: value for key in TOY_OPTIONS if (value := getattr(args, key)) is not None}
+    try:
+        toy = ToyDistribution(toy=name, **size)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--{first['loc'][0]} {size[first['loc'][0]]:g}: " if first["loc"] else ""
+        raise InputError(f"{args.source}: {option}{first['msg'].removeprefix('Value error, ')}") from error
+    points = toy.sample(Philox(args.seed), Stream.EVALUATION, torch.arange(args.count)).numpy()
 
     def sample(position: int) -> Sample:
         return f"{name}_{position:07d}", points[position], None
 
-    content = {"source": args.source, "count": args.count, "seed": args.seed, "shard_size": args.shard_size}
+    content = {"source": args.source, "count": args.count, "seed": args.seed, "shard_size": args.shard_size, **size}
     return [SampleSet("", content, args.count, sample, generated=True)]

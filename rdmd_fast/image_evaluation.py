@@ -1,0 +1,230 @@
+"""A generator, the identity map and whatever else has translated the same images, measured alike."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from .data.locate import default_cache
+from .errors import InputError
+from .metrics.features import FeatureExtractor, load_features
+from .metrics.image_sets import ImageSet, OpenImages, first_side, open_images
+from .metrics.judges import DigitJudge, format_table
+from .metrics.kernel_distance import SUBSET_SIZE, SUBSETS
+from .metrics.report import ImageReport
+from .networks.exported import Generator, conditions, load_denoiser, load_generator
+from .translate import pick_device
+
+PICTURED = 16  # images in a row of the picture
+
+
+def evaluate_images(arguments: argparse.Namespace) -> dict:
+    """Print a table of ``--model`` and ``--outputs`` on the same sources; returns it with what it was measured on.
+
+    Raises:
+        InputError: options that do not fit together, missing or unreadable images, networks that do not fit them.
+    """
+    _check(arguments)
+    device = pick_device(arguments.device)
+    generator = load_generator(arguments.model).to(device) if arguments.model else None
+    source, target, others = _open(arguments, generator)
+    judge = DigitJudge(arguments.judge) if arguments.judge else None
+    features = _features(arguments, device)
+    lpips = _lpips(device) if arguments.lpips else False
+    cache = Path(arguments.cache) if arguments.cache else default_cache() / "features"
+    report = ImageReport(target.images, judge, arguments.label, features, lpips, arguments.seed, cache)
+
+    outputs, weights = _translations(arguments, generator, source.images, device)
+    outputs |= others
+    rows = [report.row(name, source.images, images, **weights.get(name, {})) for name, images in outputs.items()]
+    print(format_table(rows))
+    facts = _facts(arguments, source, target, features, lpips)
+    print("\n".join(_fact_lines(facts)))
+    if judge:
+        facts |= {"knn_accuracy": judge.knn_accuracy}
+    if judge and arguments.label is not None:
+        facts |= {"recall_real_heldout": judge.recall(arguments.label)}
+        print(f"3-NN's recall on the real held-out images of {arguments.label}: {facts['recall_real_heldout']:.4f}")
+    if arguments.picture:
+        _picture(arguments.picture, source.images, outputs, target.images)
+    return {"rows": rows, **facts}
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    missing = [f"--{name}" for name in ("source", "target") if getattr(arguments, name) is None]
+    if arguments.model is None and not arguments.outputs:
+        missing.insert(0, "--model or --outputs")
+    if missing:
+        raise InputError(f"missing {', '.join(missing)}: see rdmd evaluate --help")
+    for option, needed in (("label", "judge"), ("teacher", "model"), ("transport_weight", "model")):
+        if getattr(arguments, option) is not None and getattr(arguments, needed) is None:
+            raise InputError(f"--{option.replace('_', '-')}: says nothing without --{needed}, add it or leave it out")
+    for option, least in (("count", 2), ("batch_size", 1), ("resolution", 1)):
+        value = getattr(arguments, option)
+        if value is not None and value < least:
+            raise InputError(f"--{option.replace('_', '-')} {value}: must be at least {least}")
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def _open(
+    arguments: argparse.Namespace, generator: Generator | None
+) -> tuple[ImageSet, ImageSet, dict[str, torch.Tensor]]:
+    """Sources, targets, and the translations of the sources in each folder of ``--outputs`` by its name."""
+    source, target = open_images(arguments.source, "--source"), open_images(arguments.target, "--target")
+    others = [open_images(folder, "--outputs") for folder in arguments.outputs or ()]
+    size = _size(arguments, generator, [source, target, *others])
+    names = source.chosen(arguments.count, arguments.seed, 0)
+    for each in others:
+        _check_pairs(each, names)
+    targets = target.read(size, target.chosen(arguments.count, arguments.seed, 1))
+    labels = _labels([each.path for each in others])
+    translated = {label: each.read(size, names).images for label, each in zip(labels, others, strict=True)}
+    return source.read(size, names), targets, translated
+
+
+def _size(arguments: argparse.Namespace, generator: Generator | None, folders: list[OpenImages]) -> tuple[int, int]:
+    """(H, W) at which all is measured: the generator's, --resolution, that of shards, or of the first output."""
+    shape = tuple(generator.config.sample_shape) if generator else None
+    if shape is not None and (len(shape) != 3 or shape[0] != 3):
+        raise InputError(
+            f"--model {arguments.model}: is for samples of shape {shape}, images are measured: name translated ones by "
+            "--outputs"
+        )
+    asked = (arguments.resolution,) * 2 if arguments.resolution else None
+    if shape and asked not in (None, shape[1:]):
+        raise InputError(
+            f"--resolution {arguments.resolution}: the generator is of {shape[1]}x{shape[2]}, leave it out"
+        )
+    stored = next((each.size for each in folders if each.size), None)
+    return (shape[1:] if shape else None) or asked or stored or (first_side(folders[2], folders[2].path),) * 2
+
+
+def _check_pairs(outputs: OpenImages, names: list[str]) -> None:
+    present = set(outputs.names)
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise InputError(
+            f"--outputs {outputs.path}: has no translation of source {missing[0]!r} ({len(missing)} of {len(names)} "
+            "are missing): images are paired by name, translate all of --source"
+        )
+
+
+def _labels(folders: list[Path]) -> list[str]:
+    """Names of the folders, or their paths where names are shared."""
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) and "identity" not in names else [str(folder) for folder in folders]
+
+
+# -- translations ------------------------------------------------------------------------------------------------------
+
+
+def _translations(
+    arguments: argparse.Namespace, generator: Generator | None, source: torch.Tensor, device: torch.device
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
+    """(translations by the name of their row, the ``transport_weight`` of those of a chosen λ)."""
+
+    def translate(network, *rest) -> torch.Tensor:
+        return _translate(network, source, device, arguments.batch_size, *rest)
+
+    rows, weights = {}, {}
+    if generator is not None:
+        for weight in arguments.transport_weight or ():
+            conditions(generator.config, weight, 1)  # names a λ that it does not take ahead of any work
+        for weight in arguments.transport_weight or (None,):
+            name = "RDMD" if weight is None else f"RDMD λ={weight:g}"
+            rows[name] = translate(generator, arguments.model, weight)
+            weights[name] = {} if weight is None else {"transport_weight": weight}
+    rows["identity"] = source
+    if arguments.teacher:
+        teacher = load_denoiser(arguments.teacher).to(device)
+        update = {"reading": "teacher", "transport_weights": None}  # the teacher is not told λ
+        untrained = Generator(teacher.model, generator.config.model_copy(update=update))
+        rows["untrained (teacher at σ)"] = translate(untrained, arguments.teacher)
+    return rows, weights
+
+
+@torch.no_grad()
+def _translate(
+    generator: Generator,
+    images: torch.Tensor,
+    device: torch.device,
+    batch_size: int,
+    what: str,
+    weight: float | None = None,
+) -> torch.Tensor:
+    """As a user receives them: clipped to [-1, 1] and rounded to 8 bits.
+
+    Raises:
+        InputError: what comes out is not finite, which a picture would hide.
+    """
+    from tqdm import tqdm
+
+    from .drawing import to_uint8
+
+    parts = []
+    for part in tqdm(images.split(batch_size), desc=str(what), unit="batch", disable=None):
+        outputs = generator(part.to(device), weight)
+        if not outputs.isfinite().all():
+            raise InputError(f"{what}: gives NaN or infinity, take an earlier export of the run")
+        parts.append(to_uint8(outputs).cpu().float() / 127.5 - 1)
+    return torch.cat(parts)
+
+
+# -- what it is measured with, and on ----------------------------------------------------------------------------------
+
+
+def _features(arguments: argparse.Namespace, device: torch.device) -> FeatureExtractor | None:
+    if arguments.features is None:
+        return None
+    return load_features(arguments.features, arguments.features_input, device, arguments.batch_size)
+
+
+def _lpips(device: torch.device) -> torch.nn.Module:
+    from .networks.features import PerceptualDistance
+
+    return PerceptualDistance(device)
+
+
+def _facts(arguments, source: ImageSet, target: ImageSet, features: FeatureExtractor | None, lpips) -> dict:
+    facts = {"seed": arguments.seed, "source": source.summary(), "target": target.summary()}
+    facts["size"] = list(source.images.shape[2:])
+    if arguments.model:
+        facts["model"] = arguments.model
+    if features:
+        facts["features"] = {"file": str(features.path), "sha256": features.sha256, "input": features.pixels}
+        facts["kid"] = {"subsets": SUBSETS, "subset_size": SUBSET_SIZE}
+    if lpips:
+        facts["lpips"] = "alex"
+    return facts
+
+
+def _fact_lines(facts: dict) -> list[str]:
+    height, width = facts["size"]
+    lines = [
+        f"{role}: {facts[role]['images']} images of {facts[role]['path']} at {height}x{width}, "
+        f"sha256 {facts[role]['sha256'][:16]}"
+        for role in ("source", "target")
+    ]
+    lines.append(f"seed {facts['seed']}; l2 is a Euclidean norm an image, mse_per_pixel a mean square, on [-1, 1]")
+    if "features" in facts:
+        features = facts["features"]
+        lines.append(
+            f"fid, kid: in the features of {features['file']} (sha256 {features['sha256'][:16]}, takes "
+            f"{features['input']}); kid_std over {facts['kid']['subsets']} subsets"
+        )
+    return lines
+
+
+def _picture(path: str, source: torch.Tensor, outputs: dict[str, torch.Tensor], target: torch.Tensor) -> None:
+    from .drawing import image_grid
+
+    def spread(images: torch.Tensor) -> torch.Tensor:
+        # Over the whole set: neighbours in a shard are often the same motif.
+        return images[torch.linspace(0, len(images) - 1, min(PICTURED, len(images))).long()]
+
+    rows = [(name, spread(images)) for name, images in outputs.items() if name != "identity"]
+    image_grid([("source x", spread(source)), *rows, ("target (unpaired)", spread(target))], path)

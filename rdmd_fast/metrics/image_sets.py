@@ -1,0 +1,118 @@
+"""The images that an evaluation measures: of shards or of a folder, all of them or some chosen by a seed."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from rdmd_fast.data.formats import UNREADABLE
+from rdmd_fast.data.images import default_workers, image_keys, list_images, load_image, load_picture, map_in_order
+from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.errors import InputError
+from rdmd_fast.metrics.feature_cache import images_sha256
+from rdmd_fast.randomness import Philox, Stream
+
+
+class ImageSet(NamedTuple):
+    """Images in a fixed order.
+
+    Attributes:
+        path: the folder.
+        names: of the images: paths below the folder without suffix, or keys of shards.
+        images: float32 [N, 3, H, W] in [-1, 1].
+    """
+
+    path: Path
+    names: list[str]
+    images: torch.Tensor
+
+    def summary(self) -> dict:
+        """What a report says of the set; the hash is of the pixels as they are measured, in their order."""
+        return {"path": str(self.path), "images": len(self.images), "sha256": images_sha256(self.images)}
+
+
+class OpenImages(NamedTuple):
+    """Images that have been found but not read.
+
+    Attributes:
+        option: how the command line calls the folder.
+        size: (H, W) of shards, None for files of any size.
+        load: ``load(name, size)`` gives uint8 [H, W, 3].
+    """
+
+    path: Path
+    option: str
+    names: list[str]
+    size: tuple[int, int] | None
+    load: Callable[[str, tuple[int, int]], np.ndarray]
+
+    def read(self, size: tuple[int, int], names: Sequence[str] | None = None) -> ImageSet:
+        """The images of ``names`` (all by default) at (H, W) pixels.
+
+        Files are cropped square and resized as ``rdmd pack`` does; shards must have the size.
+
+        Raises:
+            InputError: shards of another size, an image that cannot be read, or files where H and W differ.
+        """
+        if self.size not in (None, size):
+            found, wanted = ("x".join(map(str, each)) for each in (self.size, size))
+            raise InputError(
+                f"{self.option} {self.path}: has images of {found}, {wanted} are measured: pack at that size"
+            )
+        if self.size is None and size[0] != size[1]:
+            raise InputError(f"{self.option} {self.path}: files are cropped square, {size[0]}x{size[1]} need shards")
+        names = list(self.names if names is None else names)
+        pixels = np.stack(list(map_in_order(lambda name: self.load(name, size), names, default_workers())))
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        return ImageSet(self.path, names, images)
+
+    def chosen(self, count: int | None, seed: int, position: int) -> list[str]:
+        """``count`` of the names in their order, drawn by the seed; all if there are no more, or for None."""
+        if count is None or count >= len(self.names):
+            return self.names
+        order = Philox(seed).permutation(Stream.METRIC_SAMPLES, position, len(self.names))
+        return [self.names[index] for index in sorted(order[:count].tolist())]
+
+
+def open_images(folder: str, option: str) -> OpenImages:
+    """The images of a shard set (anything that ``data.source`` may name) or of a folder of files.
+
+    Raises:
+        InputError: none there, or latents.
+    """
+    path = Path(folder)
+    if path.is_dir() and not (path / "manifest.json").is_file() and not any(path.glob("*.tar")):
+        return _open_files(path, option)
+    shards = ShardSet(folder)
+    if shards.kind != "image":
+        raise InputError(f"{option} {path}: holds arrays, images are measured: decode them, see rdmd translate --help")
+    index_of = {key: index for index, key in enumerate(shards.keys)}
+    if len(index_of) < len(shards):
+        raise InputError(f"{option} {path}: several samples share a name, pack the set again")
+    return OpenImages(path, option, shards.keys, tuple(shards.shape[:2]), lambda key, _: shards.read(index_of[key]))
+
+
+def _open_files(path: Path, option: str) -> OpenImages:
+    files = list_images(path)
+    file_of = dict(zip(image_keys(files), files, strict=True))
+
+    def load(name: str, size: tuple[int, int]) -> np.ndarray:
+        file = path / file_of[name]
+        try:
+            return load_image(file, size[0])
+        except UNREADABLE as error:
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise InputError(f"{file}: not a readable image ({reason}), take it out or save it again") from None
+
+    return OpenImages(path, option, list(file_of), None, load)
+
+
+def first_side(images: OpenImages, folder: Path) -> int:
+    """Side of the central square of the first file."""
+    file = folder / list_images(folder)[0]
+    try:
+        return min(load_picture(file).size)
+    except UNREADABLE as error:
+        raise InputError(f"{file}: not a readable image ({error}), take it out or save it again") from None

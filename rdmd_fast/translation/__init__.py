@@ -1,0 +1,1 @@
+"""What ``rdmd translate`` is made of: samples in, sizes, the generator's pass, files out, processes."""

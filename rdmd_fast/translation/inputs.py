@@ -1,0 +1,205 @@
+"""What `rdmd translate` reads: image files, .npy latents or shards, by number and in one fixed order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+
+from rdmd_fast.errors import InputError, is_plain
+
+
+class Unreadable(InputError):
+    """A sample that cannot be read."""
+
+
+class Samples(Protocol):
+    """Samples to translate; small enough to be sent to other processes, which open files themselves.
+
+    Attributes:
+        names: of each, with folders and without suffix.
+        latents: float32 [C, H, W] arrays, rather than uint8 [H, W, 3] images of any size.
+    """
+
+    names: list[str]
+    latents: bool
+
+    def read(self, index: int) -> np.ndarray:
+        """Sample ``index``, from any thread; raises Unreadable, or InputError for one of another shape."""
+
+
+@dataclass
+class ImageFiles:
+    folder: Path
+    files: list[str]
+    names: list[str]
+    latents: bool = False
+
+    def read(self, index: int) -> np.ndarray:
+        from rdmd_fast.data.formats import UNREADABLE
+        from rdmd_fast.data.images import load_picture
+
+        path = self.folder / self.files[index]
+        try:
+            return np.asarray(load_picture(path))
+        except UNREADABLE as error:
+            raise Unreadable(f"{path}: not a readable image ({error}), take it out or save it again") from None
+
+
+@dataclass
+class ArrayFiles:
+    folder: Path
+    files: list[str]
+    names: list[str]
+    shape: tuple[int, int, int]
+    latents: bool = True
+
+    def read(self, index: int) -> np.ndarray:
+        from rdmd_fast.data.contents import decode_array
+        from rdmd_fast.data.formats import UNREADABLE
+
+        path = self.folder / self.files[index]
+        try:
+            if not path.is_file():
+                raise ValueError("not a regular file")
+            array = decode_array(path.read_bytes())
+        except UNREADABLE as error:
+            reason = " ".join(str(error).split())[:120]
+            raise Unreadable(f"{path}: not a .npy array of floats ({reason}), take it out or save it again") from None
+        if array.shape != self.shape:
+            raise InputError(f"{path}: has shape {array.shape}, the generator takes {self.shape}")
+        return array
+
+
+@dataclass
+class Shards:
+    folder: Path
+    names: list[str]
+    latents: bool
+    _shards: object = field(default=None, repr=False)
+
+    def read(self, index: int) -> np.ndarray:
+        try:
+            return self._shards.read(index)
+        except InputError as error:
+            raise Unreadable(str(error)) from None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_shards": None}
+
+    def __setstate__(self, state: dict) -> None:
+        from rdmd_fast.data.shards import ShardSet
+
+        self.__dict__ = state | {"_shards": ShardSet(state["folder"])}
+
+
+def open_inputs(
+    folder: str | Path,
+    shape: tuple[int, int, int],
+    image_shape: tuple[int, int, int],
+    size: str = "crop",
+    output: str | Path | None = None,
+) -> Samples:
+    """The samples of a shard set, an image folder or a folder of .npy arrays.
+
+    Args:
+        shape: (C, H, W) that the generator takes.
+        image_shape: the same of images; another one where an autoencoder encodes them.
+        size: "crop", "resize" or "tiles": whether images of another size are taken.
+        output: a folder whose files are no inputs, should it lie inside ``folder``.
+
+    Raises:
+        InputError: nothing there that the generator takes.
+    """
+    path = Path(folder)
+    if output is not None and Path(output).resolve() == path.resolve():
+        raise InputError(f"--output {output}: is --input, results would replace what they are made of; name another")
+    if (path / "manifest.json").is_file() or any(path.glob("*.tar")):
+        return _open_shards(path, shape, image_shape, size)
+    arrays = [file for file in sorted(path.rglob("*.npy")) if not file.name.startswith(".") and not below(file, output)]
+    return _open_arrays(path, arrays, shape, size) if arrays else _open_images(path, image_shape, size, output)
+
+
+def below(file: Path, folder: str | Path | None) -> bool:
+    return folder is not None and file.resolve().is_relative_to(Path(folder).resolve())
+
+
+def _open_shards(path: Path, shape, image_shape, size: str) -> Shards:
+    from rdmd_fast.data.shards import ShardSet
+
+    shards = ShardSet(path)
+    latents = shards.kind == "array"
+    expected = shape if latents else (*image_shape[1:], image_shape[0])
+    found = tuple(shards.shape)
+    if latents:
+        _no_size_for_latents(path, size)
+    if found != expected and (latents or size == "crop" or expected[-1] != 3):
+        remedy = "" if latents or expected[-1] != 3 else "; choose --size resize or tiles, or pack the set again"
+        raise InputError(f"--input {path}: samples of shape {found}, the generator takes {expected}{remedy}")
+    for key in shards.keys:
+        parts = key.split("/")
+        if not is_plain(key) or ".." in parts or "" in parts:
+            raise InputError(
+                f"--input {path}: sample {key!r} has no name for a file below --output; pack the set again"
+            )
+    return Shards(path, shards.keys, latents, shards)
+
+
+def _open_arrays(path: Path, files: list[Path], shape, size: str) -> ArrayFiles:
+    from rdmd_fast.data.images import IMAGE_SUFFIXES
+
+    image = next((file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES), None)
+    if image:
+        raise InputError(f"--input {path}: holds arrays and images ({image.name}), name a folder of one kind")
+    _no_size_for_latents(path, size)
+    relative = [file.relative_to(path).as_posix() for file in files]
+    return ArrayFiles(path, relative, [name.removesuffix(".npy") for name in relative], shape)
+
+
+def _no_size_for_latents(path: Path, size: str) -> None:
+    if size != "crop":
+        raise InputError(f"--size {size}: is for images, --input {path} holds latents of the generator's own size")
+
+
+def _open_images(path: Path, shape, size: str, output) -> ImageFiles:
+    from rdmd_fast.data.images import list_images
+
+    found = list_images(path)
+    files = [file for file in found if not below(path / file, output)]
+    channels, height, width = shape
+    if not files:
+        raise InputError(f"--input {path}: all images below this folder are in --output {output}, name another")
+    if channels != 3:
+        raise InputError(
+            f"--input {path}: image files are RGB, the generator takes {channels} channels: use shards, or name the "
+            "--autoencoder of its latents"
+        )
+    if height != width and size == "crop":
+        raise InputError(
+            f"--input {path}: image files are cropped square, the generator takes {height}×{width}: use --size resize "
+            "or tiles"
+        )
+    return ImageFiles(path, files, output_names(files))
+
+
+def output_names(files: Sequence[str]) -> list[str]:
+    """Names without suffix of files; those that differ in their suffix alone keep it, as ``name_png``.
+
+    Raises:
+        InputError: two files still share a name.
+    """
+    plain = Counter(str(PurePosixPath(file).with_suffix("")) for file in files)
+    names, taken = [], {}
+    for file in files:
+        path = PurePosixPath(file)
+        name = str(path.with_suffix(""))
+        if plain[name] > 1:
+            name = str(path.with_name(path.stem + path.suffix.replace(".", "_")))
+        if taken.setdefault(name, file) != file:
+            raise InputError(f"--input: {taken[name]} and {file} would both become {name}, rename one of them")
+        names.append(name)
+    return names

@@ -1,0 +1,254 @@
+"""EGSDE's network from training to file, and ``rdmd baseline`` from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from rdmd_fast import cli, load_denoiser
+from rdmd_fast.baselines import Models, parse_options, translate
+from rdmd_fast.baselines.energy import (
+    ClassifierOptions,
+    EnergyConfig,
+    EnergyTrainingOptions,
+    build_energy,
+    load_energy,
+    train_energy,
+)
+from rdmd_fast.diffusion import DiffusionOptions, LogUniformSigma
+from rdmd_fast.drawing import to_uint8
+from rdmd_fast.errors import InputError
+from rdmd_fast.networks import SongUNetOptions, build_network
+from rdmd_fast.networks.exported import ExportConfig, write_export
+from rdmd_fast.randomness import Philox
+
+SHAPE = (3, 4, 4)
+SMALL = ClassifierOptions(model_channels=16, channel_mult=[1], num_blocks=1, dropout=0.0)
+
+
+class Stripes:
+    """A domain of two images and their negatives: stripes along an axis."""
+
+    shape = SHAPE
+
+    def __init__(self, axis):
+        stripes = torch.tensor([1.0, -1.0, 1.0, -1.0]).expand(4, 4)
+        self.image = (stripes if axis else stripes.t()).expand(SHAPE)
+
+    def batch(self, positions):
+        sign = 1 - 2 * (positions % 2)
+        return (127.5 + 100 * sign[:, None, None, None] * self.image).to(torch.uint8)
+
+
+def training(**changes):
+    options = dict(
+        network=SMALL, steps=60, batch_size=16, lr=3e-3, sigma=LogUniformSigma(sigma_min=0.05, sigma_max=1.0)
+    )
+    return EnergyTrainingOptions(**options | changes)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_energy(training(), Stripes(0), Stripes(1), 0, torch.device("cpu"))
+
+
+def test_training_tells_two_domains_apart_at_the_levels_it_saw(trained):
+    energy, accuracy = trained
+    assert accuracy > 0.95
+    positions = torch.arange(50)
+    for label, axis in enumerate((0, 1)):
+        clean = Stripes(axis).batch(positions) / 127.5 - 1
+        noisy = clean + 0.5 * Philox(9).normal(0, positions, SHAPE)
+        assert float(((energy(noisy, 0.5) > 0) == label).float().mean()) > 0.9
+    assert not energy.training
+    assert not any(parameter.requires_grad for parameter in energy.parameters())
+
+
+def test_untrained_network_does_not_and_training_repeats(trained):
+    first, accuracy = train_energy(training(steps=2), Stripes(0), Stripes(0), 0, torch.device("cpu"))
+    again, _ = train_energy(training(steps=2), Stripes(0), Stripes(0), 0, torch.device("cpu"))
+    other, _ = train_energy(training(steps=2), Stripes(0), Stripes(0), 1, torch.device("cpu"))
+    assert accuracy < 0.95  # one domain in both places
+    weights = [each.model.dec["head"].weight for each in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_training_refuses_what_does_not_fit():
+    other = Stripes(0)
+    other.shape = (3, 8, 8)
+    with pytest.raises(InputError, match=r"samples of shape \(3, 4, 4\) and \(3, 8, 8\)"):
+        train_energy(training(), Stripes(0), other, 0, torch.device("cpu"))
+    deep = ClassifierOptions(model_channels=16, channel_mult=[1, 1, 1, 1])
+    with pytest.raises(InputError, match=r"side divides by 8, these are 4×4: set network\.channel_mult"):
+        train_energy(training(network=deep), Stripes(0), Stripes(1), 0, torch.device("cpu"))
+    with pytest.raises(InputError, match="diverged within 60 updates: lower lr=1"):
+        train_energy(training(lr=1.0, weight_decay=10.0, batch_size=2), Stripes(0), Stripes(1), 0, torch.device("cpu"))
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def config_of(**changes):
+    return EnergyConfig(network=SMALL, sample_shape=list(SHAPE), sigma_data=0.5, step=60).model_copy(update=changes)
+
+
+@pytest.fixture
+def export(tmp_path):
+    torch.manual_seed(0)
+    energy = build_energy(config_of(), dropout=False).eval()
+    write_export(tmp_path / "energy", energy.config, energy.model.state_dict())
+    return tmp_path / "energy", energy
+
+
+def test_export_is_two_files_that_rebuild_the_network(export):
+    folder, energy = export
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "energy.safetensors"]
+    x = torch.randn(2, *SHAPE)
+    torch.testing.assert_close(load_energy(folder)(x, 0.3), energy(x, 0.3).detach(), atol=0, rtol=0)
+
+
+def edited(change):
+    def damage(folder):
+        values = json.loads((folder / "config.json").read_text())
+        change(values)
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return damage
+
+
+def reweighted(change):
+    def damage(folder):
+        weights = load_file(folder / "energy.safetensors")
+        save_file(change(weights), folder / "energy.safetensors")
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"no energy network there \(no config.json\)"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json: not readable as JSON"),
+        (edited(lambda v: v.update(role="teacher")), "holds a teacher, an energy network is needed"),
+        (edited(lambda v: v.update(extra=1)), "config.json: unknown option extra"),
+        (edited(lambda v: v["network"].update(num_blocks=64)), "too few for the layers"),
+        (edited(lambda v: v["network"].update(model_channels=32)), "weight .* has shape"),
+        (edited(lambda v: v.update(sample_shape=[3, 4, 5])), "needs square images"),
+        (lambda folder: (folder / "energy.safetensors").write_bytes(b"x"), "not a whole safetensors file"),
+        (lambda folder: (folder / "energy.safetensors").unlink(), "not a whole safetensors file"),
+        (reweighted(lambda w: w | {"dec.head.bias": w["dec.head.bias"] * torch.nan}), "values that are not finite"),
+        (reweighted(lambda w: {k: v for k, v in w.items() if k != "dec.head.bias"}), "has no weight dec.head.bias"),
+    ],
+)
+def test_damaged_exports_are_refused_in_one_line(export, damage, said):
+    folder, _ = export
+    damage(folder)
+    with pytest.raises(InputError, match=said) as error:
+        load_energy(folder)
+    assert str(folder) in str(error.value)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two untrained teachers, an energy network, seven images and two shard sets."""
+    root = tmp_path_factory.mktemp("baseline")
+    options = SongUNetOptions(
+        kind="song_unet", model_channels=16, channel_mult=[1], num_blocks=1, attn_resolutions=[], dropout=0.0
+    )
+    for number, name in enumerate(("source", "target")):
+        torch.manual_seed(number)
+        network = build_network(options, SHAPE)
+        for parameter in network.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.xavier_uniform_(parameter)
+        config = ExportConfig(role="teacher", network=options, sample_shape=list(SHAPE), diffusion=DiffusionOptions())
+        write_export(root / name, config, network.state_dict())
+    energy = build_energy(config_of())
+    write_export(root / "energy", energy.config, energy.model.state_dict())
+    for domain in "ab":
+        pixels = np.random.default_rng(ord(domain)).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
+        for number, image in enumerate(pixels):
+            (root / domain / "sub").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(root / domain / "sub" / f"{number}.png")
+        packed = ["pack", str(root / domain), "--out", str(root / f"shards_{domain}"), "--workers", "1"]
+        assert cli.main([*packed, "--resolution", "4"]) == 0
+    return root
+
+
+def command(folder, method, *arguments):
+    models = ["--teacher", f"{folder}/target", "--device", "cpu"]
+    if method in ("ddib", "cyclediffusion"):
+        models += ["--source-teacher", f"{folder}/source"]
+    if method == "egsde":
+        models += ["--energy", f"{folder}/energy"]
+    return cli.main(["baseline", method, *models, "--input", f"{folder}/a", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("method", ["sdedit", "ilvr", "egsde", "ddib", "cyclediffusion"])
+def test_command_writes_what_the_library_returns_under_the_same_names(folder, tmp_path, capsys, method):
+    settings = ["steps=3"] + ["factor=2"] * (method in ("ilvr", "egsde"))
+    assert command(folder, method, "--output", tmp_path, "--seed", 4, "--batch-size", 3, *settings) == 0
+    paths = sorted(tmp_path.rglob("*.png"))
+    assert [path.relative_to(tmp_path).as_posix() for path in paths] == [f"sub/{i}.png" for i in range(7)]
+    sources = np.stack([np.asarray(Image.open(folder / "a" / "sub" / f"{i}.png")) for i in range(7)])
+    x = torch.from_numpy(sources).permute(0, 3, 1, 2) / 127.5 - 1
+    values = {"method": method, "steps": 3} | ({"factor": 2} if len(settings) > 1 else {})
+    models = Models(load_denoiser(folder / "target"), load_denoiser(folder / "source"), load_energy(folder / "energy"))
+    expected = translate(parse_options(values), models, x, Philox(4), torch.arange(7))
+    written = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(int)
+    np.testing.assert_allclose(written, to_uint8(expected.outputs).permute(0, 2, 3, 1).numpy(), atol=1)
+    assert f"7 images, {expected.evaluations:g} network evaluations each" in capsys.readouterr().out
+
+
+def test_train_energy_writes_a_network_that_egsde_takes(folder, tmp_path, capsys):
+    out = tmp_path / "energy"
+    domains = ["--source", f"{folder}/shards_a", "--target", f"{folder}/shards_b", "--out", str(out), "--device", "cpu"]
+    assert cli.main(["baseline", "train-energy", *domains, "steps=2", "batch_size=4", "network.model_channels=16"]) == 0
+    energy = load_energy(out)
+    assert (energy.config.step, energy.config.network.model_channels) == (2, 16)
+    assert tuple(energy.config.sample_shape) == SHAPE
+    assert "tells the domains apart in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "said"),
+    [
+        ("sdedit", ["sigma=1"], "sdedit: unknown option sigma"),
+        ("sdedit", ["sigma0"], "override 'sigma0': write it as key=value"),
+        ("sdedit", ["--batch-size", "0"], "--batch-size 0"),
+        ("egsde", ["factor=3"], "factor 3"),
+        ("ddib", ["--source-teacher", "nowhere"], "teacher nowhere: not there"),
+        ("egsde", ["--energy", "nowhere"], "nowhere: no energy network there"),
+        ("sdedit", ["--input", "nowhere"], "nowhere"),
+    ],
+)
+def test_command_says_what_is_wrong(folder, tmp_path, capsys, method, arguments, said):
+    assert command(folder, method, "--output", tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_train_energy_keeps_folders_that_are_not_its_own(folder, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("kept")
+    domains = ["--source", f"{folder}/shards_a", "--target", f"{folder}/shards_b", "--out", str(tmp_path)]
+    assert cli.main(["baseline", "train-energy", *domains, "steps=1"]) == 2
+    assert "exists and is no energy network" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(("method", "option"), [("sdedit", "steps=50"), ("train-energy", "lr=0.0003")])
+def test_help_lists_options_with_their_defaults(capsys, method, option):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["baseline", method, "--help"])
+    assert end.value.code == 0
+    assert f"  {option}  " in capsys.readouterr().out

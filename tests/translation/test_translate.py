@@ -1,0 +1,254 @@
+"""``rdmd translate`` on folders and shards, with generators whose maps are known."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rdmd_fast import cli, load_generator
+from rdmd_fast.data.writer import ShardWriter
+from rdmd_fast.networks import build_network
+from rdmd_fast.networks.exported import ExportConfig, write_export
+from rdmd_fast.translate import pick_devices
+
+NETWORK = {"kind": "song_unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
+
+
+def export(folder, brighter: float | None):
+    """A generator G(x) = x + ``brighter`` of 8×8 images, or one of random weights."""
+    values = {"role": "generator", "reading": "mlp", "generator_sigma": 1.0, "network": NETWORK}
+    config = ExportConfig.model_validate(values | {"sample_shape": [3, 8, 8], "diffusion": {}})
+    torch.manual_seed(0)
+    weights = build_network(config.network, (3, 8, 8), dropout=False).state_dict()
+    for name in weights:
+        if "aux_conv" in name:
+            scale = 0.2 if brighter is None else 0.0
+            weights[name] = scale * torch.randn_like(weights[name])
+        if name.endswith("aux_conv.bias") and brighter is not None:
+            weights[name] = torch.full_like(weights[name], brighter)
+    write_export(folder, config, weights)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: export(folder / name, brighter) for name, brighter in (("same", 0.0), ("lighter", 0.2), ("any", None))
+    }
+
+
+def picture(number: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """name -> pixels, upright, of a folder ``in``."""
+    photos = {
+        "a.png": picture(0, 8, 8),
+        "deep/b.c.png": picture(1, 21, 13),
+        "deep/er/d.png": picture(2, 5, 30),
+        "e.png": picture(3, 40, 9),
+    }
+    for name, pixels in photos.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return photos
+
+
+def translate(model, source, output, *extra) -> int:
+    arguments = ["--model", model, "--input", source, "--output", output, "--device", "cpu", *extra]
+    return cli.main(["translate", *map(str, arguments)])
+
+
+def pixels_of(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_tiles_of_the_identity_are_the_input(models, photos, tmp_path, batch_size):
+    arguments = "--size", "tiles", "--batch-size", batch_size
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out", *arguments) == 0
+    assert files_of(tmp_path / "out").keys() == photos.keys()
+    for name, pixels in photos.items():
+        np.testing.assert_array_equal(pixels_of(tmp_path / "out" / name), pixels)
+
+
+def test_tiles_of_a_shift_are_shifted_everywhere(models, photos, tmp_path):
+    assert translate(models["lighter"], tmp_path / "in", tmp_path / "out", "--size", "tiles", "--overlap", 0.5) == 0
+    for name, pixels in photos.items():
+        expected = np.minimum(np.rint(pixels + 0.2 * 127.5), 255)
+        np.testing.assert_allclose(pixels_of(tmp_path / "out" / name), expected, atol=1)
+
+
+def test_resized_images_come_back_at_their_own_size(models, photos, tmp_path):
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--size", "resize") == 0
+    for name, pixels in photos.items():
+        small = Image.fromarray(pixels).resize((8, 8), Image.Resampling.LANCZOS)
+        back = small.resize(pixels.shape[1::-1], Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(pixels_of(tmp_path / "out" / name), np.asarray(back))
+
+
+def test_turned_photos_come_out_upright(models, tmp_path):
+    (tmp_path / "in").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by 90° anticlockwise
+    upright = picture(0, 20, 9)
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "in/a.png", exif=exif)
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--size", "tiles") == 0
+    np.testing.assert_array_equal(pixels_of(tmp_path / "out/a.png"), upright)
+    with Image.open(tmp_path / "out/a.png") as image:
+        assert 0x0112 not in image.getexif()
+
+
+def test_shards_of_another_size(models, tmp_path, capsys):
+    images = [picture(number, 12, 16) for number in range(3)]
+    with ShardWriter(tmp_path / "in", {}, "test", 100) as writer:
+        for number, image in enumerate(images):
+            writer.write(f"deep/{number}", image)
+        writer.commit()
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out") == 2
+    assert "choose --size resize or tiles" in capsys.readouterr().err
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--size", "tiles") == 0
+    for number, image in enumerate(images):
+        np.testing.assert_array_equal(pixels_of(tmp_path / f"out/deep/{number}.png"), image)
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("jpg", "JPEG"), ("webp", "WEBP")])
+def test_formats(models, tmp_path, suffix, kind):
+    rows, columns = np.mgrid[:16, :16]
+    smooth = np.stack([rows * 8, columns * 8, 128 - rows * 4 + columns * 4], axis=-1).astype(np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(smooth).save(tmp_path / "in/a.png")
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--size", "tiles", "--format", suffix) == 0
+    with Image.open(tmp_path / f"out/a.{suffix}") as image:
+        assert image.format == kind
+        np.testing.assert_allclose(np.asarray(image.convert("RGB")).astype(float), smooth, atol=6)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_what_is_there_whole_is_left_alone(models, photos, tmp_path, capsys, suffix):
+    out = tmp_path / "out"
+    assert translate(models["same"], tmp_path / "in", out, "--format", suffix) == 0
+    first, times = files_of(out), {path: path.stat().st_mtime_ns for path in out.rglob(f"*.{suffix}")}
+    (cut, empty, gone, kept) = sorted(times)
+    cut.write_bytes(cut.read_bytes()[:-3])
+    empty.write_bytes(b"")
+    gone.unlink()
+    capsys.readouterr()
+    assert translate(models["same"], tmp_path / "in", out, "--format", suffix, "--skip-existing") == 0
+    assert "3 images, 1 were there" in capsys.readouterr().out
+    assert files_of(out) == first
+    assert [path for path in times if path.stat().st_mtime_ns == times[path]] == [kept]
+    # All there: not even the weights are read.
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_bytes((models["same"] / "config.json").read_bytes())
+    assert translate(tmp_path / "model", tmp_path / "in", out, "--format", suffix, "--skip-existing") == 0
+
+
+def test_arrays_that_are_there_whole_are_left_alone(tmp_path):
+    from rdmd_fast.translation.outputs import is_whole
+
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((3, 8, 8), np.float32))
+    assert is_whole(path)
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:50], content[:6], b"", content + b"x"):
+        path.write_bytes(damaged)
+        assert not is_whole(path)
+
+
+def test_unreadable_files_end_it_or_are_skipped(models, photos, tmp_path, capsys):
+    whole = (tmp_path / "in/e.png").read_bytes()
+    (tmp_path / "in/deep/cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "in/text.jpg").write_text("no picture")
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--skip-unreadable") == 0
+    said = capsys.readouterr()
+    assert "4 images, 2 unreadable ones skipped" in said.out
+    assert [line.split(":")[1].split("/")[-1] for line in said.err.strip().splitlines()] == ["cut.png", "text.jpg"]
+    assert files_of(tmp_path / "out").keys() == photos.keys()
+
+
+def test_results_below_the_input_are_no_inputs(models, photos, tmp_path, capsys):
+    for _ in range(2):
+        assert translate(models["same"], tmp_path / "in", tmp_path / "in/out") == 0
+        assert "4 images" in capsys.readouterr().out
+    before = files_of(tmp_path / "in")
+    assert translate(models["lighter"], tmp_path / "in", tmp_path / "in/deep/..") == 2
+    assert "--output" in capsys.readouterr().err and files_of(tmp_path / "in") == before
+
+
+def test_files_that_differ_in_their_suffix_alone(models, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "a.bmp"):
+        Image.fromarray(picture(0, 8, 8)).save(tmp_path / "in" / name)
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out") == 0
+    assert files_of(tmp_path / "out").keys() == {"a_png.png", "a_bmp.png"}
+    Image.fromarray(picture(0, 8, 8)).save(tmp_path / "in/a_png.gif")
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out") == 2
+    assert "would both become a_png" in capsys.readouterr().err
+
+
+def test_dtype_is_the_generator_s(models, photos, tmp_path):
+    for dtype in ("fp32", "bf16"):
+        assert translate(models["any"], tmp_path / "in", tmp_path / dtype, "--dtype", dtype) == 0
+    x = torch.from_numpy(photos["a.png"]).permute(2, 0, 1)[None].float() / 127.5 - 1
+    y = load_generator(models["any"]).to(torch.bfloat16)(x)[0].permute(1, 2, 0)
+    half, whole = (pixels_of(tmp_path / dtype / "a.png").astype(float) for dtype in ("bf16", "fp32"))
+    np.testing.assert_allclose(half, ((y + 1) * 127.5).clamp(0, 255).numpy(), atol=0.6)
+    assert 0 < np.abs(half - whole).max() < 8
+
+
+def test_two_processes_write_what_one_writes(models, photos, tmp_path, capfd):
+    arguments = models["any"], tmp_path / "in"
+    flags = "--batch-size", 2, "--size", "tiles"
+    assert translate(*arguments, tmp_path / "one", *flags) == 0
+    assert translate(*arguments, tmp_path / "two", *flags, "--workers", 2) == 0
+    assert "4 images" in capfd.readouterr().out
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert files_of(tmp_path / "one").keys() == photos.keys()
+    # An error in one of them is the only thing that is said.
+    (tmp_path / "in/e.png").write_bytes(b"")
+    assert translate(*arguments, tmp_path / "three", *flags, "--workers", 2) == 2
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "e.png: not a readable image" in said[0]
+    assert not [name for name in files_of(tmp_path / "three") if name.endswith(".partial")]
+
+
+@pytest.mark.parametrize(("extra", "message"), [
+    (["--overlap", 0.5], "is for --size tiles"),
+    (["--workers", 0], "--workers 0: must be at least 1"),
+    (["--batch-size", 0], "--batch-size 0: must be at least 1"),
+    (["--device", "cpu,cpu"], "names a device twice"),
+    (["--device", "cuda:77"], "this machine has"),
+    (["--device", "nonsense"], "no such device"),
+])  # fmt: skip
+def test_flags_that_do_not_fit_are_one_line(models, photos, tmp_path, capsys, extra, message):
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out", *extra) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and message in said[0] and not (tmp_path / "out").exists()
+
+
+def test_sizes_and_formats_are_of_images(models, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in/a.npy", np.zeros((3, 8, 8), np.float32))
+    for flags, message in ((("--size", "tiles"), "is for images"), (("--format", "jpg"), "is for images")):
+        assert translate(models["same"], tmp_path / "in", tmp_path / "out", *flags) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert pick_devices("auto") == pick_devices("cuda") == ["cuda:0", "cuda:1", "cuda:2"]
+    assert pick_devices("cuda:2, cuda:0") == ["cuda:2", "cuda:0"]
+    assert pick_devices("cpu", 2) == ["cpu", "cpu"]
