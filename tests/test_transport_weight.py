@@ -262,7 +262,7 @@ def test_a_run_of_a_range_does_not_go_on_with_a_number(run, capsys):
 
 def test_translate_passes_the_weight_on(tmp_path):
     network = {"kind": "song_unet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
-    values = {"role": "generator", "reading": "teacher", "generator_sigma": 1.0, "transport_weights": [0.05, 1.0]}
+    values = {"role": "generator", "reading": "mlp", "generator_sigma": 1.0, "transport_weights": [0.05, 1.0]}
     config = ExportConfig.model_validate(
         values | {"network": network, "sample_shape": [3, 8, 8], "diffusion": DiffusionOptions().model_dump()}
     )
@@ -270,7 +270,7 @@ def test_translate_passes_the_weight_on(tmp_path):
     raw = build_network(config.network, (3, 8, 8), dropout=False, condition=True)
     for parameter in raw.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    torch.nn.init.normal_(raw.map_condition.layer1.weight, std=5)
+    torch.nn.init.normal_(raw.map_condition.layer1.weight)
     write_export(tmp_path / "model", config, raw.state_dict())
     photo = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     (tmp_path / "in").mkdir()
@@ -285,7 +285,7 @@ def test_translate_passes_the_weight_on(tmp_path):
             expected = to_uint8(load_generator(tmp_path / "model")(x, weight))[0].permute(1, 2, 0).numpy()
         outputs.append(np.asarray(Image.open(tmp_path / name / "a.png")).astype(int))
         assert np.abs(outputs[-1] - expected).max() <= 1
-    assert np.abs(outputs[0] - outputs[1]).mean() > 2
+    assert np.abs(outputs[0] - outputs[1]).mean() > 1
     assert cli.main([*command, "--output", str(tmp_path / "none"), "--transport-weight", "2"]) == 2
     assert not (tmp_path / "none").exists()
 
