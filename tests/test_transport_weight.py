@@ -145,7 +145,7 @@ def test_gradients_do_not_depend_on_micro_batches_and_ranks(micro, ranks):
     parts = [iterate(BatchLayout(8, micro, 8 // micro // ranks, rank, ranks)) for rank in range(ranks)]
     for expected, *engines in zip(whole, *parts, strict=True):
         mean = sum(engine.gradient for engine in engines) / ranks  # as engines average; a rank's loss is its own mean
-        torch.testing.assert_close(mean, expected.gradient, rtol=1e-5, atol=1e-6)
+        assert (mean - expected.gradient).norm() < 1e-5 * expected.gradient.norm()
 
 
 def test_generator_and_fake_score_are_told_the_same_number_of_each_sample():
@@ -166,7 +166,8 @@ def test_gradient_is_the_mean_of_those_at_each_samples_own_weight(monkeypatch):
         monkeypatch.setattr(TransportWeights, "draw", lambda *_, alone=alone: alone)
         generator, _ = iterate(BatchLayout(8, 1, 1, sample, 8))
         gradients.append(generator.gradient)
-    torch.testing.assert_close(torch.stack(gradients).mean(0), whole[0].gradient, rtol=1e-4, atol=1e-6)
+    expected = whole[0].gradient
+    assert (torch.stack(gradients).mean(0) - expected).norm() < 1e-5 * expected.norm()
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def test_gradient_is_the_mean_of_those_at_each_samples_own_weight(monkeypatch):
 NETWORK = "{kind: mlp, hidden: 32, depth: 2, embedding: 16}"
 RUN = [
     "--config", TOY, LOW_HIGH, f"network={NETWORK}", f"generator={NETWORK}", "rdmd.weighting=sigma2",
-    "rdmd.fake_updates=1", "rdmd.fake_warmup=100", "rdmd.generator_optimizer.lr=2e-3", "rdmd.fake_optimizer.lr=5e-3",
+    "rdmd.fake_updates=2", "rdmd.fake_warmup=100", "rdmd.generator_optimizer.lr=1e-3", "rdmd.fake_optimizer.lr=5e-3",
     "rdmd.ema.half_life=1000", "train.global_batch_size=64", "validation.every=0", "validation.count=200",
     "telemetry.tensorboard=false",
 ]  # fmt: skip
