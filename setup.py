@@ -32,6 +32,11 @@ EXTRAS = {
     "toy": ["POT>=0.9.5"],  # exact optimal transport in 2-D
     "lpips": ["lpips>=0.1.4"],  # only for the LPIPS metric and cost; it needs a torchvision that fits torch
     "diffusers": ["diffusers>=0.30"],  # only for the autoencoder of latents (its networks are read without it)
+    "onnx": [  # only for `rdmd export --format onnx`
+        "onnx>=1.18",  # the format
+        "onnxscript>=0.5",  # torch.onnx writes with it
+        "onnxruntime>=1.22",  # runs what was written, to compare it with the generator
+    ],
     "wandb": ["wandb>=0.18"],  # only for telemetry.wandb_project
     "bench": ["mosaicml-streaming>=0.8"],  # only to be compared with in benchmarks/test_data.py
     "test": [

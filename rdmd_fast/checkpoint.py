@@ -200,7 +200,7 @@ def load_checkpoint(
 
 
 # Sections and keys that may change between a stop and its continuation without making it another experiment.
-_FREE = {"run_dir", "telemetry", "checkpoint", "validation", "deepspeed"}
+_FREE = {"run_dir", "license", "telemetry", "checkpoint", "validation", "deepspeed"}
 # How data come, not which; how a batch is split; how long; and what a run that broke off wants changed.
 _FREE_KEYS = {
     *(f"train.{key}" for key in ("steps", "micro_batch_size", "activation_checkpointing", "collective_timeout")),

@@ -33,6 +33,12 @@ class Config(Options):
 
     stage: Literal["teacher", "rdmd"] = Field(description="teacher: score of the target domain; rdmd: distillation")
     run_dir: str = Field(description="folder of the run: config, metrics, pictures, checkpoints, export")
+    license: str | None = Field(
+        None,
+        max_length=100,
+        description="licence of the exports, for their model card, as mit or cc-by-nc-sa-4.0; unset: the teacher's, "
+        "where that is known (ours)",
+    )
     any_size = frozenset(["seed"])
 
     seed: int = Field(0, ge=0, lt=2**64, description="key of all counter-based randomness, 64 bits (ours)")

@@ -92,10 +92,13 @@ class FeatureCost:
         """
         if options.features is None:
             return None
-        if options.features == LPIPS:
-            cost = cls(PerceptualDistance(device))
-        else:
-            cost = cls(FeatureNetwork(options.features, options.feature_input, device))
+        try:
+            if options.features == LPIPS:
+                cost = cls(PerceptualDistance(device))
+            else:
+                cost = cls(FeatureNetwork(options.features, options.feature_input, device))
+        except InputError as error:
+            raise InputError(f"rdmd.cost.features: {error}") from None
         cost._try(shape, device, f"rdmd.cost.features {options.features}")
         return cost
 

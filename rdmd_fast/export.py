@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,25 +18,76 @@ EPILOG = """examples:
   rdmd export runs/cats2dogs                              EMA of the newest checkpoint's generator
   rdmd export runs/cats2dogs@20000 --weights raw          its weights of step 20000 without averaging
   rdmd export runs/cats2dogs --network teacher --out teacher_of_dogs
+  rdmd export runs/cats2dogs --format onnx                a generator for onnxruntime
+  rdmd export runs/cats2dogs/best --format torch-export --out cats2dogs.torch
 
 The run may be training, killed or finished; nothing in it is changed but for the folder that is written.
+torch-export and onnx write the generator as a graph that needs no rdmd_fast, for any batch size; what is read back is
+compared with the generator, and nothing is left of one that differs. docs/translate.md has more.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("run", metavar="RUN[@STEP]", help="run folder; without a step, its newest whole checkpoint")
+    parser.add_argument(
+        "run",
+        metavar="RUN[@STEP]",
+        help="run folder; without a step, its newest whole checkpoint. Or a folder that is exported already",
+    )
     parser.add_argument(
         "--network",
         choices=("generator", "teacher", "fake_score"),
         help="which one; default: what the run exports at its end. A fake score is written as a teacher is: it "
         "denoises what G makes",
     )
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged (default) or the last ones")
-    parser.add_argument("--out", metavar="DIR", help="export folder (default: RUN/exports/step_STEP[_NETWORK][_raw])")
+    parser.add_argument("--weights", choices=("ema", "raw"), help="averaged (default) or the last ones")
+    parser.add_argument(
+        "--format", choices=("safetensors", "torch-export", "onnx"), default="safetensors", help="(safetensors)"
+    )
+    parser.add_argument("--license", metavar="NAME", help="for the model card (default: the run's or its teacher's)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder (default: RUN/exports/step_STEP[_NETWORK][_raw][_FORMAT], or DIR_FORMAT)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from .model_card import model_card
+
+    source = Path(arguments.run)
+    is_export = (source / "config.json").is_file() and not (source / "checkpoints").is_dir()
+    network = (_from_export if is_export else _from_run)(source, arguments)
+    out = Path(arguments.out) if arguments.out else network.out
+    if out.exists() and not (out / "config.json").exists():
+        raise InputError(f"--out {out}: exists and is no export, choose another folder")
+    if out.resolve() == source.resolve():
+        raise InputError(f"--out {out}: is what is exported, choose another folder")
+    graph = "" if arguments.format == "safetensors" else arguments.format
+    if graph and network.config.role != "generator":
+        raise InputError(f"--format {graph}: is for generators, export a {network.config.role} as safetensors")
+    card = model_card(network.config, network.run, arguments.license, graph)
+    try:
+        note = write_network(out, network, graph, card)
+    except InputError:
+        raise
+    except Exception as error:
+        raise write_error(error, f"export {out}") or error from None
+    print(f"wrote {network.name} to {out}{note}")
+    return EXIT_DONE
+
+
+class Network(NamedTuple):
+    """What is to be written: ``run`` is a ``model_card.Run`` or None, ``out`` where to if nobody says."""
+
+    name: str
+    config: ExportConfig
+    weights: dict[str, torch.Tensor]
+    run: NamedTuple | None
+    out: Path
+
+
+def _from_run(source: Path, arguments: argparse.Namespace) -> Network:
+    from .model_card import Run, last_validation
+
     folder, _, step = arguments.run.rpartition("@")
     if not folder or not step.isdigit():
         folder, step = arguments.run, None
@@ -43,17 +95,50 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = find(run_dir, None if step is None else int(step))
     manifest = read_manifest(checkpoint)
     name = arguments.network or manifest["export"]["role"]
-    config, weights = read_network(checkpoint, name, arguments.weights)
-    parts = (checkpoint.name, arguments.network, "raw" if arguments.weights == "raw" else None)
-    out = Path(arguments.out) if arguments.out else run_dir / "exports" / "_".join(filter(None, parts))
-    if out.exists() and not (out / "config.json").exists():
-        raise InputError(f"--out {out}: exists and is no export, choose another folder")
-    try:
-        write_export(out, config, weights)
-    except Exception as error:
-        raise write_error(error, f"export {out}") or error from None
-    print(f"wrote {name} of step {manifest['step']} to {out}")
-    return EXIT_DONE
+    config, weights = read_network(checkpoint, name, arguments.weights or "ema")
+    tags = (arguments.network, "raw" if arguments.weights == "raw" else None, _tag(arguments.format))
+    parts = filter(None, (checkpoint.name, *tags))
+    # Validation measures the run's own product: other networks and weights have no metrics.
+    own = name == manifest["export"]["role"] and arguments.weights != "raw"
+    trained = manifest["config"]
+    if name not in manifest["engines"]:  # the frozen teacher: another run's
+        trained = {"teacher": trained["teacher"]}
+    facts = Run(trained, *(last_validation(run_dir, manifest["step"]) if own else ({}, None)))
+    return Network(f"{name} of step {manifest['step']}", config, weights, facts, run_dir / "exports" / "_".join(parts))
+
+
+def _from_export(source: Path, arguments: argparse.Namespace) -> Network:
+    from .model_card import run_of_export
+    from .networks.exported import read_export
+
+    for flag in ("network", "weights"):
+        if getattr(arguments, flag):
+            raise InputError(f"--{flag} {getattr(arguments, flag)}: {source} is exported already, name its run")
+    role = next((role for role in ("generator", "teacher") if (source / f"{role}.safetensors").is_file()), "generator")
+    if arguments.format == "safetensors" and not arguments.out:
+        raise InputError(f"{source}: is exported as safetensors already; name another --format, or --out for a copy")
+    config, weights = read_export(source, role)
+    out = source.with_name(f"{source.name}_{_tag(arguments.format)}")
+    return Network(f"{role} of {source}", config, weights, run_of_export(source), out)
+
+
+def _tag(format: str) -> str | None:
+    return {"torch-export": "torch", "onnx": "onnx"}.get(format)
+
+
+def write_network(out: Path, network: Network, graph: str, card: str) -> str:
+    """Write an export; returns what there is to say of it. InputError for a graph that is not the generator."""
+    if not graph:
+        write_export(out, network.config, network.weights, card)
+        return ""
+    from .graph_export import BATCHES, write_graph
+    from .networks.exported import Generator, rebuild, write_folder
+
+    generator = Generator(rebuild(network.config, network.weights, network.name), network.config).eval()
+    differences = []
+    write_folder(out, network.config, lambda partial: differences.append(write_graph(generator, graph, partial)), card)
+    sizes = ", ".join(map(str, BATCHES))
+    return f"; it differs from the generator by {differences[0]:.2g} at most, for batches of {sizes}"
 
 
 def find(run_dir: Path, step: int | None = None) -> Path:

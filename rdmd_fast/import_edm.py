@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         InputError: no EDM network there, or a folder that cannot be written or holds something else.
     """
+    from .model_card import Run, model_card
     from .networks.edm_pickle import read_edm_pickle
     from .networks.exported import write_export
 
@@ -34,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_free(folder)
     config, weights = read_edm_pickle(arguments.pickle)
     try:
-        write_export(folder, config, weights)
+        write_export(folder, config, weights, model_card(config, Run({"teacher": arguments.pickle})))
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror or error})") from None
     channels, height, width = config.sample_shape
@@ -52,5 +53,5 @@ def _check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder}: is a file, name a folder")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if found not in (set(), {"config.json", "teacher.safetensors"}):
+    if found - {"README.md"} not in (set(), {"config.json", "teacher.safetensors"}):
         raise InputError(f"--out {folder}: holds other files ({min(found)}), choose a new or empty folder")

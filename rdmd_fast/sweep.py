@@ -32,6 +32,7 @@ WEIGHT_FACTORS, SIGMA_FACTORS = (0.25, 1.0, 4.0), (0.5, 1.0, 2.0)  # of the conf
 WEIGHTS_BESIDE_ZERO = (0.0, 0.05, 0.2)  # of a configuration whose λ is 0
 SHARE_OF_STEPS, FEWEST_STEPS = 10, 100
 PICTURED, TOY_POINTS = 12, 1000
+SETTING = ("transport_weight", "generator_sigma", "steps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,12 +252,18 @@ def advise(rows: Sequence[dict], references: dict) -> Recommendation:
     return recommend(trials, Reference(references["untouched"], references["floor"]))
 
 
+def printed(rows: Sequence[dict]) -> list[dict]:
+    """The table as it is printed: without the numbers that all settings share, as the size of the held-out set."""
+    telling = [key for key in rows[0] if key in SETTING or len({row[key] for row in rows}) > 1 or len(rows) == 1]
+    return [{key: "-" if row[key] is None else row[key] for key in telling} for row in rows]
+
+
 def write(out: Path, rows: list[dict], references: dict, recommendation: Recommendation) -> None:
     """Print the table and the recommendation; sweep.csv and sweep.json hold the same."""
     from .figures.common import write_rows
     from .metrics.judges import format_table
 
-    print(format_table([{key: "-" if value is None else value for key, value in row.items()} for row in rows]))
+    print(format_table(printed(rows)))
     if references.get("untouched") is not None:
         print(
             f"{references['best_by']} of the untouched sources {references['untouched']:.4g}, of real samples from "

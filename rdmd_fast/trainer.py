@@ -121,6 +121,7 @@ class Training:
         self.plain_config = config.model_dump(mode="json")
         self.step, self.total = 0, config.train.steps  # finished iterations, of all
         self.saved: int | None = None  # at which step last
+        self.measured: tuple[dict[str, float], int | None] = {}, None  # the last validation, and its step
         self.telemetry = Telemetry(config.telemetry, world, run_dir, self.total, config.train.global_batch_size)
         self.experiment = build_experiment(config, world, self.telemetry)
         self.stage, self.state = self.experiment.stage, self.experiment.state
@@ -257,11 +258,16 @@ class Training:
             return False
 
     def export(self, weights: dict[str, torch.Tensor], name: str) -> None:
+        from .model_card import Run, model_card
         from .networks.exported import write_export
 
         config = self.experiment.export.model_copy(update={"step": self.step})
         folder = self.run_dir / name
-        on_main(self.world, lambda: write_export(folder, config, weights), f"export {folder}")
+
+        def write() -> None:
+            write_export(folder, config, weights, model_card(config, Run(self.plain_config, *self.measured)))
+
+        on_main(self.world, write, f"export {folder}")
 
     def validate(self, weights: dict[str, torch.Tensor]) -> None:
         """Metrics on held-out data; the best weights so far go to RUN/best."""
@@ -276,6 +282,7 @@ class Training:
         """Write the metrics; returns that of validation.best_by if it is the best so far."""
         values = self.experiment.measure(weights)
         self.telemetry.write({"step": self.step, "validation": values})
+        self.measured = values, self.step
         listing = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.telemetry.say(f"step {self.step}/{self.total}  {listing}")
         best_by = self.experiment.best_by

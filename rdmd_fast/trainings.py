@@ -73,8 +73,8 @@ def train(folder: Path, settings: dict) -> dict:
     """Work of a training point.
 
     Returns:
-        ``sha256`` of the export, ``training_seconds`` between the first and the last iteration, ``validation`` at the
-        end (None without held-out data).
+        ``sha256`` of the export, ``training_steps``, ``training_seconds`` between the first and the last iteration,
+        ``validation`` at the end (None without held-out data).
     """
     values = settings["config"] | {"run_dir": str(folder / "run")}
     if settings["teacher"]:
@@ -85,6 +85,7 @@ def train(folder: Path, settings: dict) -> dict:
     validations = [line["validation"] for line in lines if "validation" in line]
     return {
         "sha256": digest(folder / EXPORT),
+        "training_steps": settings["config"]["train"]["steps"],
         "training_seconds": sum(line["seconds"]["interval"] for line in lines if "seconds" in line),
         "validation": validations[-1] if validations else None,
     }

@@ -122,8 +122,15 @@ def test_a_network_that_cannot_serve_is_refused_before_the_training(tmp_path, mo
         of(saved(module(), tmp_path / "f.pt"))
 
 
+def test_a_file_that_is_missing_is_named_with_its_key(tmp_path):
+    with pytest.raises(InputError, match=f"rdmd.cost.features: {tmp_path}/none.pt: no such file"):
+        of(tmp_path / "none.pt")
+
+
 def test_lpips_where_it_is_not_installed_is_one_line():
-    with pytest.raises(InputError, match=r"lpips: cannot be used \(.*pip install rdmd_fast\[lpips\]"):
+    with pytest.raises(
+        InputError, match=r"rdmd.cost.features: lpips: cannot be used \(.*pip install rdmd_fast\[lpips\]"
+    ):
         of("lpips")
 
 

@@ -1,7 +1,9 @@
 """``rdmd evaluate`` on images: which are measured, what stands in the report, what is refused."""
 
 import json
+import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +139,24 @@ def test_a_generator_of_a_range_has_a_row_for_each_weight(folders, tmp_path, cap
     assert rows[0]["l2"] != rows[1]["l2"]
     assert evaluate(tmp_path, *model, 7) == 2
     assert "transport_weight 7" in capsys.readouterr().err
+
+
+class FakeLPIPS(torch.nn.Module):
+    """Stands in for lpips.LPIPS: a distance of the same call and shape."""
+
+    def __init__(self, net, verbose):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((1, 3, 1, 1), 0.5))
+
+    def forward(self, first, second):
+        return (self.weight * (first - second) ** 2).mean((1, 2, 3), keepdim=True)
+
+
+def test_lpips_is_the_mean_over_the_pairs(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=FakeLPIPS))
+    report = evaluate(tmp_path, "--outputs", tmp_path / "cut", "--lpips")
+    assert report["rows"][0]["lpips"] == 0
+    assert report["rows"][1]["lpips"] == pytest.approx(0.5 * report["rows"][1]["mse_per_pixel"], rel=1e-6)
 
 
 def test_some_images_are_drawn_by_the_seed(folders, tmp_path):

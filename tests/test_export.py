@@ -45,6 +45,21 @@ def test_newest_checkpoint_is_what_the_run_exported(run):
     torch.testing.assert_close(load_generator(run / "exports/step_00000005")(x), load_generator(run / "export")(x))
 
 
+def test_cards_are_of_the_run_and_of_the_step(run, tmp_path):
+    assert export(f"{run}@4", "--out", tmp_path / "four", "--license", "mit") == 0
+    assert export(run, "--weights", "raw", "--out", tmp_path / "raw") == 0
+    (measured,) = [line["validation"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+                   if "validation" in line]  # fmt: skip
+    own, four, raw = (
+        (folder / "README.md").read_text() for folder in (run / "export", tmp_path / "four", tmp_path / "raw")
+    )
+    assert "| step | `5` |" in own and "| step | `4` |" in four and "license: mit\n" in four
+    for name, value in measured.items():
+        assert f"| `{name}` | {value:.4g} |" in own
+    assert "## Metrics at step 5" in own and "## Metrics" not in four and "## Metrics" not in raw
+    assert "| source data | toy `gaussian`" in own and "closed form" in own and str(run) not in own
+
+
 def test_averages_follow_from_the_raw_weights_of_every_step(run, tmp_path):
     """Two checkpoints apart by one iteration: ema' = d ema + (1 - d) weights, d = 0.5^(batch / half-life)."""
     averages = []

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from rdmd_fast.config import load_config
 from rdmd_fast.errors import InputError
 from rdmd_fast.study import load_study
 
@@ -19,6 +20,21 @@ def test_shipped_studies_are_valid_and_wide_enough(name):
     assert set(methods) == {"sdedit", "ilvr", "egsde", "ddib", "cyclediffusion"}
     assert min(methods.values()) >= 5
     assert study.quality == {"digits": "frechet", "afhqv2": "fid"}[name]
+
+
+@pytest.mark.parametrize("name", ["digits", "afhqv2"])
+def test_trainings_of_the_shipped_studies(name, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)  # their paths are of the repository
+    study = load_study(f"configs/{name}/study.yaml")
+    for weight in study.rdmd.transport_weights:
+        config = load_config(study.rdmd.config, [*study.rdmd.overrides, f"rdmd.transport_weight={weight}"])
+        assert config.stage == "rdmd" and config.rdmd.transport_weight == weight
+    one = load_config(study.conditioned.config, study.conditioned.overrides)
+    low, high = one.rdmd.transport_weight.log_uniform
+    assert low <= min(study.conditioned.transport_weights) and max(study.conditioned.transport_weights) <= high
+    assert one.train == config.train  # a quarter of the iterations of four
+    for teacher in (study.teachers.target, study.teachers.source):
+        assert teacher.export or load_config(teacher.config, teacher.overrides).stage == "teacher"
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ def grid_of(*arguments):
 
 
 def test_a_sweep_of_a_toy(computed, tmp_path, capsys):
-    command = ["sweep", "--config", TOY, "--out", str(tmp_path), "--steps", "2", *TINY, "--transport-weight", "0.1"]
-    assert cli.main([*command, "1"]) == 0
+    command = ["sweep", "--config", TOY, "--out", str(tmp_path), "--steps", "2", *TINY, "--transport-weight"]
+    assert cli.main([*command, "0.1", "1"]) == 0
     assert computed == ["reference", "lambda-0.1-sigma-1", "lambda-1-sigma-1"]
     report = json.loads((tmp_path / "sweep.json").read_text())
     assert [row["transport_weight"] for row in report["rows"]] == [0.1, 1.0]
@@ -31,13 +31,15 @@ def test_a_sweep_of_a_toy(computed, tmp_path, capsys):
     assert report["references"]["floor"] == report["rows"][0]["noise_floor"]
     said = capsys.readouterr().out
     assert report["recommendation"]["reason"] in said
+    header = next(line for line in said.splitlines() if line.startswith("transport_weight"))
+    assert "squared_w2" in header and "noise_floor" not in header  # which is the same for all
     assert len((tmp_path / "sweep.csv").read_text().splitlines()) == 3
     assert Image.open(tmp_path / "sweep.png").width > 100
     outputs = [np.load(path) for path in sorted(tmp_path.glob("points/lambda-*/samples.npy"))]
     assert len(outputs) == 2 and not np.array_equal(*outputs)
 
     computed.clear()
-    assert cli.main([*command, "1", "3"]) == 0
+    assert cli.main([*command, "3", "1", "0.1"]) == 0
     assert computed == ["lambda-3-sigma-1"]
 
 

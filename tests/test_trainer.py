@@ -56,7 +56,7 @@ def test_run_folder_holds_what_the_contract_names(runs):
     assert yaml.safe_load((run / "config.yaml").read_text())["rdmd"]["generator_sigma"] == 1.0
     assert (run / "checkpoints/latest").read_text().strip() == "step_00000004"
     assert {path.name for path in (run / "samples").iterdir()} == {"step_00000002.png", "final.png"}
-    assert {path.name for path in (run / "export").iterdir()} == {"config.json", "generator.safetensors"}
+    assert {path.name for path in (run / "export").iterdir()} == {"README.md", "config.json", "generator.safetensors"}
     assert (run / "best/generator.safetensors").exists()
     assert list((run / "tensorboard").glob("events*"))
     assert (runs / "teacher/export/teacher.safetensors").exists()

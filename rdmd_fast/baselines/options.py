@@ -58,7 +58,9 @@ class EGSDEOptions(LevelOptions):
         2.0, ge=0, le=1e9, description="weight of the faithful expert, on the paper's scale: more is more faithful "
         "(paper: 2)"
     )  # fmt: skip
-    factor: int = Field(4, ge=1, le=2**16, description="N of the faithful expert's low-pass (paper: ILVR's filter)")
+    factor: int = Field(
+        4, ge=1, le=2**16, description="N of the faithful expert's low-pass (paper's code: 32 at 256×256)"
+    )
 
 
 class DDIBOptions(LevelOptions):

@@ -105,7 +105,7 @@ def compare(baseline: Sequence[Setting], reference: Sequence[Setting], quality: 
             better.append((best.values[quality].mean - setting.values[quality].mean, setting, best))
         if not (beaten or beating):
             neither.append(setting)
-    sentences = [f"{method}, {len(baseline)} settings against {len(reference)} of {other}:"]
+    sentences = [f"{method}, {len(baseline)} settings against {len(reference)} of {other}."]
     sentences.append(_sentence("better", better, len(baseline), quality, max))
     sentences.append(_sentence("worse", worse, len(baseline), quality, min))
     if neither:
@@ -121,7 +121,7 @@ def compare(baseline: Sequence[Setting], reference: Sequence[Setting], quality: 
 
 def _sentence(verdict: str, cases: list[tuple[float, Setting, Setting]], count: int, quality: str, extreme) -> str:
     if not cases:
-        return f"no setting is {verdict} than any of them."
+        return f"No setting is {verdict} than any of them."
     gap, setting, other = extreme(cases, key=lambda case: case[0])
     label = LABELS[quality]
     if abs(gap) < 0.005:

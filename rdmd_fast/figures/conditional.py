@@ -86,26 +86,27 @@ def printed(line: dict) -> dict:
 
 
 def training_cost(rows: Sequence[dict]) -> dict:
-    """Seconds of training, mean over seeds: of the one run, and of the separate runs at all λ together."""
+    """Seconds (means over seeds) and iterations of training: of the one run, and of the separate runs together."""
     seeds = sorted({row["seed"] for row in rows})
-    separate = [
-        sum(row["training_seconds"] for row in rows if row["method"] == RDMD and row["seed"] == s) for s in seeds
-    ]
-    one = [next(row["training_seconds"] for row in rows if row["method"] != RDMD and row["seed"] == s) for s in seeds]
-    (one_mean, one_error), (separate_mean, separate_error) = mean_and_error(one), mean_and_error(separate)
-    return {
-        "runs": sum(row["method"] == RDMD and row["seed"] == seeds[0] for row in rows),
-        "one_seconds": one_mean, "one_seconds_error": one_error,
-        "separate_seconds": separate_mean, "separate_seconds_error": separate_error,
-        "ratio": one_mean / separate_mean,
-    }  # fmt: skip
+
+    def total(separate: bool, seed: int) -> tuple[float, int]:
+        group = [row for row in rows if (row["method"] == RDMD) == separate and row["seed"] == seed]
+        group = group if separate else group[:1]  # read at every λ, trained once
+        return sum(row["training_seconds"] for row in group), sum(row["training_steps"] for row in group)
+
+    cost = {"runs": sum(row["method"] == RDMD and row["seed"] == seeds[0] for row in rows)}
+    for name, separate in (("one", False), ("separate", True)):
+        seconds, steps = zip(*(total(separate, seed) for seed in seeds), strict=True)
+        cost[f"{name}_seconds"], cost[f"{name}_seconds_error"] = mean_and_error(seconds)
+        cost[f"{name}_steps"] = steps[0]
+    return cost | {"ratio": cost["one_seconds"] / cost["separate_seconds"]}
 
 
 def in_words(table: Sequence[dict], cost: dict, seeds: int) -> str:
     price = (
         f"Training took {with_error(cost['one_seconds'], cost['one_seconds_error'], 0)} s for the one generator and "
         f"{with_error(cost['separate_seconds'], cost['separate_seconds_error'], 0)} s for the {cost['runs']} separate "
-        f"ones together: {cost['ratio']:.2f} of it."
+        f"ones together: {cost['ratio']:.2f} of it, and {cost['one_steps']} of {cost['separate_steps']} iterations."
     )
     if seeds < 2:
         return f"One seed: no standard errors. {price}"

@@ -199,6 +199,7 @@ class StudyRuns:
                 "setting": candidate.setting,
                 "seed": candidate.seed,
                 **{key: value for key, value in result.items() if key != "seconds"},
+                "training_steps": candidate.training["training_steps"] if candidate.training else None,
                 "training_seconds": candidate.training["training_seconds"] if candidate.training else None,
                 "folder": point.folder(self.folder).name,
             }

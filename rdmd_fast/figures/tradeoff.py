@@ -183,23 +183,28 @@ def plain_log_scale(panel) -> None:
     panel.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
+def varied(group: Sequence[Setting]) -> list[str]:
+    """Options in which a method's settings differ, in the order of their names."""
+    parts = [dict(part.split(" ", 1) for part in setting.name.split(", ") if part) for setting in group]
+    names = dict.fromkeys(name for each in parts for name in each)
+    return [name for name in names if len({each.get(name) for each in parts}) > 1]
+
+
 def short_names(group: Sequence[Setting]) -> dict[str, str]:
-    """What the figure calls a method's settings: symbols, without the options that all of them share."""
-    parts = [set(setting.name.split(", ")) for setting in group]
-    shared = set.intersection(*parts) if len(group) > 1 else set()
+    """What the figure calls a method's settings: the values of the options in which they differ, as 2/0.1."""
+    options = varied(group)
     names = {}
     for setting in group:
-        name = ", ".join(part for part in setting.name.split(", ") if part not in shared)
-        for option, symbol in SYMBOLS.items():
-            name = name.replace(option, symbol)
-        names[setting.name] = name
+        values = dict(part.split(" ", 1) for part in setting.name.split(", ") if part)
+        names[setting.name] = "/".join(values.get(name, "–").removesuffix(".0") for name in options)
+        if group[0].method == RDMD or not options:
+            names[setting.name] = setting.name
     return names
 
 
 def legend(group: Sequence[Setting]) -> str:
-    """Method, network evaluations and milliseconds an image."""
-    if not any("evaluations" in each.values and each.values["evaluations"].mean for each in group):
-        return group[0].method
+    """Method, the options by which its points are named, network evaluations and milliseconds an image."""
+    options = "/".join(SYMBOLS.get(name, name) for name in varied(group))
     evaluations = _range([each.values["evaluations"].mean for each in group])
     energy = [each.values["energy_evaluations"].mean for each in group if "energy_evaluations" in each.values]
     also = f" + {_range(energy)} of energy" if any(energy) else ""
@@ -207,7 +212,7 @@ def legend(group: Sequence[Setting]) -> str:
     low, high = (f"{float(f'{value:.2g}'):g}" for value in (min(milliseconds), max(milliseconds)))
     time = low if low == high else f"{low} to {high}"
     plural = "evaluation" if evaluations == "1" else "evaluations"
-    return f"{group[0].method}: {evaluations} {plural}{also},\n{time} ms an image"
+    return f"{group[0].method}{f' by {options}' * bool(options)}: {evaluations} {plural}{also},\n{time} ms an image"
 
 
 def draw_samples(rows: list[dict], settings: list[Setting], study: StudyOptions, points: Path, path: Path) -> None:

@@ -42,18 +42,13 @@ class ImageReport:
         seed: int = 0,
         cache: Path | None = None,
     ):
-        self.target, self.judge, self.label, self.features = (
-            image_batch(target, "target images"),
-            judge,
-            label,
-            features,
-        )
-        self.seed = seed
+        self.target = image_batch(target, "target images")
+        self.judge, self.label, self.features, self.seed = judge, label, features, seed
         if lpips is True:
             from rdmd_fast.networks.features import PerceptualDistance
 
             lpips = PerceptualDistance()
-        self.lpips = lpips or None
+        self.lpips = None if lpips is False else lpips
         self._judged_target = judge.features(self.target) if judge else None
         self._target_features = cached_features(features, self.target, cache) if features else None
 
@@ -89,7 +84,7 @@ class ImageReport:
 
     def _distances_to_source(self, source: torch.Tensor, outputs: torch.Tensor) -> dict[str, float]:
         metrics = {"l2": l2, "mse_per_pixel": mse_per_pixel, "psnr": psnr, "ssim": ssim}
-        if self.lpips:
+        if self.lpips is not None:
             metrics["lpips"] = self._lpips
         if outputs.shape[1] == 3:
             metrics["colour_cosine"] = mean_colour_cosine

@@ -2,12 +2,14 @@
 
 DIR/config.json                                network, data shape, parameterisation, how to read it
 DIR/generator.safetensors or teacher.safetensors   EMA weights, fp32, keys as the raw network names them
+DIR/README.md                                  model card
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,18 +64,37 @@ class ExportConfig(Options):
         return WeightRange(*self.transport_weights) if self.transport_weights else None
 
 
-def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Tensor]) -> None:
-    """Write an export so that ``folder`` always holds a whole one: the old until the new is complete."""
+def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Tensor], card: str | None = None) -> None:
+    """Write an export so that ``folder`` always holds a whole one: the old until the new is complete.
+
+    Args:
+        card: its README.md.
+    """
+
+    def fill(partial: Path) -> None:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            partial / f"{config.role}.safetensors",
+        )
+        fsync_path(partial / f"{config.role}.safetensors")
+
+    write_folder(folder, config, fill, card)
+
+
+def write_folder(folder: Path, config: ExportConfig, fill: Callable[[Path], None], card: str | None = None) -> None:
+    """A folder with config.json, a README.md and what ``fill`` writes into it, whole or not at all."""
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in weights.items()},
-        partial / f"{config.role}.safetensors",
-    )
-    fsync_path(partial / f"{config.role}.safetensors")
-    write_atomically(partial / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    try:
+        fill(partial)
+        if card is not None:
+            write_atomically(partial / "README.md", card)
+        write_atomically(partial / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     replace_folder(partial, folder)
 
 

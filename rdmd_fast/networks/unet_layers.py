@@ -317,5 +317,5 @@ class UNet(nn.Module):
     def augmentation(self, augment_labels: Tensor | None, features: Tensor) -> Tensor:
         """Embedded augmentation labels. Zeros stand for none: their weight then has a gradient, as engines expect."""
         if augment_labels is None:
-            augment_labels = features.new_zeros(len(features), self.augment_dim)
+            augment_labels = features.new_zeros(features.shape[0], self.augment_dim)
         return self.map_augment(augment_labels)

@@ -8,7 +8,7 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.networks.analytic import GaussianMixtureDenoiser
 from rdmd_fast.randomness import Philox, Stream
 
-MANY = 20_000
+MANY = 10_000
 
 
 def gaussian(deviation, mean=(0.0, 0.0)):
@@ -42,7 +42,7 @@ def test_sdedit_between_gaussians_has_the_law_of_the_reverse_sde(solver):
     variance = gain**2 * (1 + sigma0**2) + gain * sigma0**2
     torch.testing.assert_close(y.mean(0), (1 - gain) * torch.tensor(mean).double(), atol=0.04, rtol=0)
     # 200 steps leave 0.02 too much (sde) or 0.05 too little (ancestral) of 2.09.
-    torch.testing.assert_close(torch.cov(y.T), variance * torch.eye(2).double(), atol=0.09, rtol=0)
+    torch.testing.assert_close(torch.cov(y.T), variance * torch.eye(2).double(), atol=0.12, rtol=0)
     shared = torch.cov(torch.cat((x.double(), y), 1).T)[:2, 2:]
     torch.testing.assert_close(shared, gain * torch.eye(2).double(), atol=0.03, rtol=0)
 
@@ -61,7 +61,7 @@ def test_a_single_step_leaves_the_denoised_start_and_the_noise_of_its_solver(sol
 def test_sdedit_from_much_noise_forgets_the_source_and_samples_the_target(solver):
     means = torch.tensor([[-2.0, 0.0], [2.0, 1.0]])
     target = GaussianMixtureDenoiser(means, torch.tensor([0.25, 0.25]), torch.tensor([0.25, 0.75]))
-    x = points(MANY // 2) + 3
+    x = points(MANY) + 3
     y = run(SDEditOptions(sigma0=80.0, steps=60, solver=solver), x, target).outputs.double()
     mean = torch.tensor([1.0, 0.75]).double()
     spread = means.double() - mean

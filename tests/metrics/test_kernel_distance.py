@@ -1,3 +1,5 @@
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -81,3 +83,29 @@ def test_bad_features_are_refused(sets):
         kernel_distance(a, b[:, :3])
     with pytest.raises(InputError, match="two"):
         kernel_distance(a, b[:1])
+
+
+def imported(name):
+    """A package that is optional here; one that is installed for another torch may raise anything."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"{name} cannot be imported here: {error}")
+
+
+def test_fid_and_kid_match_torch_fidelity_where_it_is_installed(sets):
+    fid, kid = imported("torch_fidelity.metric_fid"), imported("torch_fidelity.metric_kid")
+    statistics = [fid.fid_features_to_statistics(torch.tensor(each)) for each in sets]
+    expected = fid.fid_statistics_to_metric(*statistics, verbose=False)[fid.KEY_METRIC_FID]
+    assert frechet_distance(*sets) == pytest.approx(expected, rel=1e-8)
+    a, b = sets[0][:50], sets[1]
+    options = {"kid_subsets": 1, "kid_subset_size": 50, "kid_degree": 3, "kid_gamma": None, "kid_coef0": 1}
+    values = kid.kid_features_to_metric(torch.tensor(a), torch.tensor(b), **options, rng_seed=0, verbose=False)
+    assert kernel_distance(a, b)[0] == pytest.approx(values[kid.KEY_METRIC_KID_MEAN], rel=1e-9)
+
+
+def test_fid_and_kid_match_clean_fid_where_it_is_installed(sets):
+    fid = imported("cleanfid.fid")
+    assert frechet_distance(*sets) == pytest.approx(fid.fid_from_feats(*sets), rel=1e-8)
+    a, b = sets[0][:50], sets[1]
+    assert kernel_distance(a, b)[0] == pytest.approx(fid.kernel_distance(a, b, num_subsets=1), rel=1e-9)

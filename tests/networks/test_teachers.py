@@ -74,7 +74,9 @@ def test_imported_export_is_the_pickle(edm, tmp_path, capsys):
         assert cli.main(["import-edm", str(tmp_path / "a.pkl"), "--out", str(tmp_path / "teacher")]) == 0
         printed = capsys.readouterr().out
         assert printed.count("\n") == 1 and "song_unet" in printed and "8×8" in printed and "3 classes" in printed
-    assert {path.name for path in (tmp_path / "teacher").iterdir()} == {"config.json", "teacher.safetensors"}
+    written = {path.name for path in (tmp_path / "teacher").iterdir()}
+    assert written == {"README.md", "config.json", "teacher.safetensors"}
+    assert "\nlicense: cc-by-nc-sa-4.0\n" in (tmp_path / "teacher/README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"a.pkl", "teacher"}
     (config, weights), (copy, copied) = read_teacher(tmp_path / "a.pkl"), read_teacher(tmp_path / "teacher")
     assert config == copy == read_teacher_config(tmp_path / "a.pkl") == read_teacher_config(tmp_path / "teacher")
