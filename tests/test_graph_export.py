@@ -42,10 +42,10 @@ def generator_of(name: str) -> Generator:
     return Generator(model, config).eval().requires_grad_(False)
 
 
-# Loads what it is given in a process of its own, outside of the checkout, and says what it needed for that.
+# Loads what it is given in a process of its own that has no rdmd_fast.
 STRANGER = """
 import sys
-assert not any("rdmd" in name for name in sys.modules)
+sys.modules["rdmd_fast"] = None  # an import of it is an error
 path, inputs, output = sys.argv[1:]
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,7 +59,6 @@ if path.endswith(".onnx"):
 else:
     result = torch.export.load(path).module()(*given)
 save_file({"y": result.contiguous()}, output)
-assert not any("rdmd" in name for name in sys.modules)
 """
 
 

@@ -200,7 +200,7 @@ def train_energy(
         optimizer = torch.optim.AdamW(energy.parameters(), options.lr, weight_decay=options.weight_decay)
         right = []
         for step in range(options.steps):
-            state, sigma, labels = _noised_batch(options, source, target, philox, step, device)
+            state, sigma, labels = noised_batch(options, source, target, philox, step, device)
             logits = energy(state, sigma)
             loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
             optimizer.zero_grad()
@@ -218,7 +218,7 @@ def train_energy(
     return trained.to(device).eval().requires_grad_(False), accuracy
 
 
-def _noised_batch(options: EnergyTrainingOptions, source, target, philox: Philox, step: int, device):
+def noised_batch(options: EnergyTrainingOptions, source, target, philox: Philox, step: int, device):
     """States x + σ ε [B, C, H, W], σ float64 [B] and labels [B]: the first half is of the source."""
     half = options.batch_size // 2
     drawn = step * half + torch.arange(half)

@@ -51,8 +51,8 @@ class SurfaceSize(NamedTuple):
     angles: tuple[float, ...] = tuple(range(-135, 181, 45))
     draws: int = 20_000
     starts: tuple[tuple[float, float], ...] = ((0.4, 150.0), (0.6, -80.0), (2.1, -140.0), (2.0, 75.0))
-    steps: int = 400
-    every: int = 8
+    steps: int = 600
+    every: int = 10
 
 
 SIZE = SurfaceSize()
@@ -311,9 +311,9 @@ def _draw_profiles(axes, config, best, rows, radii) -> None:
         )  # fmt: skip
     axes.axvline(best["r"], color=OPTIMUM_COLOUR, linewidth=1.2, linestyle="--", label=f"r* = {best['r']:.4f}")
     axes.set_title(
-        f"closed form (lines), Monte Carlo ± 2 standard errors (points)\n{best['monte_carlo_points']} points over "
-        f"(r, α): largest difference {best['largest_difference']:.1f} standard errors, "
-        f"mean square {best['mean_square_difference']:.2f}",
+        "closed form (lines), Monte Carlo ± 2 standard errors (points)\n"
+        f"{best['monte_carlo_points']} points over (r, α), differences in standard errors:\n"
+        f"largest {best['largest_difference']:.1f}, mean square {best['mean_square_difference']:.2f}",
         fontsize=9,
     )
     axes.set_xlabel(

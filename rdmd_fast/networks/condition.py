@@ -19,7 +19,10 @@ class ConditionEmbedding(ExactTables):
     Sines and cosines of 1/4 to 2 cycles over the interval, a layer, SiLU, a layer.
     """
 
-    FEATURES, HIDDEN, GAIN = 16, 128, 1.0
+    FEATURES, HIDDEN = 16, 128
+    # Adam moves a weight by its learning rate whatever the gradient, and these begin at zero: the gain lets them catch
+    # up with weights that a teacher has.
+    GAIN = 2.0
     tables = ("frequencies",)
 
     def __init__(self, width: int):
