@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from .conditioning import target_class_row, training_labels, varied_labels
+from .conditioning import target_class_row, training_labels
 from .config import Config
 from .costs import FeatureCost
 from .data.device import open_domain
 from .data.faults import StreamReport
 from .data.stream import SampleStream
 from .data.toys import ToyDistribution
-from .diffusion import DiffusionOptions, Reading, denoise, heun_sample, sampling_levels
+from .diffusion import DiffusionOptions, Reading
 from .distributed import (
     DTYPES,
     BatchLayout,
@@ -32,25 +31,20 @@ from .networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
 from .networks.analytic_score import AnalyticScore
 from .networks.exported import (
     ExportConfig,
-    Generator,
     check_weights,
-    conditions,
     expected_weights,
     load_teacher_weights,
     load_weights,
-    rebuild,
 )
 from .networks.teachers import read_teacher, read_teacher_config
-from .pictures import no_picture, picture_writer
-from .randomness import Philox, Stream
+from .pictures import Picture, no_picture, rdmd_picture, teacher_picture
+from .randomness import Philox
 from .rdmd import RDMD
 from .teacher import TeacherStage
 from .telemetry import Telemetry
 from .training_state import TrainingState
-from .transport_weight import WeightRange, output_name, three_of, told
-from .validation import ImageValidator, PointsValidator, ToyValidator, held_out_images
-
-Picture = Callable[[dict[str, torch.Tensor], Path], None]
+from .transport_weight import WeightRange
+from .validation import open_validation
 
 
 @dataclass
@@ -162,7 +156,7 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
         TrainingState({"teacher": engine}, ema, export.model_dump(mode="json")),
         {"teacher": options.optimizer},
         export,
-        _teacher_picture(config, world, export, philox, target),
+        teacher_picture(config, world, export, philox, target),
     )
 
 
@@ -173,30 +167,6 @@ def _with_dropout(network_options, dropout: float | None):
     if not hasattr(network_options, "dropout"):
         raise InputError(f"teacher_stage.dropout: a network of kind {network_options.kind} has none, remove the key")
     return network_options.model_copy(update={"dropout": dropout})
-
-
-def _teacher_picture(config, world, export, philox, target) -> Picture:
-    write = picture_writer(config.telemetry.decoder, target.shape, world)
-    if write is None:
-        return no_picture
-    count = config.telemetry.sample_count
-    classes = getattr(export.network, "label_dim", 0)
-    labels = varied_labels(classes, config.data.target_class, count, world.device)
-    real = target.batch(torch.arange(count))
-    noise = philox.normal(Stream.VALIDATION_NOISE, torch.arange(count), target.shape).to(world.device)
-
-    def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
-        if not world.is_main:
-            return
-        network = rebuild(export, weights, "EMA").to(world.device)
-        samples = heun_sample(
-            lambda state, sigma: denoise(network, state, sigma, export.diffusion, labels),
-            noise,
-            sampling_levels(18, export.diffusion),
-        )
-        write([("target", real), ("samples", samples)], path)
-
-    return picture
 
 
 # -- rdmd stage --------------------------------------------------------------------------------------------------------
@@ -233,13 +203,13 @@ def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
         world.device, DTYPES[config.train.dtype], telemetry, label, feature_cost,
     )  # fmt: skip
     ema = ShardedEMA(generator, options.ema, layout.global_batch)
-    measure, best_by, held_out = _validation(config, world, export, source)
+    measure, best_by, held_out = open_validation(config, world, export, source)
     return Experiment(
         stage,
         TrainingState(engines, ema, export.model_dump(mode="json")),
         optimizers,
         export,
-        _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label),
+        rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label),
         measure,
         best_by,
     )
@@ -307,113 +277,6 @@ def _closed_form_fake_score(generator: torch.nn.Module, source: ToyDistribution,
         return gaussian_denoiser(state, sigma, matrix @ mean + shift, matrix @ covariance @ matrix.t())
 
     return AnalyticScore(denoiser, diffusion)
-
-
-def _validation(config: Config, world: World, export: ExportConfig, source):
-    """(measure, best_by, held-out sources [n, …]) by the kind of data; training sources stand in for missing ones."""
-    toys = isinstance(config.data.source, ToyDistribution) and isinstance(config.data.target, ToyDistribution)
-    options = config.validation
-    if toys:
-        validator = ToyValidator(options, config.data.source, config.data.target, config.seed, config.rdmd)
-        held_out = validator
-    elif config.data.source_holdout:
-        cache = config.data.cache_dir
-        sources = held_out_images(config.data.source_holdout, options.count, cache)
-        if tuple(sources.shape[1:]) != tuple(source.shape):
-            raise InputError(
-                f"data.source_holdout: samples of shape {tuple(sources.shape[1:])}, data.source has {source.shape}: "
-                "pack both alike"
-            )
-        targets = None
-        if config.data.target_holdout:
-            targets = held_out_images(config.data.target_holdout, options.count, cache)
-        if options.judge and options.judge_label is None:
-            raise InputError("validation.judge_label: missing, name the label of the target domain")
-        validator = None
-        if sources.ndim == 4:
-            validator = ImageValidator(options, sources, targets, latents=source.stream.shards.kind == "array")
-        elif tuple(sources.shape[1:]) == (2,) and targets is not None:
-            validator = PointsValidator(options, sources, targets)
-        held_out = validator if isinstance(validator, PointsValidator) else sources
-    else:
-        return None, None, source.batch(torch.arange(config.telemetry.sample_count)).cpu()
-    if validator is None:
-        return None, None, held_out
-
-    def measure(weights: dict[str, torch.Tensor]) -> dict[str, float]:
-        return {
-            f"{name}{suffix}": value
-            for suffix, weight in three_of(export.transport_weights).items()
-            for name, value in validator.measure(_translator(weights, export, world.device, weight), weight).items()
-        }
-
-    return measure, validator.best_by, held_out
-
-
-def _translator(
-    weights: dict[str, torch.Tensor], export: ExportConfig, device, transport_weight: float | None = None
-) -> Callable:
-    generator = Generator(rebuild(export, weights, "EMA"), export).to(device)
-
-    @torch.no_grad()
-    def translate(x: torch.Tensor, chunk: int = 256) -> torch.Tensor:
-        return torch.cat([generator(part.to(device), transport_weight).cpu() for part in x.split(chunk)])
-
-    return translate
-
-
-def _rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label) -> Picture:
-    write = picture_writer(config.telemetry.decoder, tuple(export.sample_shape), world)
-    if isinstance(held_out, PointsValidator):
-        return _toy_picture(config, world, export, held_out)
-    if write is None:
-        return no_picture
-    count = min(config.telemetry.sample_count, len(held_out))
-    # Spread over the held-out set: neighbours in a shard are often the same motif.
-    x = held_out[torch.linspace(0, len(held_out) - 1, count).long()].to(world.device)
-    sigma = config.telemetry.sample_sigma or config.rdmd.generator_sigma
-    noise = philox.normal(Stream.VALIDATION_NOISE, torch.arange(count), tuple(x.shape[1:])).to(world.device)
-    dtype = DTYPES[config.train.dtype]
-    labels = None if label is None else label.expand(count, -1)
-
-    @torch.no_grad()
-    def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
-        looks = sorted(three_of(export.transport_weights).values())
-        outputs = [_translator(weights, export, world.device, weight)(x).to(world.device) for weight in looks]
-        y, inputs = outputs[len(looks) // 2], conditions(export, None, count, world.device)
-        # Sharded networks take every rank to run, though one draws.
-        real, fake = (
-            denoise(network, y + sigma * noise, sigma, export.diffusion, labels, dtype)
-            for network in (teacher, told(fake_score, inputs))
-        )
-        if world.is_main:
-            rows = [("source x", x), *zip(map(output_name, looks), outputs, strict=True)]
-            write([*rows, ("teacher of noised G(x)", real), ("fake score's", fake)], path)
-
-    return picture
-
-
-def _toy_picture(config, world, export, validator: PointsValidator) -> Picture:
-    from .drawing import toy_picture
-    from .metrics.inputs import require
-
-    require("matplotlib", "eval")  # missing now is better than missing after the training
-
-    def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
-        if not world.is_main:
-            return
-        looks = sorted(three_of(export.transport_weights).values())
-        outputs = {
-            output_name(weight): _translator(weights, export, world.device, weight)(validator.source).numpy()
-            for weight in looks
-        }
-        names = (getattr(domain, "toy", "points") for domain in (config.data.source, config.data.target))
-        title = " → ".join(names)
-        if len(looks) == 1:
-            title += f", λ = {config.rdmd.transport_weight:g}"
-        toy_picture(validator.source.numpy(), outputs, validator.target.numpy(), path, title)
-
-    return picture
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------

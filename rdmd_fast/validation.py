@@ -12,8 +12,10 @@ from pydantic import Field
 from .data.toys import ToyDistribution
 from .diffusion import omega
 from .errors import InputError
+from .networks.exported import translator
 from .options import Options
 from .randomness import Philox, Stream
+from .transport_weight import three_of
 
 Translate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -151,6 +153,47 @@ class ToyValidator(PointsValidator):
             "axis_scale_0_expected": float(expected[0]),
             "axis_scale_1_expected": float(expected[1]),
         }
+
+
+def open_validation(config, world, export, source):
+    """(measure, best_by, held-out sources [n, …]) by the kind of data; training sources stand in for missing ones."""
+    toys = isinstance(config.data.source, ToyDistribution) and isinstance(config.data.target, ToyDistribution)
+    options = config.validation
+    if toys:
+        validator = ToyValidator(options, config.data.source, config.data.target, config.seed, config.rdmd)
+        held_out = validator
+    elif config.data.source_holdout:
+        cache = config.data.cache_dir
+        sources = held_out_images(config.data.source_holdout, options.count, cache)
+        if tuple(sources.shape[1:]) != tuple(source.shape):
+            raise InputError(
+                f"data.source_holdout: samples of shape {tuple(sources.shape[1:])}, data.source has {source.shape}: "
+                "pack both alike"
+            )
+        targets = None
+        if config.data.target_holdout:
+            targets = held_out_images(config.data.target_holdout, options.count, cache)
+        if options.judge and options.judge_label is None:
+            raise InputError("validation.judge_label: missing, name the label of the target domain")
+        validator = None
+        if sources.ndim == 4:
+            validator = ImageValidator(options, sources, targets, latents=source.stream.shards.kind == "array")
+        elif tuple(sources.shape[1:]) == (2,) and targets is not None:
+            validator = PointsValidator(options, sources, targets)
+        held_out = validator if isinstance(validator, PointsValidator) else sources
+    else:
+        return None, None, source.batch(torch.arange(config.telemetry.sample_count)).cpu()
+    if validator is None:
+        return None, None, held_out
+
+    def measure(weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        return {
+            f"{name}{suffix}": value
+            for suffix, weight in three_of(export.transport_weights).items()
+            for name, value in validator.measure(translator(weights, export, world.device, weight), weight).items()
+        }
+
+    return measure, validator.best_by, held_out
 
 
 def closed_form_scales(source: ToyDistribution, target: ToyDistribution, rdmd) -> np.ndarray | None:

@@ -292,6 +292,19 @@ class Generator(torch.nn.Module):
         return self.reading(network, x.float(), one_hot(self.config, None, len(x), x.device), dtype)
 
 
+def translator(
+    weights: dict[str, torch.Tensor], export: ExportConfig, device, transport_weight: float | None = None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One-step translation of samples [N, …] on the CPU by a run's averaged weights, some at a time; CPU again."""
+    generator = Generator(rebuild(export, weights, "EMA"), export).to(device)
+
+    @torch.no_grad()
+    def translate(x: torch.Tensor, chunk: int = 256) -> torch.Tensor:
+        return torch.cat([generator(part.to(device), transport_weight).cpu() for part in x.split(chunk)])
+
+    return translate
+
+
 class Denoiser(torch.nn.Module):
     """``denoiser(x_noisy, sigma, class_labels=None)``: E[y | y + σ ε] of [N, …] at σ a number or [N], data units.
 
