@@ -42,6 +42,7 @@ EXTRAS = {
     "test": [
         "pytest>=8.3",
         "pytest-benchmark>=5.0",
+        "pytest-xdist>=3.6",  # two test files at a time
         "pytest-timeout>=2.3",  # a hung rank fails its test instead of the job
         "hypothesis>=6.100",
         "torchmetrics>=1.4",  # independent FID, KID and PSNR to compare with
