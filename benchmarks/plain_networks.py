@@ -70,7 +70,7 @@ class PlainUNet(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None) -> Tensor:
         network = self.network
-        embedding = network.embed(c_noise, class_labels, None)
+        embedding = F.silu(network.embed(c_noise, class_labels, None))
         h = aux = x.to(embedding.dtype)
         skips = []
         for name, layer in network.enc.items():

@@ -46,6 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except BrokenPipeError:
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130  # as shells have it of SIGINT
     except (OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise

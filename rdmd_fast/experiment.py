@@ -16,7 +16,15 @@ from .data.faults import StreamReport
 from .data.stream import SampleStream
 from .data.toys import ToyDistribution
 from .diffusion import DiffusionOptions, Reading, denoise, heun_sample, sampling_levels
-from .distributed import DTYPES, BatchLayout, OptimizerOptions, World, freeze, initialize_engine
+from .distributed import (
+    DTYPES,
+    BatchLayout,
+    OptimizerOptions,
+    World,
+    freeze,
+    initialize_engine,
+    set_learning_rate,
+)
 from .ema import ShardedEMA
 from .errors import InputError
 from .networks import build_network
@@ -66,6 +74,17 @@ class Experiment:
     picture: Picture
     measure: Callable[[dict[str, torch.Tensor]], dict[str, float]] | None = None
     best_by: str | None = None
+
+    def iteration(self, step: int, total: int, telemetry: Telemetry) -> dict[str, float]:
+        """Iteration number ``step`` of ``total``: learning rates, the stage's updates, EMA; returns the rates."""
+        rates = {
+            f"lr/{name}": set_learning_rate(engine, self.optimizers[name], step, total)
+            for name, engine in self.state.engines.items()
+        }
+        self.stage.iteration(step)
+        with telemetry.phase("ema"):
+            self.state.ema.update(step)
+        return rates
 
     def close(self) -> None:
         """End the workers that read data and give their memory back."""

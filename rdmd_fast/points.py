@@ -12,8 +12,11 @@ import hashlib
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -26,6 +29,7 @@ from .runtime import read_text, write_atomically
 
 FORMAT = 1
 MOST_BYTES = 1 << 22  # of a point's result
+SECONDS_TO_SAVE = 60  # for a training whose command was killed
 Work = Callable[[Path, dict], dict]
 
 
@@ -97,7 +101,7 @@ def _compute(todo: dict[Path, Point], jobs: int, say: Callable) -> None:
     names, devices = _devices() or [None], context.Queue()
     for job in range(jobs):
         devices.put(names[job % len(names)])
-    pool = ProcessPoolExecutor(jobs, context, _take_device, (devices,))
+    pool = ProcessPoolExecutor(jobs, context, _settle, (devices,))
     with _environment(OMP_NUM_THREADS=str(threads)), pool:
         waiting: dict[Future, tuple[Path, Point]] = {
             pool.submit(_work, point, folder): (folder, point) for folder, point in todo.items()
@@ -112,6 +116,8 @@ def _compute(todo: dict[Path, Point], jobs: int, say: Callable) -> None:
                     say(f"[{done_before}/{len(todo)}] {point.name}: {seconds:.0f} s")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # a training saves first
             raise
 
 
@@ -148,11 +154,19 @@ def _devices() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _take_device(devices) -> None:
-    """A worker's start: a GPU of its own where there are several."""
+def _settle(devices) -> None:
+    """A worker's start: a GPU of its own where there are several, and nothing that outlives the command."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     name = devices.get()
     if name is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = name
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)  # a training saves first
+    time.sleep(SECONDS_TO_SAVE)
+    os._exit(1)
 
 
 def _work(point: Point, folder: Path) -> float:

@@ -144,14 +144,16 @@ class RDMD:
                 )
             with self.telemetry.phase("generator_forward"):
                 f_generator = self._generate(x, weight)
-            with self.telemetry.phase("scores"), torch.no_grad():
+            with self.telemetry.phase("losses"), torch.no_grad():
                 network_input, y = generator_noise_forward(
                     f_generator, x, reading.skip, reading.scale, noise, table, self.dtype
                 )
+            with self.telemetry.phase("teacher"), torch.no_grad():
                 f_real = self.teacher(network_input, table.c_noise, self.class_labels)
+            with self.telemetry.phase("fake_score"), torch.no_grad():
                 f_fake = self.fake_score(network_input, table.c_noise, self.class_labels, **weight.inputs)
             feature_cost, extra = self._feature_cost(x, y)
-            with self.telemetry.phase("scores"), torch.no_grad():
+            with self.telemetry.phase("losses"), torch.no_grad():
                 gradient, statistics = generator_gradient(
                     f_real, f_fake, f_generator, x, reading.skip, reading.scale, noise, table,
                     weight.value, self.options.weighting,
@@ -190,9 +192,11 @@ class RDMD:
                 network_input, y, weight = self._rollout(micro, table, noise)
             else:
                 y, weight = outputs[micro]
-                network_input, _ = noise_forward(y, noise, table, self.dtype)
+                with self.telemetry.phase("losses"):
+                    network_input, _ = noise_forward(y, noise, table, self.dtype)
             with self.telemetry.phase("fake_forward"):
                 f_fake = self.fake_score(network_input, table.c_noise, self.class_labels, **weight.inputs)
+            with self.telemetry.phase("losses"):
                 gradient, losses = denoising_gradient(
                     f_fake, y, noise, table, self.rank_batch, loss_scale(self.fake_score)
                 )

@@ -56,9 +56,18 @@ class TelemetryOptions(Options):
 class Telemetry:
     """Sums per-sample statistics on the device and reads them once a log interval."""
 
-    def __init__(self, options: TelemetryOptions, world: World, run_dir: Path, total_steps: int, global_batch: int):
+    def __init__(
+        self,
+        options: TelemetryOptions,
+        world: World,
+        run_dir: Path,
+        total_steps: int,
+        global_batch: int,
+        annotated: bool = False,
+    ):
+        """``annotated``: phases are ranges of torch's profiler and, on a GPU, NVTX ranges, instead of being timed."""
         self.options, self.world, self.run_dir = options, world, run_dir
-        self.total_steps, self.global_batch = total_steps, global_batch
+        self.total_steps, self.global_batch, self.annotated = total_steps, global_batch, annotated
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
@@ -81,6 +90,10 @@ class Telemetry:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Seconds spent in a part of the iteration; on a GPU by events that are read at log time."""
+        if self.annotated:
+            with _annotation(name, self.world.device):
+                yield
+            return
         if self.world.device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -237,6 +250,19 @@ class Telemetry:
             times["mfu"] = rate * self.flops_per_sample / (peak * self.world.size)
         return times
 
+
+@contextlib.contextmanager
+def _annotation(name: str, device: torch.device) -> Iterator[None]:
+    with torch.profiler.record_function(f"{PHASE_PREFIX}{name}"):
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.nvtx.range(name):
+            yield
+
+
+PHASE_PREFIX = "rdmd."
+"""Of the profiler's ranges that are phases."""
 
 TIME_KEYS = ("images_per_second", "eta_seconds", "seconds", "mfu", "data_wait_share", "dropped_samples")
 """Keys of a metrics line that differ between two runs of the same bits: times, and damage that was met so far."""

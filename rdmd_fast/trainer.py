@@ -20,6 +20,7 @@ EPILOG = """examples:
   deepspeed --num_gpus 8 rdmd_fast/train.py --config configs/digits/teacher_3.yaml
   deepspeed rdmd_fast/train.py --config configs/digits/rdmd_2to3.yaml rdmd.transport_weight=0.2 run_dir=runs/l02
   python rdmd_fast/train.py --config configs/toy/gaussian_to_8gaussians.yaml --dry-run
+  python rdmd_fast/train.py --config configs/digits/rdmd_2to3.yaml --profile
 
 exit status: 0 done, 1 broken (the first error printed is the cause), 2 bad input, 75 stopped by a signal after
 saving; the same command goes on from there. See docs/signals.md.
@@ -39,6 +40,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print config, memory, disk, traffic; train nothing")
     parser.add_argument("--ranks", type=int, metavar="N", help="--dry-run: predict for N GPUs (those of the launcher)")
     parser.add_argument("--time-iterations", type=int, default=0, metavar="N", help="--dry-run: time N iterations (0)")
+    parser.add_argument(
+        "--profile", type=int, nargs="?", const=5, metavar="N", help="trace N steady iterations (5); train nothing"
+    )
     parser.add_argument("--options", action="store_true", help="list every config key with default and meaning")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_intermixed_args(argv)
@@ -47,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
     """The command; ``stop`` has signals in hand already, if given."""
     arguments = parse_arguments(argv)
-    if stop and (arguments.options or arguments.dry_run):
+    if stop and (arguments.options or arguments.dry_run or arguments.profile):
         stop.release()
     try:
         if arguments.options:
@@ -62,6 +66,10 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
             return dry_run(config, arguments.ranks, arguments.time_iterations)
         if arguments.ranks or arguments.time_iterations:
             raise InputError("--ranks, --time-iterations: are options of --dry-run, add it or leave them out")
+        if arguments.profile is not None:
+            from .profiling import profile
+
+            return profile(config, arguments.profile)
         return train(config, arguments.resume, stop)
     except InputError as error:
         return end_on_bad_input(error)
@@ -160,7 +168,7 @@ class Training:
 
     def train(self) -> bool:
         """Iterate to the end; True if a signal came first."""
-        from .distributed import loss_scaling_metrics, set_learning_rate
+        from .distributed import loss_scaling_metrics
 
         options, engines = self.config, self.state.engines
         stopped = self.stopping()
@@ -168,12 +176,7 @@ class Training:
             stopped = self.stopping()
         while not stopped and self.step < self.total:
             self.telemetry.begin_iteration(self.step)
-            rates = {
-                f"lr/{name}": set_learning_rate(engine, self.experiment.optimizers[name], self.step, self.total)
-                for name, engine in engines.items()
-            }
-            self.stage.iteration(self.step)
-            self.state.ema.update(self.step)
+            rates = self.experiment.iteration(self.step, self.total, self.telemetry)
             metrics = rates | loss_scaling_metrics(engines) | self.failures()
             self.spared(partial(self.telemetry.end_iteration, self.step, metrics))
             self.step += 1

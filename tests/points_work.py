@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 from rdmd_fast.errors import InputError
@@ -30,3 +31,9 @@ def train_toy(folder: Path, settings: dict) -> dict:
     overrides = ["train.steps=2", "rdmd.fake_warmup=0", "validation.count=20", "checkpoint.every=0"]
     train_run(str(TOY), [*overrides, f"seed={settings['seed']}"], folder / "run")
     return json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
+
+
+def sleep(folder: Path, settings: dict) -> dict:
+    (folder / "process").write_text(str(os.getpid()))
+    time.sleep(60)
+    return {}

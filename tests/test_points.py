@@ -1,5 +1,8 @@
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ from rdmd_fast.points import Point, run_points, stored, strict_json
 
 sys.path.insert(0, str(Path(__file__).parent))  # the points' processes inherit it
 
-from points_work import refuse, square, train_toy, vanish
+from points_work import refuse, sleep, square, train_toy, vanish
 
 
 def silent(text: str) -> None:
@@ -58,3 +61,30 @@ def test_two_trainings_in_one_worker(tmp_path):
 def test_strict_json_has_neither_nan_nor_infinity():
     value = {"a": [float("nan"), 1.0, (float("inf"), "x")], "b": None}
     assert strict_json(value) == {"a": [None, 1.0, [None, "x"]], "b": None}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_points_end_with_their_command(tmp_path, number):
+    point = Point("sleep", sleep, {})
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from points_work import sleep\nfrom rdmd_fast.points import Point, run_points\n"
+        f"if __name__ == '__main__': run_points([Point('sleep', sleep, {{}})], {str(tmp_path)!r}, 1)\n"
+    )
+    (tmp_path / "command.py").write_text(script)
+    command = subprocess.Popen([sys.executable, tmp_path / "command.py"], stderr=subprocess.DEVNULL)
+    file = point.folder(tmp_path) / "process"
+    assert _within(30, lambda: file.exists() and file.read_text())
+    command.send_signal(number)
+    assert command.wait(20) != 0
+    assert _within(20, lambda: not Path(f"/proc/{file.read_text()}").exists())
+    assert stored(point.folder(tmp_path)) is None
+
+
+def _within(seconds: float, condition) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..config import Config
-from ..distributed import World, set_learning_rate
+from ..distributed import World
 
 WARM_UP = 3  # kernels are chosen, caches filled, and ZeRO-3 has traced the networks
 
@@ -33,40 +36,55 @@ def time_iterations(config: Config, world: World, count: int) -> Timing:
     Raises:
         InputError: as the run itself would.
     """
+    with throwaway_run(config, world) as iterate:
+        for _ in range(WARM_UP):
+            iterate()
+        wait(world)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)
+        seconds = []
+        for _ in range(count):
+            start = time.perf_counter()
+            iterate()
+            wait(world)
+            seconds.append(time.perf_counter() - start)
+        peak = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else None
+    return Timing(seconds, peak)
+
+
+@contextlib.contextmanager
+def throwaway_run(config: Config, world: World, annotated: bool = False) -> Iterator[Callable[[], None]]:
+    """The configured stage as a function that does what the trainer does in an iteration, but for logging.
+
+    Args:
+        annotated: phases are ranges of the profiler.
+
+    Raises:
+        InputError: as the run itself would.
+    """
     from ..experiment import build_experiment
     from ..telemetry import Telemetry
 
     quiet = config.telemetry.model_copy(update={"tensorboard": False, "wandb_project": None})
     with tempfile.TemporaryDirectory(prefix="rdmd-dry-run-") as folder:
         config = config.model_copy(update={"run_dir": folder, "telemetry": quiet})
-        telemetry = Telemetry(quiet, world, Path(folder), config.train.steps, config.train.global_batch_size)
+        steps = config.train.steps
+        telemetry = Telemetry(quiet, world, Path(folder), steps, config.train.global_batch_size, annotated)
         experiment = build_experiment(config, world, telemetry)
-        for step in range(WARM_UP):
-            _iterate(config, world, experiment, step)
-        _wait(world)
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(world.device)
-        seconds = []
-        for step in range(WARM_UP, WARM_UP + count):
-            start = time.perf_counter()
-            _iterate(config, world, experiment, step)
-            _wait(world)
-            seconds.append(time.perf_counter() - start)
-        peak = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else None
-        experiment.close()
-    return Timing(seconds, peak)
+        counter = itertools.count()
+
+        def iterate() -> None:
+            experiment.iteration(next(counter), steps, telemetry)
+            world.any(False)
+
+        try:
+            yield iterate
+        finally:
+            experiment.close()
 
 
-def _iterate(config: Config, world: World, experiment, step: int) -> None:
-    """What the trainer does in an iteration, but for logging."""
-    for name, engine in experiment.state.engines.items():
-        set_learning_rate(engine, experiment.optimizers[name], step, config.train.steps)
-    experiment.stage.iteration(step)
-    experiment.state.ema.update(step)
-    world.any(False)
-
-
-def _wait(world: World) -> None:
+def wait(world: World) -> None:
+    """Until this rank's device and all ranks are done."""
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
     world.barrier()

@@ -1,0 +1,472 @@
+"""One RDMD iteration, a generator and a fake-score update, ours against plain PyTorch, in one run.
+
+    python -m benchmarks.step --case digits|toy|songunet64|adm64 [--dtype fp32 bf16] [--stage 0] [--json FILE]
+
+Ours is what ``train.py`` does in an iteration (data, engines, EMA, telemetry); the plain formulation is that of
+``benchmarks.plain_step``, on the same weights, batch and number of updates. Their losses are compared first. Then
+iterations of all sides are timed in turn and each side's median counts, since machines are shared. MFU is of the plain
+formulation's FLOPs without its second rollout, against a matrix product measured in the same run, so that all sides are
+credited with the same work. Memory is that of a process of its own for each side: its height above what it held once
+everything was imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .host_syncs import HostSyncs
+from .networks import CUDA, DEVICE, build, matmul_peak, resident
+from .plain_networks import PlainUNet
+from .plain_step import PlainRDMD
+
+ROOT = Path(__file__).parent.parent
+IMAGES = 64  # distinct sources
+SIZES = {"digits": 8, "songunet64": 64, "adm64": 64}
+BATCHES = {"toy": 512, "digits": 64, "songunet64": 64 if CUDA else 4, "adm64": 32 if CUDA else 2}
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of the losses
+
+
+# -- ours --------------------------------------------------------------------------------------------------------------
+
+
+class Ours:
+    """A run of the trainer, iteration by iteration."""
+
+    def __init__(self, config, arguments):
+        from rdmd_fast.distributed import join_world
+        from rdmd_fast.experiment import build_experiment
+        from rdmd_fast.telemetry import Telemetry
+
+        self.config, self.world = config, join_world()
+        folder, batch = Path(config.run_dir), config.train.global_batch_size
+        self.telemetry = Telemetry(config.telemetry, self.world, folder, config.train.steps, batch)
+        self.experiment = build_experiment(config, self.world, self.telemetry)
+        self.stage, self.state = self.experiment.stage, self.experiment.state
+        self.telemetry.start(0)
+        self.step = 0
+        if arguments.compile:
+            for engine in self.state.engines.values():
+                engine.module.compile()
+            if isinstance(self.stage.teacher, torch.nn.Module):
+                self.stage.teacher.compile()
+
+    def iteration(self) -> None:
+        from rdmd_fast.distributed import set_learning_rate
+
+        self.telemetry.begin_iteration(self.step)
+        for name, engine in self.state.engines.items():
+            set_learning_rate(engine, self.experiment.optimizers[name], self.step, self.config.train.steps)
+        self.stage.iteration(self.step)
+        self.state.ema.update(self.step)
+        self.telemetry.end_iteration(self.step, {})
+        self.step += 1
+
+    def means(self) -> dict[str, float]:
+        """Of the iterations since the last call."""
+        telemetry = self.telemetry
+        means = {name: float(total) / telemetry._counts[name] for name, total in telemetry._sums.items()}
+        telemetry._sums.clear(), telemetry._counts.clear()
+        return means
+
+    def on_device(self) -> list[torch.Tensor]:
+        """Parameters, masters, averages: what a GPU run has on the device between iterations."""
+        from rdmd_fast.masters import master_shards
+
+        tensors = list(self.state.ema.shards)
+        for engine in self.state.engines.values():
+            tensors += [*engine.module.parameters(), *engine.module.buffers(), *master_shards(engine)]
+            tensors += [*engine.guard.state().values(), engine.guard._numbers, engine.guard.norm, engine.guard._skip]
+        if isinstance(self.stage.teacher, torch.nn.Module):
+            tensors += [*self.stage.teacher.parameters(), *self.stage.teacher.buffers()]
+        return tensors
+
+
+def run_config(case: str, dtype: str, arguments, folder: Path):
+    from rdmd_fast.config import load_config
+
+    batch = arguments.batch or BATCHES[case]
+    common = [
+        f"run_dir={folder}/run", f"train.dtype={dtype}", f"train.global_batch_size={batch}", "train.steps=1000000000",
+        f"deepspeed.zero_optimization.stage={arguments.stage}", "telemetry.tensorboard=false",
+        "telemetry.log_every=1000000", "validation.every=0",
+    ]  # fmt: skip
+    if case == "toy":
+        toy = ROOT / "configs/toy/gaussian_to_8gaussians.yaml"
+        return load_config(str(toy), [*common, "rdmd.fake_updates=1", "rdmd.fake_warmup=0"])
+    source, teacher = images(case, folder), teacher_export(case, folder)
+    (folder / "config.yaml").write_text("stage: rdmd\n")
+    overrides = [f"data.source={source}", f"teacher={teacher}", "rdmd.fake_updates=1", "rdmd.transport_weight=0.1"]
+    return load_config(str(folder / "config.yaml"), [*common, *overrides])
+
+
+def images(case: str, folder: Path) -> Path:
+    """Random images as shards."""
+    from rdmd_fast import cli
+
+    size, random = SIZES[case], np.random.default_rng(0)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number in range(IMAGES):
+        Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(pictures / f"{number:03d}.png")
+    with contextlib.redirect_stdout(None):
+        status = cli.main(["pack", str(pictures), "--out", str(folder / "shards"), "--resolution", str(size)])
+    if status:
+        raise RuntimeError("packing failed")
+    return folder / "shards"
+
+
+def teacher_export(case: str, folder: Path) -> Path:
+    """A network of random weights, with all its branches alive."""
+    from rdmd_fast.diffusion import DiffusionOptions
+    from rdmd_fast.networks import DhariwalUNetOptions, SongUNetOptions
+    from rdmd_fast.networks.exported import ExportConfig, write_export
+
+    options = {
+        "songunet64": SongUNetOptions(kind="song_unet", channel_mult=[1, 2, 2, 2], dropout=0.0),
+        "adm64": DhariwalUNetOptions(kind="dhariwal_unet", dropout=0.0),
+        "digits": SongUNetOptions(
+            kind="song_unet", model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.0
+        ),
+    }[case]
+    size = SIZES[case]
+    export = ExportConfig(
+        role="teacher", network=options, sample_shape=[3, size, size], diffusion=DiffusionOptions()
+    )  # fmt: skip
+    write_export(folder / "teacher", export, build(case).state_dict())
+    return folder / "teacher"
+
+
+# -- plain -------------------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """The plain formulation.
+
+    Args:
+        config: ours.
+        weights: state dicts of "generator" and "fake_score"; None for those that the case begins with.
+        sources: batches, ready on the device: the plain side pays nothing for data. None makes random ones.
+        exact_teacher: denoiser of the toys.
+    """
+
+    def __init__(self, case: str, config, dtype: str, compiled=False, weights=None, sources=None, exact_teacher=None):
+        from rdmd_fast.diffusion import DiffusionOptions
+        from rdmd_fast.networks import build_network
+
+        config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
+        batch, toy = config.train.global_batch_size, case == "toy"
+        shape = (2,) if toy else (3, SIZES[case], SIZES[case])
+        if toy:
+            networks = [build_network(config.generator, shape), build_network(config.network, shape)]
+        else:
+            networks = [build(case) for _ in range(3)]
+            networks[2].requires_grad_(False)
+        for network, name in zip(networks, ("generator", "fake_score"), strict=False):
+            if weights is not None:
+                network.load_state_dict(weights[name])
+        calls = [network.to(DEVICE) if toy else PlainUNet(network.to(DEVICE)) for network in networks]
+        if compiled:
+            calls = [torch.compile(call) for call in calls]
+        diffusion = config.diffusion or DiffusionOptions()
+        self.rdmd = PlainRDMD(
+            *calls[:2], exact_teacher if toy else calls[2], config, diffusion.sigma_data, exact_teacher=toy,
+            residual_generator=toy,
+        )  # fmt: skip
+        self.sources = sources or [torch.randn(batch, *shape, device=DEVICE).clamp(-1, 1) for _ in range(8)]
+        self.drawn = 0
+
+    @classmethod
+    def like(cls, ours: Ours, case: str, dtype: str, compiled: bool) -> Plain:
+        """With ours's weights as they are now, and its sources."""
+        from rdmd_fast.masters import gather_parameters, master_shards
+
+        weights = {
+            name: gather_parameters(engine, [shard.clone() for shard in master_shards(engine)])
+            for name, engine in ours.state.engines.items()
+        }
+        batch = ours.config.train.global_batch_size
+        sources = [ours.stage.source.batch(torch.arange(start, start + batch)) for start in range(0, 8 * batch, batch)]
+        exact = ours.stage.teacher.denoiser if case == "toy" else None
+        return cls(case, ours.config, dtype, compiled, weights, sources, exact)
+
+    def draw(self) -> torch.Tensor:
+        self.drawn += 1
+        return self.sources[self.drawn % len(self.sources)]
+
+    def iteration(self) -> None:
+        self.rdmd.iteration(self.draw)
+
+
+def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, float]]:
+    """Losses of the coming iteration on ours's sources, noise levels and noise: (ours, plain) of each.
+
+    Raises:
+        RuntimeError: they differ, and times would be of different things.
+    """
+    stage, step = ours.stage, ours.step
+    layout = stage.layout
+    x = stage._sources(0)
+    table, noise = stage.generator_process.draw(layout.positions(step * layout.global_batch, 0), 0)
+    first = stage.fake_updates_done * layout.global_batch
+    fake_table, fake_noise = stage.fake_process.draw(layout.positions(first, 0), 0)
+    sigmas = [(t.row("sigma") / t.row("alpha")).clone() for t in (table, fake_table)]
+    epsilons = [n.values(x).clone() for n in (noise, fake_noise)]
+    ours.means()
+    ours.iteration()
+    mine = ours.means()
+    y = plain.rdmd.generator_update(x, sigmas[0], epsilons[0])
+    plain.rdmd.fake_update(x, sigmas[1], epsilons[1], y)
+    pairs = {name: (mine[name], plain.rdmd.logged[name]) for name in ("score_gradient_square", "transport_cost")}
+    # Ours reports ‖F - F*‖², which is that loss.
+    pairs["fake_loss"] = (mine["fake_loss"], plain.rdmd.logged["fake_loss"])
+    for name, (a, b) in pairs.items():
+        if not abs(a - b) <= TOLERANCE[dtype] * abs(b):
+            raise RuntimeError(f"{name}: ours {a:.6g}, plain {b:.6g}: the two do not compute the same")
+    return pairs
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def seconds(iteration: Callable[[], None]) -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    iteration()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def times_in_turn(sides: dict[str, Callable[[], None]], rounds: int, burst: int) -> dict[str, float]:
+    """Median seconds of an iteration of each side; ``burst`` iterations of one side at a time."""
+    for iteration in sides.values():
+        for _ in range(2):
+            iteration()
+    columns: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, iteration in sides.items():
+            columns[name].append(seconds(lambda run=iteration: [run() for _ in range(burst)]) / burst)
+    return {name: sorted(column)[len(column) // 2] for name, column in columns.items()}
+
+
+def count_host(ours: Ours) -> dict:
+    """Host synchronisations and launches of one of our iterations."""
+    syncs = HostSyncs(ours.on_device())
+    batch = ours.stage.source.batch
+    with contextlib.ExitStack() as stack:
+        for name, engine in ours.state.engines.items():
+            stack.enter_context(_counted_as(syncs, engine, f"DeepSpeed ({name})"))
+        ours.stage.source.batch = lambda positions: syncs.mark(batch(positions))
+        stack.callback(lambda: setattr(ours.stage.source, "batch", batch))
+        stack.enter_context(syncs)
+        ours.iteration()
+    return {"host_syncs": dict(syncs.counts), "places": dict(syncs.places), "launches": syncs.launches}
+
+
+@contextlib.contextmanager
+def _counted_as(syncs: HostSyncs, engine, who: str):
+    step = engine.step
+
+    def counted():
+        with syncs.inside(who):
+            step()
+
+    engine.step = counted
+    try:
+        yield
+    finally:
+        engine.step = step
+
+
+def count_plain(plain: Plain) -> dict:
+    networks = (plain.rdmd.generator, plain.rdmd.fake_score, plain.rdmd.average, plain.rdmd.teacher)
+    modules = [network for network in networks if isinstance(network, torch.nn.Module)]
+    tensors = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
+    with HostSyncs([*tensors, *plain.sources]) as syncs:
+        plain.iteration()
+    return {"host_syncs": sum(syncs.counts.values()), "launches": syncs.launches}
+
+
+def iteration_flops(plain: Plain) -> float:
+    """Matmul and convolution FLOPs of one iteration with one rollout."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        plain.iteration()
+    with FlopCounterMode(display=False) as rollout, torch.no_grad():
+        plain.rdmd.translate(plain.draw())
+    return counter.get_total_flops() - plain.rdmd.options.fake_updates * rollout.get_total_flops()
+
+
+def peak_of_side(side: str, dtype: str, arguments) -> int:
+    """Bytes of a process of its own that runs three iterations of one side."""
+    command = [
+        sys.executable, "-m", "benchmarks.step", "--case", arguments.case, "--memory-of", side, "--dtype", dtype,
+        "--stage", str(arguments.stage), "--batch", str(arguments.batch or BATCHES[arguments.case]),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(arguments) -> None:
+    """The process of ``peak_of_side``."""
+    import deepspeed  # noqa: F401  what is imported counts for neither side
+
+    import rdmd_fast.experiment
+    import rdmd_fast.trainer  # noqa: F401
+
+    dtype = arguments.dtype[0]
+    with tempfile.TemporaryDirectory(prefix="rdmd-step-") as folder:
+        config = run_config(arguments.case, dtype, arguments, Path(folder))
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+        if not CUDA:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # resets the peak of the resident set
+            before = resident("VmRSS")
+        if arguments.memory_of == "ours":
+            run = Ours(config, arguments)
+        else:
+            run = Plain(arguments.case, config, dtype, exact_teacher=lambda state, sigma: state)
+        for _ in range(3):
+            run.iteration()
+        print(torch.cuda.max_memory_allocated() if CUDA else resident("VmHWM") - before)
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tuple[dict, Plain]:
+    """One entry of the results."""
+    case = arguments.case
+    ours = Ours(run_config(case, dtype, arguments, folder), arguments)
+    for _ in range(2):
+        ours.iteration()  # so that fake score and teacher differ
+    plain = Plain.like(ours, case, dtype, arguments.compile)
+    losses = check_equal(ours, plain, dtype)
+    sides = {"ours": ours.iteration, "plain": plain.iteration}
+    if dtype == "fp32":
+        plain_fp32 = plain
+    elif plain_fp32 is not None:
+        sides["plain_fp32"] = plain_fp32.iteration
+    times = times_in_turn(sides, arguments.rounds, 20 if case == "toy" else 1)
+    batch, flops = ours.config.train.global_batch_size, iteration_flops(plain_fp32 or plain)
+    counts = {"ours": count_host(ours), "plain": count_plain(plain)}
+    entry = {
+        "case": case, "device": torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine(),
+        "dtype": dtype, "batch": batch, "stage": arguments.stage, "compile": arguments.compile,
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "losses": losses,
+    }  # fmt: skip
+    for side, duration in times.items():
+        side_dtype = "fp32" if side == "plain_fp32" else dtype
+        entry[side] = {
+            "images_per_second": batch / duration, "seconds": duration,
+            "mfu": flops / duration / matmul_peak(side_dtype),
+            "peak_bytes": peak_of_side("ours" if side == "ours" else "plain", side_dtype, arguments),
+            **counts.get(side, {}),
+        }  # fmt: skip
+    entry["ratio"] = times["plain"] / times["ours"]
+    if "plain_fp32" in times:
+        entry["ratio_to_plain_fp32"] = times["plain_fp32"] / times["ours"]
+    entry["phases"] = phases(ours)
+    ours.experiment.close()
+    return entry, plain_fp32
+
+
+def phases(ours: Ours, iterations: int = 3) -> dict[str, float]:
+    """Seconds of an iteration by phase, as telemetry takes them, and what lies between them."""
+    ours.telemetry._seconds.clear(), ours.telemetry._events.clear()
+    total = sum(seconds(ours.iteration) for _ in range(iterations))
+    for name, begin, end in ours.telemetry._events:
+        ours.telemetry._seconds[name] = ours.telemetry._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
+    parts = {name: duration / iterations for name, duration in ours.telemetry._seconds.items()}
+    return {**parts, "other": total / iterations - sum(parts.values())}
+
+
+def print_table(entries: list[dict]) -> None:
+    for entry in entries:
+        print(f"{entry['case']}, {entry['dtype']}, batch {entry['batch']}, ZeRO {entry['stage']}, on {entry['device']}")
+        for side in ("ours", "plain", "plain_fp32"):
+            if side in entry:
+                row = entry[side]
+                syncs = row.get("host_syncs", "-")
+                syncs = sum(syncs.values()) if isinstance(syncs, dict) else syncs
+                print(
+                    f"  {side:<11} {row['seconds'] * 1e3:10.2f} ms  {row['images_per_second']:10.1f} images/s  "
+                    f"MFU {row['mfu']:5.1%}  peak {row['peak_bytes'] / 2**20:8.0f} MiB  host syncs {syncs}  "
+                    f"launches {row.get('launches', '-')}"
+                )
+        print(f"  ratio {entry['ratio']:.2f}", end="")
+        print(f", to plain fp32 {entry['ratio_to_plain_fp32']:.2f}" if "ratio_to_plain_fp32" in entry else "")
+        for who, count in entry["ours"]["host_syncs"].items():
+            print(f"  host syncs of {who}: {count}")
+
+
+def draw(entries: list[dict], path: Path) -> None:
+    """A bar for each entry: where an iteration's time goes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.6 * len(entries)), layout="constrained")
+    names = list(dict.fromkeys(name for entry in entries for name in entry["phases"]))
+    lefts = [0.0] * len(entries)
+    labels = [f"{entry['case']} {entry['dtype']}" for entry in entries]
+    for name in names:
+        widths = [entry["phases"].get(name, 0.0) / sum(entry["phases"].values()) for entry in entries]
+        axis.barh(labels, widths, left=lefts, label=name)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    axis.set(xlim=(0, 1), xlabel="share of an iteration")
+    axis.legend(ncols=4, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=BATCHES, default="digits", help="which networks (digits)")
+    parser.add_argument("--dtype", nargs="+", choices=TOLERANCE, default=list(TOLERANCE), help="(fp32 bf16)")
+    parser.add_argument("--batch", type=int, help="samples of an iteration (by the case)")
+    parser.add_argument("--stage", type=int, default=0, choices=(0, 1, 2, 3), help="ZeRO stage of ours (0)")
+    parser.add_argument("--rounds", type=int, default=20 if CUDA else 7, help="timed rounds (7; on a GPU 20)")
+    parser.add_argument("--compile", action="store_true", help="the networks of all sides under torch.compile")
+    parser.add_argument("--json", metavar="FILE", help="write the results there, and a picture beside it")
+    parser.add_argument("--memory-of", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print_peak(arguments)
+        return 0
+    entries, plain_fp32 = [], None
+    for dtype in arguments.dtype:
+        with tempfile.TemporaryDirectory(prefix="rdmd-step-") as folder:
+            entry, plain_fp32 = measure(dtype, arguments, Path(folder), plain_fp32)
+        entries.append(entry)
+        print_table([entry])
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(entries, indent=1) + "\n")
+        draw(entries, Path(arguments.json).with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
