@@ -17,7 +17,7 @@ from rdmd_fast.diffusion import DiffusionOptions, LogNormalSigma, Reading
 from rdmd_fast.distributed import BatchLayout
 from rdmd_fast.drawing import to_uint8
 from rdmd_fast.errors import InputError
-from rdmd_fast.export import read_network
+from rdmd_fast.export import _fake_score_config, read_network
 from rdmd_fast.networks import build_network
 from rdmd_fast.networks.condition import conditioning_weights
 from rdmd_fast.networks.exported import ExportConfig, read_export_config, write_export
@@ -230,6 +230,16 @@ def test_a_fake_score_of_a_checkpoint_takes_them_as_well(run, tmp_path, capsys):
     command = ["--config", TOY, f"run_dir={tmp_path}/again", "generator={kind: teacher}", "network=", "diffusion="]
     assert main([*command, f"teacher={tmp_path}/fake"]) == 2
     assert "is told a λ" in capsys.readouterr().err
+
+
+def test_a_fake_score_beside_a_teachers_export_keeps_the_range(run, tmp_path):
+    generator = read_export_config(run / "export", "generator")
+    values = {"role": "teacher", "reading": None, "generator_sigma": None, "transport_weights": None, "step": 7}
+    teacher = generator.model_copy(update=values)
+    raw = build_network(teacher.network, (2,))
+    write_export(tmp_path / "teacher", teacher, raw.state_dict())
+    found = _fake_score_config({"teacher": str(tmp_path / "teacher")}, generator)
+    assert (found.role, found.transport_weights, found.step) == ("teacher", [0.05, 1.0], generator.step)
 
 
 def test_a_generator_of_one_weight_takes_none(run, tmp_path):
