@@ -11,7 +11,7 @@ import torch
 from .engine_state import SavedEngine
 from .errors import InputError
 from .manifest import Defect, check_hashes, checkpoint_folders, read_manifest, read_whole_manifest, step_of
-from .networks.exported import ExportConfig, write_export
+from .networks.exported import ExportConfig, check_replaceable, write_export
 from .runtime import EXIT_DONE, write_error
 
 EPILOG = """examples:
@@ -53,18 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from .model_card import model_card
 
-    source = Path(arguments.run)
+    source = _named(Path(arguments.run))
     is_export = (source / "config.json").is_file() and not (source / "checkpoints").is_dir()
     network = (_from_export if is_export else _from_run)(source, arguments)
-    out = Path(arguments.out) if arguments.out else network.out
-    if out.exists() and not (out / "config.json").exists():
-        raise InputError(f"--out {out}: exists and is no export, choose another folder")
+    out = _named(Path(arguments.out)) if arguments.out else network.out
     if out.resolve() == source.resolve():
         raise InputError(f"--out {out}: is what is exported, choose another folder")
+    check_replaceable(out)
     graph = "" if arguments.format == "safetensors" else arguments.format
     if graph and network.config.role != "generator":
         raise InputError(f"--format {graph}: is for generators, export a {network.config.role} as safetensors")
-    card = model_card(network.config, network.run, arguments.license, graph)
+    card = model_card(network.config, network.run, arguments.license or network.license, graph)
     try:
         note = write_network(out, network, graph, card)
     except InputError:
@@ -75,14 +74,26 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _named(folder: Path) -> Path:
+    """``folder`` with a last part that is its name, as "." and ".." are not: its neighbours can be named, too."""
+    return folder if folder.name not in ("", "..") else folder.resolve()
+
+
 class Network(NamedTuple):
-    """What is to be written: ``run`` is a ``model_card.Run`` or None, ``out`` where to if nobody says."""
+    """What is to be written.
+
+    Attributes:
+        run: a ``model_card.Run``, or None.
+        out: where to if nobody says.
+        license: as ``model_card`` takes it, if nobody says.
+    """
 
     name: str
     config: ExportConfig
     weights: dict[str, torch.Tensor]
     run: NamedTuple | None
     out: Path
+    license: str | None = None
 
 
 def _from_run(source: Path, arguments: argparse.Namespace) -> Network:
@@ -108,7 +119,7 @@ def _from_run(source: Path, arguments: argparse.Namespace) -> Network:
 
 
 def _from_export(source: Path, arguments: argparse.Namespace) -> Network:
-    from .model_card import run_of_export
+    from .model_card import NAME, run_of_export, stated_license
     from .networks.exported import read_export
 
     for flag in ("network", "weights"):
@@ -119,7 +130,9 @@ def _from_export(source: Path, arguments: argparse.Namespace) -> Network:
         raise InputError(f"{source}: is exported as safetensors already; name another --format, or --out for a copy")
     config, weights = read_export(source, role)
     out = source.with_name(f"{source.name}_{_tag(arguments.format)}")
-    return Network(f"{role} of {source}", config, weights, run_of_export(source), out)
+    facts = run_of_export(source)
+    license = (facts and facts.config.get("license")) or stated_license(source / NAME)
+    return Network(f"{role} of {source}", config, weights, facts, out, license)
 
 
 def _tag(format: str) -> str | None:

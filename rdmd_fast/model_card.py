@@ -207,16 +207,21 @@ def data_facts(spec: object) -> str:
     """A data set by the name that the user gave it, with its size and hash where it is a packed folder."""
     if isinstance(spec, Mapping):
         return ", ".join(f"{key} {code(value)}" for key, value in spec.items() if value is not None)
-    parts = [str(part) for part in spec] if isinstance(spec, list) else str(spec).split("::")
+    parts = list(map(str, spec)) if isinstance(spec, list) else [str(spec)]
+    # A command may hold "::" itself.
+    parts = [piece for part in parts for piece in ([part] if _is_command(part) else part.split("::"))]
     return "; ".join(map(_one_set, parts))
 
 
+def _is_command(part: str) -> bool:
+    return "pipe:" in part.lower()
+
+
 def _one_set(part: str) -> str:
-    if part.startswith("pipe:"):
+    if _is_command(part):
         return "samples from a command"  # which may hold keys
-    if re.match(r"[a-z]+://", part):
-        # Without user, password and query, which may hold keys too.
-        return code(re.sub(r"^([a-z]+://)[^/@]*@", r"\1", part.partition("?")[0]))
+    if scheme := re.match(r"[a-z][a-z0-9+.-]*://", part, re.IGNORECASE):
+        return code(scheme[0] + _without_keys(part[scheme.end() :]))
     facts = [code(part)]
     path = Path(part) / "manifest.json"
     try:
@@ -226,6 +231,16 @@ def _one_set(part: str) -> str:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return ", ".join(facts)
+
+
+def _without_keys(address: str) -> str:
+    """What follows an address's scheme, without user, password, query and fragment.
+
+    Passwords may hold "/" where nobody has escaped it, so all before the last "@" goes. With an "@" behind a "?" it is
+    open which of them is a password's, and nothing is left.
+    """
+    place, _, query = re.sub("[?#]", "?", address).partition("?")
+    return "…" if "@" in query else place.rpartition("@")[2]
 
 
 def teacher_facts(spec: object) -> Teacher | None:

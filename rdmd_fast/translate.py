@@ -75,8 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     left = range(len(names))
     if arguments.skip_existing:
         left = [index for index in left if not job.outputs.are_there(names[index])]
-    # Tiles of a few images fill a batch, and images that need tiles are large.
-    size = max(1, job.batch_size // 16) if job.size.blends else job.batch_size
+    size = 1 if job.size.blends else job.batch_size  # an image that needs tiles is large, and has a batch of them
     chunks = [left[first : first + size] for first in range(0, len(left), size)]
     skipped: list[str] = []
     with tqdm(total=len(names), initial=len(names) - len(left), unit="img", disable=None) as bar:

@@ -186,3 +186,55 @@ def test_copy_of_an_export_has_a_card(tmp_path):
     assert "license: mit\n" in (tmp_path / "copy/README.md").read_text()
     x = torch.rand(3, 2)
     assert load_generator(tmp_path / "copy")(x).equal(generator(x))
+    # Its licence goes on, unless somebody states another.
+    for more, license in (([], "mit"), (["--license", "apache-2.0"], "apache-2.0")):
+        assert cli.main(["export", str(tmp_path / "copy"), "--out", str(tmp_path / "again"), *more]) == 0
+        assert f"license: {license}\n" in (tmp_path / "again/README.md").read_text()
+    (tmp_path / "config.yaml").write_text("stage: rdmd\nlicense: bsd-2-clause\n")  # of the run that it stands in
+    assert cli.main(["export", str(tmp_path / "copy"), "--out", str(tmp_path / "of_run")]) == 0
+    assert "license: bsd-2-clause\n" in (tmp_path / "of_run/README.md").read_text()
+
+
+def test_only_exports_are_replaced(tmp_path, capsys):
+    generator = generator_of("mlp")
+    for name in ("export", "clone", "nested"):
+        write_export(tmp_path / name, generator.config, generator.model.state_dict(), "card")
+    (tmp_path / "clone/.git").mkdir()
+    (tmp_path / "nested/generator.onnx.d").mkdir()
+    (tmp_path / "unet").mkdir()  # of a diffusers teacher
+    (tmp_path / "unet/config.json").write_text('{"_class_name": "UNet2DModel"}')
+    (tmp_path / "file").write_text("mine")
+
+    def there():
+        return {path.relative_to(tmp_path): path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    before = there()
+    for name, message in (
+        ("clone", "holds more than an export (.git)"),
+        ("nested", "holds more than an export (generator.onnx.d)"),
+        ("unet", "exists and is no export"),
+        ("file", "exists and is no export"),
+    ):
+        assert cli.main(["export", str(tmp_path / "export"), "--out", str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and message in said[0] and "choose another folder" in said[0]
+    assert there() == before
+    teacher = generator.config.model_copy(update={"role": "teacher", "reading": None, "generator_sigma": None})
+    write_export(tmp_path / "old", teacher, generator.model.state_dict(), "card")
+    (tmp_path / "old/generator.onnx.data").write_bytes(b"")
+    assert cli.main(["export", str(tmp_path / "export"), "--out", str(tmp_path / "old")]) == 0
+    assert {path.name for path in (tmp_path / "old").iterdir()} == {"README.md", "config.json", "generator.safetensors"}
+
+
+def test_the_folder_that_one_is_in(tmp_path, monkeypatch, capsys):
+    generator = generator_of("mlp")
+    for name in ("export", "old"):
+        write_export(tmp_path / name, generator.config, generator.model.state_dict())
+    monkeypatch.chdir(tmp_path / "export")
+    assert cli.main(["export", ".", "--format", "torch-export"]) == 0
+    assert (tmp_path / "export_torch/generator.pt2").is_file()
+    assert cli.main(["export", ".", "--out", "."]) == 2
+    assert "is what is exported" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "old")
+    assert cli.main(["export", "../export", "--out", "."]) == 0
+    assert (tmp_path / "old/README.md").is_file()

@@ -97,7 +97,16 @@ def test_hostile_names_are_text():
 
 @pytest.mark.parametrize(("spec", "expected"), [
     ("https://user:secret@host/shards?token=secret", "`https://host/shards`"),
+    ("https://host/shards?token=a@secret", "`https://…`"),
+    ("https://host/shards#secret", "`https://host/shards`"),
+    ("HTTPS://user:secret@host/shards", "`HTTPS://host/shards`"),
+    ("s3://AKIA:se/cret@bucket/x.tar", "`s3://bucket/x.tar`"),
+    ("s3://AKIA:se?cret@bucket/x.tar", "`s3://…`"),
     ("pipe:aws s3 cp --key secret -", "samples from a command"),
+    ("pipe:curl -H 'X: a::secret' u", "samples from a command"),
+    ("a::PIPE:curl -H secret", "samples from a command"),
+    (["a", "pipe:curl -H 'X: a::secret' u"], "`a`; samples from a command"),
+    (["a::https://u:secret@host/b"], "`a`; `https://host/b`"),
     (["a", "b"], "`a`; `b`"),
     ("a::b", "`a`; `b`"),
 ])  # fmt: skip

@@ -8,6 +8,7 @@ DIR/README.md                                  model card
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from .condition import conditioning_weights
 
 FORMAT = 1
 MOST_BYTES = 1 << 20  # of a config.json
+FILES = re.compile(r"README\.md|config\.json|(teacher|generator)\.safetensors|generator\.(pt2|onnx.*)")
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -98,6 +100,23 @@ def write_folder(folder: Path, config: ExportConfig, fill: Callable[[Path], None
     replace_folder(partial, folder)
 
 
+def check_replaceable(folder: Path, flag: str = "--out") -> None:
+    """Whether ``write_folder`` may put its own in the place of what is there: nothing, or an export and no more.
+
+    Raises:
+        InputError: a file, or a folder with anything that is not an export's.
+    """
+    if not folder.exists():
+        return
+    try:
+        read_export_config(folder, None)
+    except InputError:
+        raise InputError(f"{flag} {folder}: exists and is no export, choose another folder") from None
+    foreign = sorted(path.name for path in folder.iterdir() if not FILES.fullmatch(path.name) or not path.is_file())
+    if foreign:
+        raise InputError(f"{flag} {folder}: holds more than an export ({foreign[0]}), choose another folder")
+
+
 def read_export(folder: str | Path, role: str) -> tuple[ExportConfig, dict[str, torch.Tensor]]:
     """Configuration and weights of an export.
 
@@ -133,8 +152,8 @@ def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_export_config(folder: str | Path, role: str) -> ExportConfig:
-    """config.json of an export; errors as ``read_export``."""
+def read_export_config(folder: str | Path, role: str | None) -> ExportConfig:
+    """config.json of an export, of any role if that is None; errors as ``read_export``."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no export there (no config.json), name a RUN/export folder")
@@ -150,7 +169,7 @@ def read_export_config(folder: str | Path, role: str) -> ExportConfig:
         raise InputError(f"{folder}/config.json: not readable as JSON, export the run again") from None
     if config.format != FORMAT:
         raise InputError(f"{folder}/config.json: format {config.format} is not the {FORMAT} of this version")
-    if config.role != role:
+    if role is not None and config.role != role:
         raise InputError(f"{folder}: holds a {config.role}, a {role} is needed")
     return config
 

@@ -115,13 +115,17 @@ def open_inputs(
     Raises:
         InputError: nothing there that the generator takes.
     """
+    from rdmd_fast.data.images import list_files
+
     path = Path(folder)
     if output is not None and Path(output).resolve() == path.resolve():
         raise InputError(f"--output {output}: is --input, results would replace what they are made of; name another")
     if (path / "manifest.json").is_file() or any(path.glob("*.tar")):
         return _open_shards(path, shape, image_shape, size)
-    arrays = [file for file in sorted(path.rglob("*.npy")) if not file.name.startswith(".") and not below(file, output)]
-    return _open_arrays(path, arrays, shape, size) if arrays else _open_images(path, image_shape, size, output)
+    files = [file for file in list_files(path) if not below(path / file, output)]
+    if any(file.endswith(".npy") for file in files):
+        return _open_arrays(path, files, shape, size)
+    return _open_images(path, image_shape, size, output)
 
 
 def below(file: Path, folder: str | Path | None) -> bool:
@@ -149,15 +153,15 @@ def _open_shards(path: Path, shape, image_shape, size: str) -> Shards:
     return Shards(path, shards.keys, latents, shards)
 
 
-def _open_arrays(path: Path, files: list[Path], shape, size: str) -> ArrayFiles:
-    from rdmd_fast.data.images import IMAGE_SUFFIXES
+def _open_arrays(path: Path, files: list[str], shape, size: str) -> ArrayFiles:
+    from rdmd_fast.data.images import is_image
 
-    image = next((file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES), None)
+    image = next(filter(is_image, files), None)
     if image:
-        raise InputError(f"--input {path}: holds arrays and images ({image.name}), name a folder of one kind")
+        raise InputError(f"--input {path}: holds arrays and images ({image}), name a folder of one kind")
     _no_size_for_latents(path, size)
-    relative = [file.relative_to(path).as_posix() for file in files]
-    return ArrayFiles(path, relative, [name.removesuffix(".npy") for name in relative], shape)
+    arrays = [file for file in files if file.endswith(".npy")]
+    return ArrayFiles(path, arrays, [file.removesuffix(".npy") for file in arrays], shape)
 
 
 def _no_size_for_latents(path: Path, size: str) -> None:

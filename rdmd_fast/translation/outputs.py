@@ -17,6 +17,8 @@ FORMATS = {
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     "webp": {"format": "WEBP", "quality": 95},
 }
+LONGEST = {"jpg": 65_500, "webp": 16_383}
+"""Pixels of a side that libjpeg (JPEG_MAX_DIMENSION) and libwebp (WEBP_MAX_DIMENSION) write at most."""
 
 
 class Outputs(NamedTuple):
@@ -44,6 +46,12 @@ class Outputs(NamedTuple):
         if self.arrays:
             _replace(self.folder / f"{name}.npy", lambda file: np.save(file, array))
         if self.images:
+            height, width = image.shape[:2]
+            if max(height, width) > LONGEST.get(self.images, max(height, width)):
+                raise InputError(
+                    f"--format {self.images}: {name} has {width}×{height} pixels, {LONGEST[self.images]:,} a side is "
+                    "the most of this format; use png"
+                )
             picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
             _replace(self.folder / f"{name}.{self.images}", lambda file: picture.save(file, **FORMATS[self.images]))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -45,10 +45,10 @@ class Job(NamedTuple):
     transport_weight: float | None = None
 
 
-class Piece(NamedTuple):
-    """A sample as the generator takes it: uint8 [n, h, w, 3] of an image of that size, or float32 [1, C, H, W]."""
+class Sample(NamedTuple):
+    """A sample as the generator takes it: uint8 [h, w, 3] of an image of that size one by one, or float32 [C, H, W]."""
 
-    pieces: np.ndarray
+    pieces: Iterable[np.ndarray]
     height: int = 0
     width: int = 0
 
@@ -67,23 +67,41 @@ class Translator:
             autoencoder = Autoencoder(job.autoencoder)
         self.autoencoder = autoencoder.to(device) if autoencoder else None
 
-    def __call__(self, pieces: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """What ``Outputs`` asks for of pieces (see ``Piece``): float32 [n, C, H, W], and levels [n, h, w, 3]."""
+    def __call__(self, pieces: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """What ``Outputs`` asks for of n pieces (see ``Sample``): float32 [n, C, H, W], and levels [n, h, w, 3].
+
+        Args:
+            names: of the samples that they are of, n.
+
+        Raises:
+            InputError: a translation that is not finite, or too little memory.
+        """
         try:
-            parts = [self._finish(self.translate(part)) for part in _parts(pieces, self.job.batch_size)]
+            return self._finish(self.translate(pieces), names)
         except torch.OutOfMemoryError:
             raise InputError(
                 f"--batch-size {self.job.batch_size}: does not fit the memory of {self.device}, lower it"
             ) from None
-        return tuple(None if each[0] is None else np.concatenate(each) for each in zip(*parts, strict=True))
 
-    def _finish(self, translated: torch.Tensor) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def _finish(self, translated: torch.Tensor, names: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
         outputs = self.job.outputs
+        self._check_finite(translated, names)
         arrays = translated.cpu().numpy() if outputs.arrays else None
         if not outputs.images:
             return arrays, None
-        images = self.autoencoder.decode(translated) if self.autoencoder else translated
+        images = translated
+        if self.autoencoder:
+            images = self.autoencoder.decode(translated)
+            self._check_finite(images, names)
         return arrays, _levels(images, self.job.size.blends).permute(0, 2, 3, 1).cpu().numpy()
+
+    def _check_finite(self, batch: torch.Tensor, names: Sequence[str]) -> None:
+        finite = batch.isfinite().flatten(1).all(1)
+        if not finite.all():
+            name = names[int(finite.logical_not().nonzero()[0])]
+            others = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(self.job.dtype)
+            remedy = f"lower precision may overflow: --dtype {others}" if others else "take the sample out"
+            raise InputError(f"--model {self.job.model}: the translation of {name} is not finite; {remedy}")
 
     @torch.no_grad()
     def translate(self, pieces: np.ndarray) -> torch.Tensor:
@@ -97,17 +115,13 @@ class Translator:
         return self.generator(x, self.job.transport_weight)
 
 
-def _parts(pieces: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    return (pieces[first : first + size] for first in range(0, len(pieces), size))
-
-
 def _levels(images: torch.Tensor, exact: bool) -> torch.Tensor:
-    """[-1, 1] to [0, 255]: the nearest uint8, or float32 if ``exact``; NaN becomes mid grey in both."""
+    """[-1, 1] to [0, 255]: the nearest uint8, or float32 if ``exact``."""
     from rdmd_fast.drawing import to_uint8
 
     if not exact:
         return to_uint8(images)
-    return ((images.float().nan_to_num() + 1) * 127.5).clamp(0, 255)
+    return ((images.float() + 1) * 127.5).clamp(0, 255)
 
 
 def work(
@@ -119,7 +133,8 @@ def work(
 ) -> None:
     """Translate chunks of samples (numbers) and write them.
 
-    Samples of a chunk go through the generator together, so what is computed does not depend on the other chunks.
+    Samples of a chunk go through the generator together, so what is computed does not depend on the other chunks. At
+    most three chunks' samples are read ahead, and as many wait to be written.
 
     Args:
         report: is told how many samples more are written, and which ones could not be read (a line each).
@@ -138,10 +153,10 @@ def work(
     try:
         for chunk in chunks:
             read = [(index, next(stream)) for index in chunk]
-            unreadable = [str(piece) for _, piece in read if isinstance(piece, Unreadable)]
+            unreadable = [str(sample) for _, sample in read if isinstance(sample, Unreadable)]
             if unreadable:
                 report(0, unreadable)
-            read = [(index, piece) for index, piece in read if not isinstance(piece, Unreadable)]
+            read = [(index, sample) for index, sample in read if not isinstance(sample, Unreadable)]
             if read:
                 writing.extend(_translate_chunk(job, translator, writers, read))
             while len(writing) > ahead or (writing and writing[0].done()):
@@ -155,30 +170,42 @@ def work(
         writers.shutdown(cancel_futures=True)
 
 
-def _translate_chunk(job: Job, translator: Translator, writers: ThreadPoolExecutor, read: list[tuple[int, Piece]]):
-    """Start the writing of each sample; yields futures."""
-    arrays, levels = translator(np.concatenate([piece.pieces for _, piece in read]))
-    first = 0
-    for index, piece in read:
-        own = slice(first, first + len(piece.pieces))
-        first = own.stop
-        yield writers.submit(
-            _write, job, index, piece, None if arrays is None else arrays[own], None if levels is None else levels[own]
-        )
+def _translate_chunk(
+    job: Job, translator: Translator, writers: ThreadPoolExecutor, read: list[tuple[int, Sample]]
+) -> Iterator[Future]:
+    """Start the writing of each sample."""
+    names = [job.samples.names[index] for index, _ in read]
+    if job.size.blends:
+        for name, (_, sample) in zip(names, read, strict=True):
+            yield writers.submit(job.outputs.write, name, None, _blend(job, translator, name, sample))
+        return
+    arrays, levels = translator(np.stack([piece for _, sample in read for piece in sample.pieces]), names)
+    for number, (name, (_, sample)) in enumerate(zip(names, read, strict=True)):
+        array, level = (None if each is None else each[number : number + 1] for each in (arrays, levels))
+        yield writers.submit(_write, job, name, sample, array, level)
 
 
-def _read(job: Job, index: int) -> Piece | Unreadable:
+def _blend(job: Job, translator: Translator, name: str, sample: Sample) -> np.ndarray:
+    """The image that translated tiles make; a batch of them is held at a time."""
+    tiles = iter(sample.pieces)
+    batches = iter(lambda: list(itertools.islice(tiles, job.batch_size)), [])
+    translated = (tile for batch in batches for tile in translator(np.stack(batch), [name] * len(batch))[1])
+    return job.size.join(translated, sample.height, sample.width)
+
+
+def _read(job: Job, index: int) -> Sample | Unreadable:
     try:
         sample = job.samples.read(index)
     except Unreadable as error:
         if job.skip_unreadable:
             return error
         raise
-    return Piece(sample[None]) if job.samples.latents else Piece(job.size.split(sample), *sample.shape[:2])
+    return Sample(sample[None]) if job.samples.latents else Sample(job.size.split(sample), *sample.shape[:2])
 
 
-def _write(job: Job, index: int, piece: Piece, arrays: np.ndarray | None, levels: np.ndarray | None) -> None:
+def _write(job: Job, name: str, sample: Sample, arrays: np.ndarray | None, levels: np.ndarray | None) -> None:
+    """``arrays`` and ``levels`` are of one piece, or None."""
     image = None
     if levels is not None:
-        image = levels[0] if job.samples.latents else job.size.join(levels, piece.height, piece.width)
-    job.outputs.write(job.samples.names[index], None if arrays is None else arrays[0], image)
+        image = levels[0] if job.samples.latents else job.size.join(levels, sample.height, sample.width)
+    job.outputs.write(name, None if arrays is None else arrays[0], image)

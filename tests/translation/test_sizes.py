@@ -1,6 +1,7 @@
 """Images of any size through pieces of one size: what is cut apart comes together again."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_two_tiles_fade_by_a_raised_cosine():
 @pytest.mark.parametrize("shape", [(8, 6), (9, 31), (40, 7), (3, 50), (8, 1), (1, 1), (2, 2)])
 def test_tiles_that_nothing_changes_make_the_same_image(shape, overlap):
     tiles, image = Tiles(8, 6, overlap), picture(*shape)
-    pieces = tiles.split(image)
+    pieces = np.stack(list(tiles.split(image)))
     assert pieces.shape[1:] == (8, 6, 3) and pieces.dtype == np.uint8
     np.testing.assert_array_equal(tiles.join(pieces.astype(np.float32), *shape), image)
     constant = np.full(pieces.shape, 17.4, np.float32)
@@ -65,7 +66,18 @@ def test_tiles_lie_where_they_were_cut():
     tiles, (height, width) = Tiles(8, 8, 0.25), (21, 30)
     rows, columns = np.mgrid[:height, :width]
     image = np.stack([rows, columns, rows + columns], axis=-1).astype(np.uint8)
-    np.testing.assert_array_equal(tiles.join(tiles.split(image).astype(np.float32), height, width), image)
+    np.testing.assert_array_equal(tiles.join(map(np.float32, tiles.split(image)), height, width), image)
+
+
+def test_tiles_are_never_all_in_memory():
+    """With a share of 0.9 they are a hundred times the image's 14,700 bytes; its float canvas is four times them."""
+    tiles, image = Tiles(10, 10, 0.9), picture(70, 70)
+    tracemalloc.start()
+    try:
+        tiles.join(map(np.float32, tiles.split(image)), 70, 70)
+        assert tracemalloc.get_traced_memory()[1] < 20 * image.nbytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_seams_are_smooth():

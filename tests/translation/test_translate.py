@@ -1,5 +1,8 @@
 """``rdmd translate`` on folders and shards, with generators whose maps are known."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +82,36 @@ def test_tiles_of_the_identity_are_the_input(models, photos, tmp_path, batch_siz
     assert files_of(tmp_path / "out").keys() == photos.keys()
     for name, pixels in photos.items():
         np.testing.assert_array_equal(pixels_of(tmp_path / "out" / name), pixels)
+
+
+def test_tiles_of_an_image_are_by_themselves_and_few_images_wait(models, photos, tmp_path, monkeypatch):
+    """Batches of tiles hold one image's; two images at most wait to be written while the next is made."""
+    from rdmd_fast.translation.outputs import Outputs
+    from rdmd_fast.translation.work import Translator
+
+    batches, made, written, lock, most = [], set(), set(), threading.Lock(), []
+    call, write = Translator.__call__, Outputs.write
+
+    def counted_call(self, pieces, names):
+        batches.append((len(pieces), set(names)))
+        with lock:
+            made.update(names)
+            most.append(len(made - written))
+        return call(self, pieces, names)
+
+    def slow_write(self, name, *arrays):
+        time.sleep(0.05)  # slower than the network
+        write(self, name, *arrays)
+        with lock:
+            written.add(name)
+
+    monkeypatch.setattr(Translator, "__call__", counted_call)
+    monkeypatch.setattr(Outputs, "write", slow_write)
+    for number in range(10):
+        Image.fromarray(picture(number, 8, 8)).save(tmp_path / f"in/{number}.png")
+    assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--size", "tiles") == 0
+    assert len(written) == 14 and all(len(names) == 1 for _, names in batches)
+    assert max(most) <= 2 + 1
 
 
 def test_tiles_of_a_shift_are_shifted_everywhere(models, photos, tmp_path):
@@ -182,6 +215,16 @@ def test_results_below_the_input_are_no_inputs(models, photos, tmp_path, capsys)
     for _ in range(2):
         assert translate(models["same"], tmp_path / "in", tmp_path / "in/out") == 0
         assert "4 images" in capsys.readouterr().out
+    # Latents too, with pictures beside them, which an autoencoder would have made.
+    for name in ("a", "deep/b"):
+        (tmp_path / "latents" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / f"latents/{name}.npy", np.zeros((3, 8, 8), np.float32))
+    for name in ("latents/out/a.png", "latents/.thumbnails/a.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.fromarray(photos["a.png"]).save(tmp_path / name)
+    for _ in range(2):
+        assert translate(models["same"], tmp_path / "latents", tmp_path / "latents/out") == 0
+        assert "2 latents" in capsys.readouterr().out
     before = files_of(tmp_path / "in")
     assert translate(models["lighter"], tmp_path / "in", tmp_path / "in/deep/..") == 2
     assert "--output" in capsys.readouterr().err and files_of(tmp_path / "in") == before
@@ -206,6 +249,32 @@ def test_dtype_is_the_generator_s(models, photos, tmp_path):
     half, whole = (pixels_of(tmp_path / dtype / "a.png").astype(float) for dtype in ("bf16", "fp32"))
     np.testing.assert_allclose(half, ((y + 1) * 127.5).clamp(0, 255).numpy(), atol=0.6)
     assert 0 < np.abs(half - whole).max() < 8
+
+
+def test_what_is_not_finite_is_an_error(models, photos, tmp_path, capsys):
+    """fp16 ends at 65,504."""
+    model, (name, *_) = export(tmp_path / "bright", 1e5), sorted(photos)
+    for size in ("crop", "tiles"):
+        flags = "--size", size, "--dtype"
+        assert translate(model, tmp_path / "in", tmp_path / "out", *flags, "fp16") == 2
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1 and "the translation of a is not finite" in said[0] and "--dtype bf16 or fp32" in said[0]
+        assert not (tmp_path / "out" / name).exists()
+        assert translate(model, tmp_path / "in", tmp_path / size, *flags, "bf16") == 0
+        assert (pixels_of(tmp_path / size / name) == 255).all()
+
+
+@pytest.mark.parametrize(("suffix", "longest"), [("jpg", 65_500), ("webp", 16_383)])
+def test_formats_have_a_longest_side(tmp_path, suffix, longest):
+    from rdmd_fast.errors import InputError
+    from rdmd_fast.translation.outputs import Outputs
+
+    outputs = Outputs(tmp_path, suffix, False)
+    outputs.write("a", None, np.zeros((longest, 1, 3), np.uint8))
+    assert pixels_of(tmp_path / f"a.{suffix}").shape[:2] == (longest, 1)
+    with pytest.raises(InputError, match=f"1×{longest + 1} pixels, .* use png"):
+        outputs.write("b", None, np.zeros((longest + 1, 1, 3), np.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == [f"a.{suffix}"]
 
 
 def test_two_processes_write_what_one_writes(models, photos, tmp_path, capfd):
