@@ -92,7 +92,10 @@ def _main(job: Job, device: str, count: int, chunks: Sequence[Sequence[int]], se
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     try:
-        work(job, device, chunks, lambda *message: sender.send(message))
+        try:
+            work(job, device, chunks, lambda *message: sender.send(message))
+        finally:  # No file is half written now, and exceptions in callbacks of what is freed would only be printed.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except BrokenPipeError:
         sys.exit(1)  # nobody is there to report to
     except InputError as error:

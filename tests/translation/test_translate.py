@@ -1,5 +1,6 @@
 """``rdmd translate`` on folders and shards, with generators whose maps are known."""
 
+import signal
 import threading
 import time
 
@@ -275,6 +276,32 @@ def test_formats_have_a_longest_side(tmp_path, suffix, longest):
     with pytest.raises(InputError, match=f"1×{longest + 1} pixels, .* use png"):
         outputs.write("b", None, np.zeros((longest + 1, 1, 3), np.uint8))
     assert [path.name for path in tmp_path.iterdir()] == [f"a.{suffix}"]
+
+
+def test_process_that_is_done_ends_on_a_signal_without_a_word(monkeypatch):
+    """An exception of the handler while objects are freed would be printed, and passed over."""
+    from rdmd_fast.errors import InputError
+    from rdmd_fast.translation import processes
+
+    def fail(*_):
+        during.append(signal.getsignal(signal.SIGTERM))
+        raise InputError("a.png: not a readable image")
+
+    class Sender:
+        def send(self, message):
+            after.append((str(message), signal.getsignal(signal.SIGTERM)))
+
+    during, after = [], []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(processes, "work", fail)
+    try:
+        processes._main(None, "cuda:0", 2, [], Sender())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert after == [("a.png: not a readable image", signal.SIG_DFL)]
+    with pytest.raises(SystemExit):  # and so files that are half written are removed
+        during[0](signal.SIGTERM, None)
 
 
 def test_two_processes_write_what_one_writes(models, photos, tmp_path, capfd):
