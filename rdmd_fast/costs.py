@@ -122,13 +122,13 @@ class FeatureCost:
     def _try(self, shape: tuple[int, ...], device: torch.device, what: str) -> None:
         """Whether it takes samples of ``shape`` and lets gradients through, ahead of a training."""
         ramp = torch.linspace(-1, 1, 2 * math.prod(shape), device=device).view(2, *shape)
-        with naming(what, (2, *shape)):
+        with naming(what, (2, *shape), device, "train.micro_batch_size"):
             probe = self._distance(ramp, ramp.flip(0).requires_grad_())
         if probe.shape != (2,):
             raise InputError(f"{what}: gives features of {len(probe)} samples for 2, name a network of single samples")
         if not probe.requires_grad:
             raise InputError(f"{what}: lets no gradient through, save the network without no_grad and detach")
-        with naming(what, (2, *shape)):
+        with naming(what, (2, *shape), device, "train.micro_batch_size"):
             cost, derivative = self(ramp, ramp.flip(0))
         if not (cost.isfinite().all() and derivative.isfinite().all()):
             raise InputError(f"{what}: gives values or gradients that are not finite for samples in [-1, 1]")

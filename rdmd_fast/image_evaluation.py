@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,13 +13,16 @@ from .data.locate import default_cache
 from .errors import InputError
 from .metrics.features import FeatureExtractor, load_features
 from .metrics.image_sets import ImageSet, OpenImages, first_side, open_images
+from .metrics.inputs import PixelImages
 from .metrics.judges import DigitJudge, format_table
 from .metrics.kernel_distance import SUBSET_SIZE, SUBSETS
-from .metrics.report import ImageReport
+from .metrics.report import LPIPS_BATCH, ImageReport
 from .networks.exported import Generator, conditions, load_denoiser, load_generator
+from .networks.features import fitting
 from .translate import pick_device
 
 PICTURED = 16  # images in a row of the picture
+IDENTITY, UNTRAINED = "identity", "untrained (teacher at σ)"
 
 
 def evaluate_images(arguments: argparse.Namespace) -> dict:
@@ -29,16 +34,36 @@ def evaluate_images(arguments: argparse.Namespace) -> dict:
     _check(arguments)
     device = pick_device(arguments.device)
     generator = load_generator(arguments.model).to(device) if arguments.model else None
+    labels = _labels(arguments)
     source, target, others = _open(arguments, generator)
-    judge = DigitJudge(arguments.judge) if arguments.judge else None
+    judge = _judge(arguments)
+    source, target = source(), target()
     features = _features(arguments, device)
     lpips = _lpips(device) if arguments.lpips else False
     cache = Path(arguments.cache) if arguments.cache else default_cache() / "features"
-    report = ImageReport(target.images, judge, arguments.label, features, lpips, arguments.seed, cache)
+    report = ImageReport(
+        target.images,
+        judge,
+        arguments.label,
+        features,
+        lpips,
+        arguments.seed or 0,
+        cache,
+        min(LPIPS_BATCH, arguments.batch_size),
+    )
 
-    outputs, weights = _translations(arguments, generator, source.images, device)
-    outputs |= others
-    rows = [report.row(name, source.images, images, **weights.get(name, {})) for name, images in outputs.items()]
+    def measure(candidate: Candidate) -> tuple[dict, torch.Tensor]:
+        images = candidate.make()  # forgotten before the next candidate's are made
+        return report.row(candidate.name, source.images, images, **candidate.more), _spread(images)
+
+    rows, pictured = [], [("source x", _spread(source.images))]
+    candidates = _translations(arguments, generator, source.images, device)
+    candidates += [Candidate(label, read, {}) for label, read in zip(labels, others, strict=True)]
+    for candidate in candidates:
+        row, images = measure(candidate)
+        rows.append(row)
+        if candidate.name != IDENTITY:
+            pictured.append((candidate.name, images))
     print(format_table(rows))
     facts = _facts(arguments, source, target, features, lpips)
     print("\n".join(_fact_lines(facts)))
@@ -48,8 +73,18 @@ def evaluate_images(arguments: argparse.Namespace) -> dict:
         facts |= {"recall_real_heldout": judge.recall(arguments.label)}
         print(f"3-NN's recall on the real held-out images of {arguments.label}: {facts['recall_real_heldout']:.4f}")
     if arguments.picture:
-        _picture(arguments.picture, source.images, outputs, target.images)
+        from .drawing import image_grid
+
+        image_grid([*pictured, ("target (unpaired)", _spread(target.images))], arguments.picture)
     return {"rows": rows, **facts}
+
+
+class Candidate(NamedTuple):
+    """A row of the table: its name, what makes its images, and further columns."""
+
+    name: str
+    make: Callable[[], PixelImages]
+    more: dict[str, float]
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -72,18 +107,26 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _open(
     arguments: argparse.Namespace, generator: Generator | None
-) -> tuple[ImageSet, ImageSet, dict[str, torch.Tensor]]:
-    """Sources, targets, and the translations of the sources in each folder of ``--outputs`` by its name."""
-    source, target = open_images(arguments.source, "--source"), open_images(arguments.target, "--target")
-    others = [open_images(folder, "--outputs") for folder in arguments.outputs or ()]
+) -> tuple[Callable[[], ImageSet], Callable[[], ImageSet], list[Callable[[], PixelImages]]]:
+    """What reads the sources, the targets, and the translations of the sources in each folder of ``--outputs``."""
+    results = arguments.outputs or ()
+    source = open_images(arguments.source, "--source", results)
+    target = open_images(arguments.target, "--target", results)
+    others = [open_images(folder, "--outputs") for folder in results]
     size = _size(arguments, generator, [source, target, *others])
-    names = source.chosen(arguments.count, arguments.seed, 0)
+    seed = arguments.seed or 0
+    names, real_names = source.chosen(arguments.count, seed, 0), target.chosen(arguments.count, seed, 1)
     for each in others:
         _check_pairs(each, names)
-    targets = target.read(size, target.chosen(arguments.count, arguments.seed, 1))
-    labels = _labels([each.path for each in others])
-    translated = {label: each.read(size, names).images for label, each in zip(labels, others, strict=True)}
-    return source.read(size, names), targets, translated
+
+    def reader(folder: OpenImages) -> Callable[[], PixelImages]:
+        return lambda: folder.read(size, names).images
+
+    return (
+        lambda: source.read(size, names),
+        lambda: target.read(size, real_names),
+        [reader(each) for each in others],
+    )
 
 
 def _size(arguments: argparse.Namespace, generator: Generator | None, folders: list[OpenImages]) -> tuple[int, int]:
@@ -113,68 +156,100 @@ def _check_pairs(outputs: OpenImages, names: list[str]) -> None:
         )
 
 
-def _labels(folders: list[Path]) -> list[str]:
-    """Names of the folders, or their paths where names are shared."""
-    names = [folder.name for folder in folders]
-    return names if len(set(names)) == len(names) and "identity" not in names else [str(folder) for folder in folders]
+def _labels(arguments: argparse.Namespace) -> list[str]:
+    """Names of the folders of ``--outputs``, or their paths where names are shared or those of other rows.
+
+    Raises:
+        InputError: a folder or a λ is named twice.
+    """
+    folders = [Path(folder) for folder in arguments.outputs or ()]
+    weights = [_row_name(weight) for weight in arguments.transport_weight or (None,)] if arguments.model else []
+    for option, labels in (
+        ("--outputs", [str(folder.resolve()) for folder in folders]),
+        ("--transport-weight", weights),
+    ):
+        twice = next((label for index, label in enumerate(labels) if label in labels[:index]), None)
+        if twice:
+            raise InputError(f"{option}: two rows would be {twice}, name it once")
+    taken = {IDENTITY, UNTRAINED, *weights}
+    choices = ([folder.name for folder in folders], [str(folder) for folder in folders])
+    unique = (labels for labels in choices if len({*labels, *taken}) == len(labels) + len(taken))
+    return next(unique, [str(folder.resolve()) for folder in folders])
+
+
+def _row_name(weight: float | None) -> str:
+    return "RDMD" if weight is None else f"RDMD λ={weight:g}"
 
 
 # -- translations ------------------------------------------------------------------------------------------------------
 
 
 def _translations(
-    arguments: argparse.Namespace, generator: Generator | None, source: torch.Tensor, device: torch.device
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
-    """(translations by the name of their row, the ``transport_weight`` of those of a chosen λ)."""
+    arguments: argparse.Namespace, generator: Generator | None, source: PixelImages, device: torch.device
+) -> list[Candidate]:
+    """The generator at each λ, the identity map and the untrained generator, those that apply."""
 
-    def translate(network, *rest) -> torch.Tensor:
-        return _translate(network, source, device, arguments.batch_size, *rest)
+    def translate(network, *rest) -> Callable[[], PixelImages]:
+        return lambda: _translate(network, source, device, arguments.batch_size, *rest)
 
-    rows, weights = {}, {}
+    candidates = []
     if generator is not None:
         for weight in arguments.transport_weight or ():
             conditions(generator.config, weight, 1)  # names a λ that it does not take ahead of any work
         for weight in arguments.transport_weight or (None,):
-            name = "RDMD" if weight is None else f"RDMD λ={weight:g}"
-            rows[name] = translate(generator, arguments.model, weight)
-            weights[name] = {} if weight is None else {"transport_weight": weight}
-    rows["identity"] = source
+            more = {} if weight is None else {"transport_weight": weight}
+            candidates.append(Candidate(_row_name(weight), translate(generator, arguments.model, weight), more))
+    candidates.append(Candidate(IDENTITY, lambda: source, {}))
     if arguments.teacher:
         teacher = load_denoiser(arguments.teacher).to(device)
         update = {"reading": "teacher", "transport_weights": None}  # the teacher is not told λ
         untrained = Generator(teacher.model, generator.config.model_copy(update=update))
-        rows["untrained (teacher at σ)"] = translate(untrained, arguments.teacher)
-    return rows, weights
+        candidates.append(Candidate(UNTRAINED, translate(untrained, arguments.teacher), {}))
+    return candidates
 
 
 @torch.no_grad()
 def _translate(
     generator: Generator,
-    images: torch.Tensor,
+    images: PixelImages,
     device: torch.device,
     batch_size: int,
     what: str,
     weight: float | None = None,
-) -> torch.Tensor:
+) -> PixelImages:
     """As a user receives them: clipped to [-1, 1] and rounded to 8 bits.
 
     Raises:
-        InputError: what comes out is not finite, which a picture would hide.
+        InputError: what comes out is not finite, which a picture would hide; a batch does not fit the memory.
     """
     from tqdm import tqdm
 
     from .drawing import to_uint8
 
     parts = []
-    for part in tqdm(images.split(batch_size), desc=str(what), unit="batch", disable=None):
-        outputs = generator(part.to(device), weight)
+    batches = -(-len(images) // batch_size)
+    for part in tqdm(images.split(batch_size), desc=str(what), unit="batch", total=batches, disable=None):
+        with fitting(what, device, "--batch-size"):
+            outputs = generator(part.to(device), weight)
         if not outputs.isfinite().all():
             raise InputError(f"{what}: gives NaN or infinity, take an earlier export of the run")
-        parts.append(to_uint8(outputs).cpu().float() / 127.5 - 1)
-    return torch.cat(parts)
+        parts.append(to_uint8(outputs).cpu())
+    return PixelImages(torch.cat(parts))
 
 
 # -- what it is measured with, and on ----------------------------------------------------------------------------------
+
+
+def _judge(arguments: argparse.Namespace) -> DigitJudge | None:
+    if arguments.judge is None:
+        return None
+    judge = DigitJudge(arguments.judge)
+    if arguments.label is not None:
+        try:
+            judge.check(arguments.label)
+        except InputError as error:
+            raise InputError(f"--label {arguments.label}: {error}") from None
+    return judge
 
 
 def _features(arguments: argparse.Namespace, device: torch.device) -> FeatureExtractor | None:
@@ -190,7 +265,7 @@ def _lpips(device: torch.device) -> torch.nn.Module:
 
 
 def _facts(arguments, source: ImageSet, target: ImageSet, features: FeatureExtractor | None, lpips) -> dict:
-    facts = {"seed": arguments.seed, "source": source.summary(), "target": target.summary()}
+    facts = {"seed": arguments.seed or 0, "source": source.summary(), "target": target.summary()}
     facts["size"] = list(source.images.shape[2:])
     if arguments.model:
         facts["model"] = arguments.model
@@ -219,12 +294,6 @@ def _fact_lines(facts: dict) -> list[str]:
     return lines
 
 
-def _picture(path: str, source: torch.Tensor, outputs: dict[str, torch.Tensor], target: torch.Tensor) -> None:
-    from .drawing import image_grid
-
-    def spread(images: torch.Tensor) -> torch.Tensor:
-        # Over the whole set: neighbours in a shard are often the same motif.
-        return images[torch.linspace(0, len(images) - 1, min(PICTURED, len(images))).long()]
-
-    rows = [(name, spread(images)) for name, images in outputs.items() if name != "identity"]
-    image_grid([("source x", spread(source)), *rows, ("target (unpaired)", spread(target))], path)
+def _spread(images: PixelImages) -> torch.Tensor:
+    """Some for a picture, over the whole set: neighbours in a shard are often the same motif."""
+    return images[torch.linspace(0, len(images) - 1, min(PICTURED, len(images))).long()]

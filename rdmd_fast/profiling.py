@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 
 from .config import Config
 from .distributed import join_world, on_main, together
@@ -14,8 +15,12 @@ from .planning.timing import WARM_UP, throwaway_run, wait
 from .runtime import EXIT_DONE, write_atomically
 from .telemetry import PHASE_PREFIX
 
-COMMUNICATION = ("nccl:", "gloo:", "c10d::", "record_param_comms")
-"""Beginnings of the profiler's names for what ranks send: asynchronous, so that it may overlap with phases."""
+COMMUNICATION = ("nccl:", "gloo:")
+"""Beginnings of the profiler's names for what ranks send: asynchronous, so that it may overlap with phases.
+
+Each collective has one such range; the operations c10d:: and record_param_comms around it are left out.
+"""
+NCCL_KERNELS = ("ncclDevKernel", "ncclKernel")
 
 
 def profile(config: Config, iterations: int) -> int:
@@ -58,21 +63,27 @@ def profile(config: Config, iterations: int) -> int:
 def phase_rows(events, iterations: int, on_gpu: bool) -> list[dict]:
     """Milliseconds an iteration of each phase, by the host's clock and, on a GPU, of its kernels.
 
+    On a GPU the profiler gives every range a second time, as an annotation on the device from its first kernel to its
+    last one, gaps included. Kernels are counted by the range on the host that launched them instead.
+
     Args:
         events: ``key_averages()`` of the profiler.
     """
     rows, whole = [], None
     sent = {"phase": "communication (within the above)", "host_ms": 0.0, "calls": 0.0}
+    if on_gpu:
+        sent["device_ms"] = 0.0
     for event in events:
-        if event.key.startswith(PHASE_PREFIX):
+        if event.device_type != DeviceType.CPU:
+            if event.key.startswith(NCCL_KERNELS):
+                sent["device_ms"] += event.device_time_total / 1000 / iterations
+        elif event.key.startswith(PHASE_PREFIX):
             rows.append(_row(event.key.removeprefix(PHASE_PREFIX), event, iterations, on_gpu))
         elif event.key == "rdmd iteration":
             whole = _row("iteration", event, iterations, on_gpu)
         elif event.key.startswith(COMMUNICATION):
             sent["host_ms"] += event.cpu_time_total / 1000 / iterations
             sent["calls"] += event.count / iterations
-            if on_gpu:
-                sent["device_ms"] = sent.get("device_ms", 0.0) + event.device_time_total / 1000 / iterations
     other = {"phase": "other", "calls": 1.0}
     for key in ("host_ms", "device_ms")[: 1 + on_gpu]:
         other[key] = whole[key] - sum(row[key] for row in rows)

@@ -246,3 +246,12 @@ def test_micro_batches_zero_and_bf16_follow_the_same_training(
 def test_a_dry_run_names_what_it_does_not_count(points_file, tmp_path, capsys):
     assert dry_run(configuration(points_file, tmp_path / "run", "rdmd.cost.kind=features")) == 0
     assert f"not counted: the feature network of rdmd.cost.features, {points_file}" in capsys.readouterr().out
+
+
+def test_a_network_that_does_not_fit_the_memory_is_not_blamed_on_the_shape(tmp_path, monkeypatch):
+    def forward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(FeatureNetwork, "forward", forward)
+    with pytest.raises(InputError, match=r"f\.pt: does not fit the memory of cpu, lower train\.micro_batch_size$"):
+        of(saved(OfImages(), tmp_path / "f.pt"))

@@ -3,6 +3,8 @@
 import json
 import sys
 import warnings
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,16 +12,22 @@ import pytest
 import torch
 from PIL import Image
 
-from rdmd_fast import cli
+from rdmd_fast import cli, trainer
 from rdmd_fast.data.writer import ShardWriter
+from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.features import load_features
 from rdmd_fast.metrics.frechet import frechet_distance
+from rdmd_fast.metrics.image_sets import open_images
 from rdmd_fast.metrics.images import l2, psnr, ssim
+from rdmd_fast.metrics.inputs import PixelImages
 from rdmd_fast.metrics.kernel_distance import kernel_distance
+from rdmd_fast.metrics.report import ImageReport
 from rdmd_fast.networks import build_network
 from rdmd_fast.networks.exported import ExportConfig, write_export
+from rdmd_fast.networks.features import naming
 
 SIDE = 8
+TOY = ["--config", str(Path(__file__).parent.parent / "configs/toy/gaussian_to_gaussian.yaml"), "rdmd.fake_warmup=0"]
 
 
 class Pooled(torch.nn.Module):
@@ -195,6 +203,7 @@ def test_files_are_cropped_and_resized_alike(folders, tmp_path):
         (["--outputs", "{0}/none"], "{0}/none"),
         (["--outputs", "{0}/torn"], "{0}/torn/a.png: not a readable image"),
         (["--model", "{0}/none"], "{0}/none: no export there"),
+        (["--outputs", "{0}/cut", "{0}/source/../cut"], "--outputs: two rows would be {0}/cut, name it once"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(folders, tmp_path, capsys, arguments, message):
@@ -214,3 +223,126 @@ def test_a_generator_that_diverged_is_not_measured(folders, tmp_path, capsys):
     save_file({name: 1e38 * value for name, value in load_file(path).items()}, path)
     assert evaluate(tmp_path, "--model", tmp_path / "export") == 2
     assert "gives NaN or infinity" in capsys.readouterr().err
+
+
+def test_sets_are_kept_as_pixels_and_measured_as_the_images_they_are(folders, tmp_path):
+    images = open_images(str(tmp_path / "source"), "--source").read((SIDE, SIDE)).images
+    assert images.pixels.dtype == torch.uint8
+    assert torch.equal(images[torch.arange(4)], folders["source"])
+
+    pixels = [torch.from_numpy(pictures(seed, 70)).permute(0, 3, 1, 2) for seed in range(3)]  # more than a block
+    lazy, whole = [PixelImages(each) for each in pixels], [each.float() / 127.5 - 1 for each in pixels]
+    extractor = load_features(tmp_path / "f.pt")
+    rows = [ImageReport(target, features=extractor).row("", x, y) for x, y, target in (lazy, whole)]
+    for row in rows:
+        row.pop("kid_std")  # undefined for so few
+    assert rows[0] == rows[1] and rows[0]["ssim"] != 0
+
+
+def test_one_row_of_images_is_held_at_a_time(folders, tmp_path, monkeypatch):
+    held, made = weakref.WeakSet(), []
+    create = PixelImages.__init__
+
+    def counted(self, pixels):
+        create(self, pixels)
+        held.add(self)
+        made.append(len(held))
+
+    monkeypatch.setattr(PixelImages, "__init__", counted)
+    export(tmp_path / "export", transport_weights=[0.1, 1.0])
+    model = ["--model", tmp_path / "export", "--transport-weight", 0.1, 0.5, 0.9]
+    evaluate(tmp_path, *model, "--outputs", tmp_path / "cut", "--picture", tmp_path / "g.png")
+    assert made == [1, 2, 3, 3, 3, 3]  # source, target and one row
+
+
+def test_rows_of_one_name_are_told_apart_or_refused(folders, tmp_path, capsys):
+    export(tmp_path / "export", transport_weights=[0.1, 1.0])
+    (tmp_path / "cut").rename(tmp_path / "RDMD")
+    outputs, model = ["--outputs", tmp_path / "RDMD"], ["--model", tmp_path / "export"]
+    assert [row["name"] for row in evaluate(tmp_path, *model, *outputs)["rows"]] == [
+        "RDMD", "identity", f"{tmp_path}/RDMD"
+    ]  # fmt: skip
+    assert evaluate(tmp_path, *model, "--transport-weight", 0.5, 0.50000001) == 2
+    assert "two rows would be RDMD λ=0.5" in capsys.readouterr().err
+
+
+def test_results_below_the_sources_are_no_sources(folders, tmp_path, capsys):
+    (tmp_path / "cut").rename(tmp_path / "source/cut")
+    report = evaluate(tmp_path, "--outputs", tmp_path / "source/cut")
+    assert report["source"]["images"] == 4 and [row["name"] for row in report["rows"]] == ["identity", "cut"]
+    assert evaluate(tmp_path, "--outputs", tmp_path / "source")["source"]["images"] == 8  # all of it, not none
+
+    (tmp_path / "all").mkdir()
+    (tmp_path / "source/cut").rename(tmp_path / "all/cut")
+    assert evaluate(tmp_path, "--source", tmp_path / "all", "--outputs", tmp_path / "all/cut") == 2
+    assert f"--source {tmp_path}/all: all images below this folder are in --outputs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+        RuntimeError("in the TorchScript interpreter.\nOutOfMemoryError: CUDA out of memory. Tried to allocate\n"),
+    ],
+)
+def test_memory_that_is_not_there_is_not_blamed_on_the_shape(error):
+    where = torch.device("cuda:0")
+    with pytest.raises(InputError) as raised, naming("f.pt", (64, 3, 8, 8), where, "--batch-size"):
+        raise error
+    assert str(raised.value) == "f.pt: does not fit the memory of cuda:0, lower --batch-size"
+
+
+def test_a_generator_that_does_not_fit_the_memory_is_one_line(folders, tmp_path, capsys, monkeypatch):
+    def forward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    export(tmp_path / "export")
+    monkeypatch.setattr("rdmd_fast.networks.exported.Generator.forward", forward)
+    assert evaluate(tmp_path, "--model", tmp_path / "export") == 2
+    assert "/export: does not fit the memory of cpu, lower --batch-size" in capsys.readouterr().err
+
+
+def test_a_label_that_the_judge_does_not_know_is_refused_ahead_of_any_work(folders, tmp_path, capsys, monkeypatch):
+    from rdmd_fast import image_evaluation
+    from rdmd_fast.metrics.judges import DigitJudge
+
+    def prepare(self, root):
+        self.classes = np.array([2, 3])
+
+    monkeypatch.setattr(DigitJudge, "__init__", prepare)
+    monkeypatch.setattr(image_evaluation.OpenImages, "read", lambda *_: pytest.fail("read"))
+    assert evaluate(tmp_path, "--outputs", tmp_path / "cut", "--judge", tmp_path, "--label", 7) == 2
+    assert "--label 7: digit 7 is not among [2, 3]" in capsys.readouterr().err
+
+
+def test_a_toy_of_a_range_is_measured_at_the_weights_that_are_named(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "r.json"
+    override = ["rdmd.transport_weight={log_uniform: [0.05, 0.8]}", "generator={kind: mlp, hidden: 8, depth: 1}"]
+    steps = ["train.steps=2", "validation.count=20", "telemetry.tensorboard=false"]
+    assert trainer.main([*TOY, f"run_dir={run}", *steps, *override]) == 0
+
+    def measured(*arguments):
+        capsys.readouterr()
+        options = ["evaluate", "--run", str(run), "--count", "50", "--out", str(out), *map(str, arguments)]
+        assert cli.main(options) == 0
+        return json.loads(out.read_text()), capsys.readouterr().out
+
+    middle, printed = measured()
+    assert middle["transport_weight"] == pytest.approx(0.2) and middle["samples"] == 50
+    assert "λ = 0.2, the middle of its range" in printed and "closed form 1.3233, 1.3233" in printed
+    several, printed = measured("--transport-weight", 0.05, 0.2, "--picture", tmp_path / "toy.png")
+    assert several["rows"][1] == middle and "λ = 0.05" in printed and "middle" not in printed
+    assert several["rows"][0]["axis_scale_0_expected"] == pytest.approx(1.438, abs=1e-3)
+    assert several["rows"][0]["scale"] != middle["scale"]
+    assert Image.open(tmp_path / "toy.png").format == "PNG"
+    assert measured("--seed", 0)[0] == middle != measured("--seed", 1)[0]
+
+    for arguments, message in (
+        (["--transport-weight", "7"], "transport_weight 7: the generator was trained for 0.05 to 0.8"),
+        (["--source", "x"], "--source: is not for --run"),
+        (["--batch-size", "3"], "--batch-size: is not for --run"),
+        (["--count", "1"], "--count 1: must be at least 2"),
+    ):
+        assert cli.main(["evaluate", "--run", str(run), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1

@@ -15,11 +15,12 @@ from safetensors.numpy import load, save
 
 from rdmd_fast.drawing import replace_file
 from rdmd_fast.metrics.features import FeatureExtractor
+from rdmd_fast.metrics.inputs import PixelImages
 
 FORMAT = 1
 
 
-def images_sha256(images: torch.Tensor) -> str:
+def images_sha256(images: torch.Tensor | PixelImages) -> str:
     """SHA-256 of a batch [N, C, H, W]: its shape, and its values as float32 in (n, h, w, c) order."""
     digest = hashlib.sha256(repr(list(images.shape)).encode())
     for part in images.split(256):
@@ -27,7 +28,7 @@ def images_sha256(images: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def cached_features(extractor: FeatureExtractor, images: torch.Tensor, folder: Path | None) -> np.ndarray:
+def cached_features(extractor: FeatureExtractor, images: torch.Tensor | PixelImages, folder: Path | None) -> np.ndarray:
     """``extractor(images)``, fp64 [N, D], from ``folder`` if it is there; else computed and left there.
 
     A folder that cannot be written costs a line and no more. None computes.

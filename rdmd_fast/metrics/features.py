@@ -31,7 +31,7 @@ class FeatureExtractor:
         return np.concatenate([self._features(part) for part in batch.split(self.batch_size)])
 
     def _features(self, images: torch.Tensor) -> np.ndarray:
-        with naming(self.path, tuple(images.shape)):
+        with naming(self.path, tuple(images.shape), self.device, "--batch-size"):
             features = self.network.measure(images.to(self.device)).cpu()
         if features.shape[:1] != images.shape[:1] or features.ndim not in (2, 4) or features.shape[2:].numel() != 1:
             raise InputError(

@@ -12,7 +12,9 @@ from rdmd_fast.data.images import default_workers, image_keys, list_images, load
 from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.feature_cache import images_sha256
+from rdmd_fast.metrics.inputs import PixelImages
 from rdmd_fast.randomness import Philox, Stream
+from rdmd_fast.translation.inputs import below
 
 
 class ImageSet(NamedTuple):
@@ -21,12 +23,12 @@ class ImageSet(NamedTuple):
     Attributes:
         path: the folder.
         names: of the images: paths below the folder without suffix, or keys of shards.
-        images: float32 [N, 3, H, W] in [-1, 1].
+        images: [N, 3, H, W].
     """
 
     path: Path
     names: list[str]
-    images: torch.Tensor
+    images: PixelImages
 
     def summary(self) -> dict:
         """What a report says of the set; the hash is of the pixels as they are measured, in their order."""
@@ -64,9 +66,10 @@ class OpenImages(NamedTuple):
         if self.size is None and size[0] != size[1]:
             raise InputError(f"{self.option} {self.path}: files are cropped square, {size[0]}x{size[1]} need shards")
         names = list(self.names if names is None else names)
-        pixels = np.stack(list(map_in_order(lambda name: self.load(name, size), names, default_workers())))
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-        return ImageSet(self.path, names, images)
+        pixels = np.empty((len(names), *self.load(names[0], size).shape), np.uint8)
+        for index, image in enumerate(map_in_order(lambda name: self.load(name, size), names, default_workers())):
+            pixels[index] = image
+        return ImageSet(self.path, names, PixelImages(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
 
     def chosen(self, count: int | None, seed: int, position: int) -> list[str]:
         """``count`` of the names in their order, drawn by the seed; all if there are no more, or for None."""
@@ -76,15 +79,18 @@ class OpenImages(NamedTuple):
         return [self.names[index] for index in sorted(order[:count].tolist())]
 
 
-def open_images(folder: str, option: str) -> OpenImages:
+def open_images(folder: str, option: str, results: Sequence[str] = ()) -> OpenImages:
     """The images of a shard set (anything that ``data.source`` may name) or of a folder of files.
+
+    Args:
+        results: folders whose files are none of them, should they lie inside ``folder``.
 
     Raises:
         InputError: none there, or latents.
     """
     path = Path(folder)
     if path.is_dir() and not (path / "manifest.json").is_file() and not any(path.glob("*.tar")):
-        return _open_files(path, option)
+        return _open_files(path, option, results)
     shards = ShardSet(folder)
     if shards.kind != "image":
         raise InputError(f"{option} {path}: holds arrays, images are measured: decode them, see rdmd translate --help")
@@ -94,8 +100,10 @@ def open_images(folder: str, option: str) -> OpenImages:
     return OpenImages(path, option, shards.keys, tuple(shards.shape[:2]), lambda key, _: shards.read(index_of[key]))
 
 
-def _open_files(path: Path, option: str) -> OpenImages:
-    files = list_images(path)
+def _open_files(path: Path, option: str, results: Sequence[str]) -> OpenImages:
+    files = _without(list_images(path), path, results)
+    if not files:
+        raise InputError(f"{option} {path}: all images below this folder are in --outputs, name another")
     file_of = dict(zip(image_keys(files), files, strict=True))
 
     def load(name: str, size: tuple[int, int]) -> np.ndarray:
@@ -107,6 +115,13 @@ def _open_files(path: Path, option: str) -> OpenImages:
             raise InputError(f"{file}: not a readable image ({reason}), take it out or save it again") from None
 
     return OpenImages(path, option, list(file_of), None, load)
+
+
+def _without(files: list[str], path: Path, results: Sequence[str]) -> list[str]:
+    """The files of ``path`` that are in none of the folders of results that lie inside it."""
+    real = path.resolve()
+    inside = [folder for folder in map(Path, results) if real in folder.resolve().parents]
+    return [file for file in files if not any(below(path / file, folder) for folder in inside)] if inside else files
 
 
 def first_side(images: OpenImages, folder: Path) -> int:

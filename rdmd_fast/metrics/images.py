@@ -1,6 +1,6 @@
 """How far an output image lies from its input: distances, PSNR, SSIM and mean colour.
 
-All take two batches [N, C, H, W] in [-1, 1], arrays or tensors, and average over the images in fp64. They
+All take two batches [N, C, H, W] in [-1, 1], arrays, tensors or PixelImages, and average over the images in fp64. They
 raise InputError for other shapes, integer images and values that are not finite.
 """
 
@@ -11,7 +11,7 @@ from rdmd_fast.metrics.inputs import image_batch, require
 
 DATA_RANGE = 2.0
 SSIM_WINDOW = 7  # pixels, scikit-image's default
-# Images converted to fp64 at a time: a whole 256x256 test set in fp64 need not fit in memory.
+# Images converted at a time: a whole 256x256 test set in fp64 need not fit in memory.
 BLOCK = 64
 
 
@@ -72,13 +72,19 @@ def unit_range(images) -> torch.Tensor:
     return ((image_batch(images, "image batch") + 1) / 2).clamp(0, 1)
 
 
+def _mean_colours(images) -> torch.Tensor:
+    """The mean over the pixels of [0, 1], fp64 [N, C]."""
+    blocks = image_batch(images, "image batch").split(BLOCK)
+    return torch.cat([unit_range(block).mean((2, 3), dtype=torch.float64) for block in blocks])
+
+
 def mean_colour_cosine(x, y) -> float:
     """Mean over images of the cosine between the mean colours of x_i and y_i, each an RGB vector in [0, 1]^3.
 
     1 when the hue of the mean colour is kept, whatever the brightness. A pair with a wholly black image
     counts as 0: there is no colour to keep.
     """
-    colours = [unit_range(images).mean((2, 3), dtype=torch.float64) for images in (x, y)]
+    colours = [_mean_colours(images) for images in (x, y)]
     if colours[0].shape != colours[1].shape:
         raise InputError(f"mean colours have shapes {[list(c.shape) for c in colours]}: give pairs of images")
     return torch.cosine_similarity(*colours, dim=1, eps=1e-12).mean().item()

@@ -7,11 +7,12 @@ see the shape and not the colour, which a good translation keeps.
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.errors import InputError
-from rdmd_fast.metrics.images import unit_range
-from rdmd_fast.metrics.inputs import require
+from rdmd_fast.metrics.images import BLOCK, unit_range
+from rdmd_fast.metrics.inputs import image_batch, require
 
 NEIGHBOURS = 3
 HIDDEN_UNITS = (64, 16)
@@ -19,7 +20,8 @@ HIDDEN_UNITS = (64, 16)
 
 def _grey(images) -> np.ndarray:
     """Grey values in [0, 1], fp64 [N, H * W], of images [N, C, H, W] in [-1, 1]."""
-    return unit_range(images).amax(1).flatten(1).double().numpy()
+    blocks = image_batch(images, "image batch").split(BLOCK)
+    return torch.cat([unit_range(block).amax(1).flatten(1) for block in blocks]).double().numpy()
 
 
 def _distinct_grey(folder: Path) -> tuple[np.ndarray, tuple[int, int]]:
@@ -90,10 +92,14 @@ class DigitJudge:
             activations = np.maximum(activations @ weight + bias, 0)
         return activations
 
-    def recall(self, label: int) -> float:
-        """Share of a digit's real held-out images that 3-NN labels right: what a perfect generator scores."""
+    def check(self, label: int) -> None:
+        """InputError for a digit that it does not know."""
         if label not in self.classes:
             raise InputError(f"digit {label} is not among {self.classes.tolist()}: pack it or name another")
+
+    def recall(self, label: int) -> float:
+        """Share of a digit's real held-out images that 3-NN labels right: what a perfect generator scores."""
+        self.check(label)
         return float(np.mean(self._knn.predict(self._test_images[self._test_labels == label]) == label))
 
 

@@ -9,24 +9,26 @@ from rdmd_fast.metrics.feature_cache import cached_features
 from rdmd_fast.metrics.features import FeatureExtractor
 from rdmd_fast.metrics.frechet import frechet_distance
 from rdmd_fast.metrics.images import l2, mean_colour_cosine, mse_per_pixel, psnr, ssim
-from rdmd_fast.metrics.inputs import image_batch
+from rdmd_fast.metrics.inputs import PixelImages, image_batch
 from rdmd_fast.metrics.judges import DigitJudge
 from rdmd_fast.metrics.kernel_distance import kernel_distance
 
 LPIPS_BATCH = 32
+Images = torch.Tensor | PixelImages
 
 
 class ImageReport:
     """Rows of a table, all against the same real target images.
 
     Args:
-        target: real images of the target domain [N, C, H, W] in [-1, 1].
+        target: real images of the target domain [N, C, H, W] in [-1, 1], or PixelImages, as in ``row``.
         judge, label: adds ``share_3nn`` (outputs that 3-NN calls ``label``, if one is given) and ``frechet`` (in the
             judge's features).
         features: adds ``fid``, ``kid`` and ``kid_std`` in these features.
         lpips: adds ``lpips`` to the sources; True loads it, or give a PerceptualDistance.
         seed: of the subsets of KID.
         cache: folder where the target's features are kept, None to compute them here.
+        batch_size: pairs at a time for lpips.
 
     Raises:
         InputError: a network does not take the images, or lpips cannot be used.
@@ -41,6 +43,7 @@ class ImageReport:
         lpips: bool | torch.nn.Module = False,
         seed: int = 0,
         cache: Path | None = None,
+        batch_size: int = LPIPS_BATCH,
     ):
         self.target = image_batch(target, "target images")
         self.judge, self.label, self.features, self.seed = judge, label, features, seed
@@ -48,7 +51,7 @@ class ImageReport:
             from rdmd_fast.networks.features import PerceptualDistance
 
             lpips = PerceptualDistance()
-        self.lpips = None if lpips is False else lpips
+        self.lpips, self.batch_size = None if lpips is False else lpips, batch_size
         self._judged_target = judge.features(self.target) if judge else None
         self._target_features = cached_features(features, self.target, cache) if features else None
 
@@ -70,7 +73,7 @@ class ImageReport:
         values = {"name": name, "images": len(outputs), "real_images": len(self.target)}
         return values | self._distances_to_target(outputs) | self._distances_to_source(source, outputs) | more
 
-    def _distances_to_target(self, outputs: torch.Tensor) -> dict[str, float]:
+    def _distances_to_target(self, outputs: Images) -> dict[str, float]:
         values = {}
         if self.judge and self.label is not None:
             values["share_3nn"] = float(np.mean(self.judge.knn_labels(outputs) == self.label))
@@ -82,7 +85,7 @@ class ImageReport:
             values["kid"], values["kid_std"] = kernel_distance(features, self._target_features, seed=self.seed)
         return values
 
-    def _distances_to_source(self, source: torch.Tensor, outputs: torch.Tensor) -> dict[str, float]:
+    def _distances_to_source(self, source: Images, outputs: Images) -> dict[str, float]:
         metrics = {"l2": l2, "mse_per_pixel": mse_per_pixel, "psnr": psnr, "ssim": ssim}
         if self.lpips is not None:
             metrics["lpips"] = self._lpips
@@ -91,11 +94,11 @@ class ImageReport:
         return {name: metric(source, outputs) for name, metric in metrics.items()}
 
     @torch.no_grad()
-    def _lpips(self, source: torch.Tensor, outputs: torch.Tensor) -> float:
+    def _lpips(self, source: Images, outputs: Images) -> float:
         from rdmd_fast.networks.features import naming
 
         device = next(self.lpips.parameters()).device
-        pairs = zip(source.split(LPIPS_BATCH), outputs.split(LPIPS_BATCH), strict=True)
-        with naming("lpips", tuple(source.shape)):
+        pairs = zip(source.split(self.batch_size), outputs.split(self.batch_size), strict=True)
+        with naming("lpips", tuple(source.shape), device, "--batch-size"):
             distances = [self.lpips(a.float().to(device), b.float().to(device)).double().cpu() for a, b in pairs]
         return torch.cat(distances).mean().item()

@@ -12,6 +12,7 @@ What a file takes, by its ``input``:
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,10 +116,26 @@ class PerceptualDistance(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def naming(what: str | Path, shape: tuple[int, ...]) -> Iterator[None]:
-    """What a feature network raises of samples of ``shape`` becomes one line that names it."""
+def fitting(what: str | Path, device: torch.device | str, smaller: str) -> Iterator[None]:
+    """Memory of ``device`` that a network lacks becomes one line that names it and what to lower."""
     try:
         yield
+    except RuntimeError as error:
+        # TorchScript raises what happened inside of it as a plain RuntimeError, with the first one's name and text.
+        if not (isinstance(error, torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(str(error))):
+            raise
+        raise InputError(f"{what}: does not fit the memory of {device}, lower {smaller}") from None
+
+
+_OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|out of memory|can't allocate memory")
+
+
+@contextlib.contextmanager
+def naming(what: str | Path, shape: tuple[int, ...], device: torch.device | str, smaller: str) -> Iterator[None]:
+    """What a feature network raises of samples of ``shape`` becomes one line that names it; and as ``fitting``."""
+    try:
+        with fitting(what, device, smaller):
+            yield
     except (RuntimeError, torch.jit.Error, ValueError, TypeError) as error:
         raise InputError(
             f"{what}: does not take samples of shape {list(shape)} ({_reason(error)}), name another feature network"
