@@ -101,6 +101,8 @@ def timed(translate: Translate, sources: torch.Tensor, batch_size: int, device: 
     results = [translate(*batch) for batch in batches]
     seconds = (_clock(device) - start) / len(sources)
     outputs = torch.cat([outputs.float().cpu() for outputs, _ in results])
+    if not outputs.isfinite().all():  # rounding to 8 bits would hide it
+        raise InputError("gives outputs that are not finite, take this setting out of the study or mend it")
     return Run(as_received(outputs), results[0][1], seconds)
 
 

@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -102,16 +103,14 @@ def _compute(todo: dict[Path, Point], jobs: int, say: Callable) -> None:
     for job in range(jobs):
         devices.put(names[job % len(names)])
     pool = ProcessPoolExecutor(jobs, context, _settle, (devices,))
-    with _environment(OMP_NUM_THREADS=str(threads)), pool:
-        waiting: dict[Future, tuple[Path, Point]] = {
-            pool.submit(_work, point, folder): (folder, point) for folder, point in todo.items()
-        }
+    with _environment(OMP_NUM_THREADS=str(threads)):
+        waiting: dict[Future, Point] = {pool.submit(_work, point, folder): point for folder, point in todo.items()}
         try:
             done_before = 0
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    folder, point = waiting.pop(future)
-                    seconds = _outcome(future, folder, point)
+                    point = waiting.pop(future)
+                    seconds = _outcome(future, todo, point)
                     done_before += 1
                     say(f"[{done_before}/{len(todo)}] {point.name}: {seconds:.0f} s")
         except BaseException:
@@ -119,15 +118,20 @@ def _compute(todo: dict[Path, Point], jobs: int, say: Callable) -> None:
             for worker in multiprocessing.active_children():
                 worker.terminate()  # a training saves first
             raise
+        pool.shutdown()
 
 
-def _outcome(future: Future, folder: Path, point: Point) -> float:
+def _outcome(future: Future, todo: dict[Path, Point], point: Point) -> float:
     try:
         return future.result()
     except InputError as error:
         raise InputError(f"{point.name}: {error}") from None
     except BrokenProcessPool:
-        raise InputError(f"{point.name}: its process was killed, see {folder}/log.txt; run the command again") from None
+        # All that was under way has ended with the one that was killed: nobody tells which.
+        begun = [str(folder / "log.txt") for folder in todo if folder.is_dir() and stored(folder) is None]
+        raise InputError(
+            f"a process of the study was killed (out of memory?), see {', '.join(begun)}; run the command again"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -156,6 +160,7 @@ def _devices() -> list[str]:
 
 def _settle(devices) -> None:
     """A worker's start: a GPU of its own where there are several, and nothing that outlives the command."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # of those that wait, no traceback; trainings have their own
     threading.Thread(target=_end_with_parent, daemon=True).start()
     name = devices.get()
     if name is not None:
@@ -174,7 +179,16 @@ def _work(point: Point, folder: Path) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with _output_to(folder / "log.txt"):
-        result = point.work(folder, point.settings)
+        try:
+            result = point.work(folder, point.settings)
+        except InputError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"broke ({reason}), see {folder}/log.txt") from None
+        except KeyboardInterrupt:
+            os._exit(1)  # a training has saved; this process shall not begin another point
     seconds = time.perf_counter() - start
     record = {
         "format": FORMAT, "name": point.name, "settings": point.settings, "result": strict_json(result),

@@ -93,6 +93,10 @@ class StudyOptions(Options):
             raise ValueError("judge, features: name one, quality is measured in its features")
         if self.judge is not None and self.judge_label is None:
             raise ValueError("judge_label: missing, name the label of the target domain")
+        settings = [each.model_dump_json() for each in self.baselines]
+        twice = next((each for each in settings if settings.count(each) > 1), None)
+        if twice:
+            raise ValueError(f"baselines: has a setting twice, {twice}")
         if self.conditioned is not None:
             alone = [each for each in self.conditioned.transport_weights if each not in self.rdmd.transport_weights]
             if alone:

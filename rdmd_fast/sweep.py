@@ -32,6 +32,8 @@ WEIGHT_FACTORS, SIGMA_FACTORS = (0.25, 1.0, 4.0), (0.5, 1.0, 2.0)  # of the conf
 WEIGHTS_BESIDE_ZERO = (0.0, 0.05, 0.2)  # of a configuration whose λ is 0
 SHARE_OF_STEPS, FEWEST_STEPS = 10, 100
 PICTURED, TOY_POINTS = 12, 1000
+DISTANCES = ("frechet", "sliced_w2", "squared_w2")
+"""Metrics of validation that fall to the noise floor as outputs come to follow the target."""
 SETTING = ("transport_weight", "generator_sigma", "steps")
 
 
@@ -172,7 +174,7 @@ def short_run(folder: Path, settings: dict) -> dict:
 def measure_references(folder: Path, settings: dict) -> dict:
     """Distances of the untouched sources and of real samples from others; {} without held-out data of both domains."""
     from .data.toys import ToyDistribution
-    from .validation import ImageValidator, ToyValidator, held_out_images
+    from .validation import ImageValidator, PointsValidator, ToyValidator, held_out_images
 
     config = Config.model_validate(with_teacher(settings["config"]))
     data, options = config.data, config.validation
@@ -184,6 +186,10 @@ def measure_references(folder: Path, settings: dict) -> dict:
     sources, targets = (
         held_out_images(folder, options.count, data.cache_dir) for folder in (data.source_holdout, data.target_holdout)
     )
+    if tuple(sources.shape[1:]) == (2,):
+        validator = PointsValidator(options, sources, targets)
+        report = validator.measure(lambda x: x)
+        return {"best_by": validator.best_by, "untouched": None, "floor": report["noise_floor"]}
     if sources.ndim != 4:
         return {}
     latents = is_latent(data.source_holdout)
@@ -246,7 +252,7 @@ def advise(rows: Sequence[dict], references: dict) -> Recommendation:
             None, "Nothing can be recommended without held-out data: set data.source_holdout and data.target_holdout."
         )
     cost = "transport_cost" if "transport_cost" in rows[0] else "l2"
-    if best_by in (cost, "psnr", "colour_cosine"):
+    if best_by not in DISTANCES:
         return Recommendation(None, f"validation.best_by: {best_by} is no distance to the target, name another.")
     trials = [Trial(row["transport_weight"], row["generator_sigma"], row.get(best_by), row.get(cost)) for row in rows]
     return recommend(trials, Reference(references["untouched"], references["floor"]))
@@ -293,14 +299,21 @@ def draw(grid: Sequence[GridSetting], folders: Sequence[Path], path: Path) -> No
     from .drawing import toy_picture
     from .pictures import picture_writer
     from .randomness import Philox, Stream
+    from .validation import held_out_images
 
     config = grid[0].config
     sources = pictured_sources(config)
     outputs = [torch.from_numpy(np.load(folder / "samples.npy", allow_pickle=False)) for folder in folders]
     names = [f"λ {setting.transport_weight:g}  σ {setting.generator_sigma:g}" for setting in grid]
     if sources.ndim == 2:
-        if isinstance(config.data.target, ToyDistribution) and sources.shape[1] == 2:
+        target = None
+        if isinstance(config.data.target, ToyDistribution):
             target = config.data.target.sample(Philox(config.seed), Stream.EVALUATION, torch.arange(TOY_POINTS))
+        elif config.data.target_holdout:
+            target = held_out_images(config.data.target_holdout, TOY_POINTS, config.data.cache_dir)
+        if target is None or sources.shape[1] != 2:
+            print("no picture: points are drawn in two dimensions, beside a toy target or data.target_holdout")
+        else:
             maps = {name: cloud.numpy() for name, cloud in zip(names, outputs, strict=True)}
             toy_picture(sources.numpy(), maps, target.numpy(), path)
         return

@@ -12,7 +12,7 @@ from rdmd_fast.points import Point, run_points, stored, strict_json
 
 sys.path.insert(0, str(Path(__file__).parent))  # the points' processes inherit it
 
-from points_work import refuse, sleep, square, train_toy, vanish
+from points_work import fail, refuse, save_and_stop, sleep, square, train_toy, vanish
 
 
 def silent(text: str) -> None:
@@ -45,8 +45,11 @@ def test_half_a_result_is_none(tmp_path):
 def test_what_a_point_reports_names_it(tmp_path):
     with pytest.raises(InputError, match=r"^third: no such thing$"):
         run_points([Point("third", refuse, {})], tmp_path, 1, silent)
-    with pytest.raises(InputError, match=r"^fourth: its process was killed, see .*log.txt"):
+    with pytest.raises(InputError, match=r"^a process of the study was killed .*, see .*fourth.*log.txt"):
         run_points([Point("fourth", vanish, {})], tmp_path, 1, silent)
+    with pytest.raises(InputError, match=r"^fifth: broke \(RuntimeError: CUDA out of memory.*\), see .*log.txt"):
+        run_points([Point("fifth", fail, {})], tmp_path, 1, silent)
+    assert "Traceback" in (Point("fifth", fail, {}).folder(tmp_path) / "log.txt").read_text()
     with pytest.raises(InputError, match="--jobs 0"):
         run_points([], tmp_path, 0, silent)
 
@@ -63,22 +66,25 @@ def test_strict_json_has_neither_nan_nor_infinity():
     assert strict_json(value) == {"a": [None, 1.0, [None, "x"]], "b": None}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_points_end_with_their_command(tmp_path, number):
-    point = Point("sleep", sleep, {})
+@pytest.mark.parametrize("work", [sleep, save_and_stop])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_points_end_with_their_command(tmp_path, work, number):
+    points = [Point(f"point{index}", work, {"index": index}) for index in range(3)]
     script = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from points_work import sleep\nfrom rdmd_fast.points import Point, run_points\n"
-        f"if __name__ == '__main__': run_points([Point('sleep', sleep, {{}})], {str(tmp_path)!r}, 1)\n"
+        f"from points_work import {work.__name__} as work\nfrom rdmd_fast.points import Point, run_points\n"
+        "points = [Point(f'point{index}', work, {'index': index}) for index in range(3)]\n"
+        f"if __name__ == '__main__': run_points(points, {str(tmp_path)!r}, 1)\n"
     )
     (tmp_path / "command.py").write_text(script)
     command = subprocess.Popen([sys.executable, tmp_path / "command.py"], stderr=subprocess.DEVNULL)
-    file = point.folder(tmp_path) / "process"
+    file = points[0].folder(tmp_path) / "process"
     assert _within(30, lambda: file.exists() and file.read_text())
     command.send_signal(number)
     assert command.wait(20) != 0
     assert _within(20, lambda: not Path(f"/proc/{file.read_text()}").exists())
-    assert stored(point.folder(tmp_path)) is None
+    time.sleep(0.5)
+    assert [point.folder(tmp_path).exists() for point in points] == [True, False, False]
 
 
 def _within(seconds: float, condition) -> bool:

@@ -15,7 +15,7 @@ DIGITS = str(CONFIGS / "digits/study.yaml")
 def test_shipped_studies_are_valid_and_wide_enough(name):
     study = load_study(str(CONFIGS / name / "study.yaml"))
     assert len(study.rdmd.transport_weights) >= 5
-    assert len(study.conditioned.transport_weights) == 4
+    assert len(study.conditioned.transport_weights) >= 4
     methods = Counter(baseline.method for baseline in study.baselines)
     assert set(methods) == {"sdedit", "ilvr", "egsde", "ddib", "cyclediffusion"}
     assert min(methods.values()) >= 5
@@ -32,7 +32,7 @@ def test_trainings_of_the_shipped_studies(name, monkeypatch):
     one = load_config(study.conditioned.config, study.conditioned.overrides)
     low, high = one.rdmd.transport_weight.log_uniform
     assert low <= min(study.conditioned.transport_weights) and max(study.conditioned.transport_weights) <= high
-    assert one.train == config.train  # a quarter of the iterations of four
+    assert one.train == config.train  # one run's iterations for all λ
     for teacher in (study.teachers.target, study.teachers.source):
         assert teacher.export or load_config(teacher.config, teacher.overrides).stage == "teacher"
 
@@ -45,7 +45,8 @@ def test_trainings_of_the_shipped_studies(name, monkeypatch):
         ("source.val=x", "unknown key source.val"),
         ("rdmd.transport_weights=[0.1, 0.1]", "rdmd: transport_weights: names a λ twice"),
         ("rdmd.transport_weights=[-1]", "rdmd.transport_weights.0: Input should be greater than or equal to 0"),
-        ("rdmd.transport_weights=[1]", "conditioned.transport_weights: rdmd.transport_weights lacks 0.05, add it"),
+        ("rdmd.transport_weights=[1]", "conditioned.transport_weights: rdmd.transport_weights lacks 0.02, add it"),
+        ("baselines=[{method: ilvr}, {method: ilvr, factor: 4}]", "baselines: has a setting twice, .*"),
         ("teachers.target.export=x", "teachers.target: name one of export .* and config"),
         ("teachers.source=null", "teachers.source: missing, ddib needs it"),
         ("baselines=[{method: sdedit, sigma: 1}]", "unknown key baselines.0.sdedit.sigma"),

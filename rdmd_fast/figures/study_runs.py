@@ -13,6 +13,7 @@ from ..config import Config, load_config
 from ..drawing import GREEK
 from ..errors import InputError
 from ..measuring import measure
+from ..metrics.inputs import require
 from ..points import Point, run_points
 from ..study import StudyOptions, TeacherOptions, TrainingOptions, load_study
 from ..trainings import data_digest, digest, energy_point, file_reference, point_reference, training_point
@@ -55,8 +56,30 @@ class StudyRuns:
         self.path = options.study or shipped_config("digits/study.yaml")
         self.study: StudyOptions = load_study(self.path)
         self.folder, self.jobs, self.seeds = Path(out) / "points", options.jobs, range(options.seeds)
-        pack_missing(self.study, self.path)
         self._teachers: dict[str, dict] = {}
+        self._check()
+
+    def _check(self) -> None:
+        """What would stop the study is found before anything is packed or trained.
+
+        Raises:
+            InputError: a configuration, a package or a file that the study names is missing.
+        """
+        study = self.study
+        for role, teacher in study.teachers:
+            if teacher is not None and teacher.config is not None:
+                self._teacher_config(role, teacher)
+        for options in (study.rdmd, study.conditioned):
+            if options is not None:
+                self.training_config(options, 0)
+        require("skimage.metrics", "eval")
+        if study.features:
+            digest(study.features)
+        pack_missing(study, self.path)
+        if study.judge:
+            require("sklearn.neighbors", "eval")
+            if not (Path(study.judge) / str(study.judge_label) / "train").is_dir():
+                raise InputError(f"study {self.path}: judge {study.judge}: has no shards {study.judge_label}/train")
 
     def run(self, points: list[Point]) -> list[dict]:
         return run_points(points, self.folder, self.jobs)

@@ -133,7 +133,9 @@ def optimum(config: Config, weight: float, rows: list[dict], paths: list[dict]) 
     apart = [row["difference_in_standard_errors"] for row in rows if row["transport_weight"] == weight]
     apart = np.array([difference for difference in apart if difference is not None])
     last = {path["run"]: path for path in paths if path["transport_weight"] == weight}.values()
-    mean, error = mean_and_error([end["r"] for end in last])
+    # Starts of one seed share every draw: they are one sample of where trainings end.
+    seeds = sorted({end["seed"] for end in last})
+    mean, error = mean_and_error([np.mean([end["r"] for end in last if end["seed"] == seed]) for seed in seeds])
     return {
         "transport_weight": weight,
         "r": radius,
