@@ -129,6 +129,8 @@ def _translate(arguments: argparse.Namespace, values: dict) -> int:
             x = torch.from_numpy(x).to(device)
             x = in_data_units(x if samples.latents else x.permute(0, 3, 1, 2))
             translation = translate(options, models, x, philox, numbers)
+            if not translation.outputs.isfinite().all():  # a picture would hide it
+                raise InputError(f"{options.method}: gives outputs that are not finite at these options")
             _write(outputs, [samples.names[number] for number in numbers.tolist()], translation.outputs)
             bar.update(len(numbers))
     kind = "latents" if samples.latents else "images"
@@ -172,12 +174,18 @@ def _train(arguments: argparse.Namespace, values: dict) -> int:
     from ..networks.exported import write_export
     from ..randomness import Philox, Stream
     from ..translate import pick_device
-    from .energy import train_energy
+    from .energy import load_energy, train_energy
 
     options = checked(_training_options(), values, "train-energy")
     device, philox, out = pick_device(arguments.device), Philox(arguments.seed), Path(arguments.out)
-    if out.exists() and not (out / "config.json").is_file():
-        raise InputError(f"--out {out}: exists and is no energy network, choose another folder")
+    if out.exists():
+        try:
+            load_energy(out)  # what is replaced must be one
+        except InputError:
+            raise InputError(f"--out {out}: exists and is no energy network, choose another folder") from None
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in ("config.json", "energy.safetensors"))
+        if foreign:
+            raise InputError(f"--out {out}: holds more than an energy network ({foreign[0]}), choose another folder")
     streams = [
         SampleStream(ShardSet(folder), philox, order)
         for folder, order in ((arguments.source, Stream.SOURCE_ORDER), (arguments.target, Stream.TARGET_ORDER))
