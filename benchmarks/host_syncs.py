@@ -2,14 +2,15 @@
 
 Every tensor that is computed from a tensor on the device is on the device. Told which tensors are there at first
 (parameters, buffers, optimizer states, data), a dispatch mode follows their descendants, and counts the operations by
-which the host would have to wait for one: reading a number (`.item()`, `float(t)`, `bool(t)`), sizes that depend on
-values (nonzero, masks as indices), and `torch.equal`. A copy to the host is such a read when it is read from.
+which the host would have to wait for one: reading numbers (`.item()`, `float(t)`, `bool(t)`, `.tolist()`), sizes that
+depend on values (nonzero, masks as indices), and `torch.equal`. A copy to the host counts when it is read from.
 """
 
 from __future__ import annotations
 
 import contextlib
 import traceback
+import unittest.mock
 from collections import Counter
 from collections.abc import Iterable
 
@@ -44,6 +45,27 @@ class HostSyncs(TorchDispatchMode):
         for tensor in on_device:
             self.mark(tensor)
 
+    def __enter__(self):
+        # These read memory without any operation that a mode would see.
+        self._patches = contextlib.ExitStack()
+        for name in ("tolist", "numpy"):
+            self._patches.enter_context(unittest.mock.patch.object(torch.Tensor, name, self._reading(name)))
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self._patches.close()
+        return super().__exit__(*exception)
+
+    def _reading(self, name: str):
+        method = getattr(torch.Tensor, name)
+
+        def read(tensor, *arguments, **keywords):
+            if self._is_marked(tensor):
+                self._count()
+            return method(tensor, *arguments, **keywords)
+
+        return read
+
     @contextlib.contextmanager
     def inside(self, who: str):
         """What waits in here is ``who``."""
@@ -59,14 +81,17 @@ class HostSyncs(TorchDispatchMode):
         reads_device = any(self._is_marked(leaf) for leaf in tree_leaves((args, kwargs)))
         result = function(*args, **kwargs)
         if reads_device and (name in WAITING or self._index_by_mask(name, args)):
-            self.counts[self._who] += 1
-            self.places[f"{self._who}: {self._place()}"] += 1
+            self._count()
         if reads_device:
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             for leaf in outputs:
                 self.mark(leaf)
             self.launches += bool(outputs) and not function.is_view and not name.startswith(("empty", "new_empty"))
         return result
+
+    def _count(self) -> None:
+        self.counts[self._who] += 1
+        self.places[f"{self._who}: {self._place()}"] += 1
 
     def _index_by_mask(self, name: str, args) -> bool:
         if name not in ("index", "index_put", "index_put_", "_index_put_impl_"):

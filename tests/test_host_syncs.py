@@ -1,0 +1,91 @@
+"""Between lines of metrics nothing of ours waits for the device; DeepSpeed's own waits are counted beside."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is no part of the package
+
+from benchmarks.host_syncs import HostSyncs
+from benchmarks.step import Ours, count_host, run_config
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda t: t.sum().item(),
+        lambda t: float(t[0]),
+        lambda t: bool((t > 0).all()),
+        lambda t: (t + 1).tolist(),
+        lambda t: t.nonzero(),
+        lambda t: t[t > 0],
+        lambda t: torch.equal(t, t + 1),
+        lambda t: torch.unique(t),
+        lambda t: (t * 2).cpu().max().item(),
+    ],
+)
+def test_every_way_to_wait_counts(wait):
+    tensor = torch.randn(4)
+    with HostSyncs([tensor]) as syncs:
+        wait(tensor)
+    assert sum(syncs.counts.values()) >= 1
+
+
+def test_what_needs_no_waiting_does_not_count():
+    tensor, host = torch.randn(4), torch.arange(4)
+    with HostSyncs([tensor]) as syncs:
+        _ = tensor.shape, tensor.numel(), tensor.dtype
+        torch.where(tensor > 0, tensor, 0.0).add_(1)
+        assert int(host[2]) == 2 and host.tolist() == [0, 1, 2, 3]  # never was on the device
+    assert not syncs.counts
+    assert syncs.launches == 3  # the comparison, where and add_
+
+
+def test_who_waits_is_told():
+    tensor = torch.randn(4)
+    with HostSyncs([tensor]) as syncs:
+        with syncs.inside("DeepSpeed"):
+            tensor.sum().item()
+        tensor.sum().item()
+    assert syncs.counts == {"DeepSpeed": 1, "ours": 1}
+    assert any("test_host_syncs.py" in place for place in syncs.places)
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    runs = []
+
+    def build(stage):
+        arguments = argparse.Namespace(case="toy", batch=8, stage=stage, compile=False)
+        runs.append(Ours(run_config("toy", "fp32", arguments, tmp_path), arguments))
+        return runs[-1]
+
+    yield build
+    for run in runs:
+        run.experiment.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_iteration_waits_nowhere_of_ours(run_of, stage):
+    run = run_of(stage)
+    run.iteration()  # what is made once is made
+    counted = count_host(run)
+    assert "ours" not in counted["host_syncs"], counted["places"]
+    # ZeRO reads whether the norm is a number, once a step.
+    expected = {} if stage == 0 else {"DeepSpeed (generator)": 1, "DeepSpeed (fake_score)": 1}
+    assert counted["host_syncs"] == expected, counted["places"]
+
+
+def test_a_wait_that_is_added_to_the_stage_is_found(run_of):
+    run = run_of(0)
+    backward = run.stage._backward
+
+    def waiting(engine, output, gradient, *losses):
+        losses[0].mean().item()
+        backward(engine, output, gradient, *losses)
+
+    run.stage._backward = waiting
+    assert count_host(run)["host_syncs"] == {"ours": 2}
