@@ -47,13 +47,7 @@ class ToysSize(NamedTuple):
 
     problems: tuple[Problem, ...] = (
         Problem("8 Gaussians", "toy/gaussian_to_8gaussians.yaml", (0.05, 0.1, 0.15, 0.2, 1.0)),
-        # Far fewer iterations suffice here; σ below a component's 0.1 would add noise alone.
-        Problem(
-            "swiss roll",
-            "toy/gaussian_to_swiss_roll.yaml",
-            (0.02, 0.05, 0.1, 0.2, 1.0),
-            ("rdmd.sigma.sigma_min=0.1", "train.steps=1200"),
-        ),
+        Problem("swiss roll", "toy/gaussian_to_swiss_roll.yaml", (0.05, 0.1, 0.2, 0.3, 1.0)),
     )
     points: int = 2000
     batches: tuple[int, ...] = (8, 64, 512)
