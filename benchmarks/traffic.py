@@ -302,7 +302,7 @@ def our_turns() -> dict:
         turns["generator_input"] = meter.before_split
     meter = Meter()
     rdmd = stand_in("uniform", meter)
-    outputs = [output.contiguous(memory_format=torch.channels_last) for output in outputs]
+    outputs = [(y.contiguous(memory_format=torch.channels_last), weight) for y, weight in outputs]
     with meter.counting():
         rdmd._fake_update(outputs)
     turns["fake"] = meter.report()

@@ -26,6 +26,14 @@ def nan_filled_empty():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+@pytest.fixture(autouse=True)
+def own_linear():
+    """ZeRO-3 leaves its own function in the place of torch's linear, which TorchScript cannot compile."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
+
+
 class RankServer:
     """Starts ranks of the trainer, forked from one process: see rank_server.py."""
 

@@ -71,7 +71,9 @@ def test_strict_json_has_neither_nan_nor_infinity():
 def test_points_end_with_their_command(tmp_path, work, number):
     points = [Point(f"point{index}", work, {"index": index}) for index in range(3)]
     script = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         f"from points_work import {work.__name__} as work\nfrom rdmd_fast.points import Point, run_points\n"
         "points = [Point(f'point{index}', work, {'index': index}) for index in range(3)]\n"
         f"if __name__ == '__main__': run_points(points, {str(tmp_path)!r}, 1)\n"
