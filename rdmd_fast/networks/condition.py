@@ -22,7 +22,7 @@ class ConditionEmbedding(ExactTables):
     FEATURES, HIDDEN = 16, 128
     # Adam moves a weight by its learning rate whatever the gradient, and these begin at zero: the gain lets them catch
     # up with weights that a teacher has.
-    GAIN = 2.0
+    GAIN = 3.0
     tables = ("frequencies",)
 
     def __init__(self, width: int):
