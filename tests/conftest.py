@@ -26,12 +26,15 @@ def nan_filled_empty():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+LINEAR = torch.nn.functional.linear
+
+
 @pytest.fixture(autouse=True)
 def own_linear():
     """ZeRO-3 leaves its own function in the place of torch's linear, which TorchScript cannot compile."""
-    linear = torch.nn.functional.linear
+    torch.nn.functional.linear = LINEAR
     yield
-    torch.nn.functional.linear = linear
+    torch.nn.functional.linear = LINEAR
 
 
 class RankServer:
