@@ -101,7 +101,8 @@ def check_equal(case: str, dtype: str) -> None:
             raise RuntimeError(f"{case} {dtype}: {name} differ from the plain formulation's by {error:.2e}")
 
 
-def seconds(step: Step) -> float:
+def seconds(step: Callable[[], object]) -> float:
+    """Of one call, to the end of its work on the device."""
     if CUDA:
         torch.cuda.synchronize()
     start = time.perf_counter()

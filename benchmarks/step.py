@@ -21,7 +21,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +29,7 @@ import torch
 from PIL import Image
 
 from .host_syncs import HostSyncs
-from .networks import CUDA, DEVICE, build, matmul_peak, resident
+from .networks import CUDA, DEVICE, build, matmul_peak, resident, seconds
 from .plain_networks import PlainUNet
 from .plain_step import PlainRDMD
 
@@ -241,16 +240,6 @@ def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, 
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
-
-
-def seconds(iteration: Callable[[], None]) -> float:
-    if CUDA:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    iteration()
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def times_in_turn(sides: dict[str, Callable[[], None]], rounds: int, burst: int) -> dict[str, float]:

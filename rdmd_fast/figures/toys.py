@@ -3,7 +3,7 @@
 Each map is a training of a shipped config at the ``uniform`` weighting, on which Theorem 3.1 bears: as λ falls the map
 tends to the optimal transport map. Costs and distances are of equal numbers of fresh points, another set for each seed,
 and exact transport is computed between the same sets. Exact transport between samples costs a little more than between
-the distributions (about 1 % at 2,000 points of the 8 Gaussians), the cost of a trained map has no such bias.
+the distributions, the cost of a trained map has no such bias.
 """
 
 from __future__ import annotations
