@@ -100,17 +100,13 @@ def energy_point(options: EnergyTrainingOptions, source: str, target: str, seed:
 def train_energy(folder: Path, settings: dict) -> dict:
     """Work of an energy point. Returns ``sha256`` of the export, ``training_seconds`` and ``accuracy``."""
     from .baselines import energy
-    from .data.shards import ShardSet
-    from .data.stream import SampleStream
     from .networks.exported import write_export
-    from .randomness import Philox, Stream
     from .translate import pick_device
 
     options = energy.EnergyTrainingOptions.model_validate(settings["energy"])
-    philox, orders = Philox(settings["seed"]), {"source": Stream.SOURCE_ORDER, "target": Stream.TARGET_ORDER}
-    streams = [SampleStream(ShardSet(settings[role][0]), philox, order) for role, order in orders.items()]
+    folders = [settings[role][0] for role in ("source", "target")]
     start = time.perf_counter()
-    network, accuracy = energy.train_energy(options, *streams, settings["seed"], pick_device("auto"))
+    network, accuracy = energy.train_on_shards(options, *folders, settings["seed"], pick_device("auto"))
     seconds = time.perf_counter() - start
-    write_export(folder / EXPORT, network.config, network.model.cpu().state_dict())
+    write_export(folder / EXPORT, network.config, network.model.state_dict())
     return {"sha256": digest(folder / EXPORT), "training_seconds": seconds, "accuracy": accuracy}

@@ -169,15 +169,12 @@ def _load_models(arguments: argparse.Namespace, device: torch.device):
 def _train(arguments: argparse.Namespace, values: dict) -> int:
     from tqdm import tqdm
 
-    from ..data.shards import ShardSet
-    from ..data.stream import SampleStream
     from ..networks.exported import write_export
-    from ..randomness import Philox, Stream
     from ..translate import pick_device
-    from .energy import load_energy, train_energy
+    from .energy import load_energy, train_on_shards
 
     options = checked(_training_options(), values, "train-energy")
-    device, philox, out = pick_device(arguments.device), Philox(arguments.seed), Path(arguments.out)
+    device, out = pick_device(arguments.device), Path(arguments.out)
     if out.exists():
         try:
             load_energy(out)  # what is replaced must be one
@@ -186,14 +183,12 @@ def _train(arguments: argparse.Namespace, values: dict) -> int:
         foreign = sorted(path.name for path in out.iterdir() if path.name not in ("config.json", "energy.safetensors"))
         if foreign:
             raise InputError(f"--out {out}: holds more than an energy network ({foreign[0]}), choose another folder")
-    streams = [
-        SampleStream(ShardSet(folder), philox, order)
-        for folder, order in ((arguments.source, Stream.SOURCE_ORDER), (arguments.target, Stream.TARGET_ORDER))
-    ]
     with tqdm(total=options.steps, unit="step", disable=None) as bar:
-        energy, accuracy = train_energy(options, *streams, arguments.seed, device, bar.update)
+        energy, accuracy = train_on_shards(
+            options, arguments.source, arguments.target, arguments.seed, device, bar.update
+        )
     try:
-        write_export(out, energy.config, energy.model.cpu().state_dict())
+        write_export(out, energy.config, energy.model.state_dict())
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror or error})") from None
     print(f"{out}: tells the domains apart in {accuracy:.1%} of the last training samples, at the noise levels drawn")

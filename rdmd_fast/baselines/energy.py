@@ -218,6 +218,22 @@ def train_energy(
     return trained.to(device).eval().requires_grad_(False), accuracy
 
 
+def train_on_shards(
+    options: EnergyTrainingOptions, source: str, target: str, seed: int, device: torch.device, progress=None
+) -> tuple[Energy, float]:
+    """``train_energy`` on the packed sets of two domains, in an order of the seed; on the CPU afterwards."""
+    from ..data.shards import ShardSet
+    from ..data.stream import SampleStream
+
+    philox = Philox(seed)
+    streams = [
+        SampleStream(ShardSet(folder), philox, order)
+        for folder, order in ((source, Stream.SOURCE_ORDER), (target, Stream.TARGET_ORDER))
+    ]
+    energy, accuracy = train_energy(options, *streams, seed, device, progress)
+    return energy.cpu(), accuracy
+
+
 def noised_batch(options: EnergyTrainingOptions, source, target, philox: Philox, step: int, device):
     """States x + σ ε [B, C, H, W], σ float64 [B] and labels [B]: the first half is of the source."""
     half = options.batch_size // 2
