@@ -21,7 +21,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -95,14 +95,15 @@ class Ours:
         return tensors
 
 
-def run_config(case: str, dtype: str, arguments, folder: Path):
+def run_config(case: str, dtype: str, arguments, folder: Path, more: Sequence[str] = ()):
+    """Configuration of a run of the case; ``more`` overrides."""
     from rdmd_fast.config import load_config
 
     batch = arguments.batch or BATCHES[case]
     common = [
         f"run_dir={folder}/run", f"train.dtype={dtype}", f"train.global_batch_size={batch}", "train.steps=1000000000",
         f"deepspeed.zero_optimization.stage={arguments.stage}", "telemetry.tensorboard=false",
-        "telemetry.log_every=1000000", "validation.every=0",
+        "telemetry.log_every=1000000", "validation.every=0", *more,
     ]  # fmt: skip
     if case == "toy":
         toy = ROOT / "configs/toy/gaussian_to_8gaussians.yaml"

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -20,6 +21,8 @@ from pydantic import Field, ValidationError
 from .errors import InputError
 from .guard import GuardOptions, UpdateGuard
 from .launchers import adopt_launcher, cores_of_rank
+from .master_adam import MasterAdam
+from .masters import master_shards, pieces
 from .options import Options
 from .runtime import write_error
 
@@ -267,7 +270,8 @@ def zero_stage(deepspeed_section: dict) -> int:
     return deepspeed_section.get("zero_optimization", {}).get("stage", 0)
 
 
-def _deepspeed_config(section: dict, layout: BatchLayout, dtype: str, grad_clip: float) -> dict:
+def _deepspeed_config(section: dict, layout: BatchLayout, dtype: str) -> dict:
+    """Gradients are clipped by ``engine.guard``, and it is the one that looks for what is not finite."""
     return {
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
@@ -276,8 +280,8 @@ def _deepspeed_config(section: dict, layout: BatchLayout, dtype: str, grad_clip:
         "train_batch_size": layout.global_batch,
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
-        "gradient_clipping": grad_clip,
-        "bf16": {"enabled": dtype == "bf16"},
+        "gradient_clipping": 0.0,  # the default is 1
+        "bf16": {"enabled": dtype == "bf16", "check_grad_overflow": False},
         "fp16": LOSS_SCALING if dtype == "fp16" else {"enabled": False},
     }
 
@@ -300,29 +304,62 @@ def initialize_engine(
             raise InputError(f"train.activation_checkpointing: {type(network).__name__} cannot do it, remove the key")
         network.checkpointing = True
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    family = torch.optim.AdamW if optimizer.weight_decay else torch.optim.Adam
-    adam = family(
-        parameters,
-        lr=optimizer.lr,
-        betas=tuple(optimizer.betas),
-        eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay,
-        fused=True,
-    )
-    config = _deepspeed_config(section, layout, train.dtype, optimizer.grad_clip)
-    elements = sum(parameter.numel() for parameter in parameters)
+    cast_by_deepspeed = train.dtype != "fp32" and not _has_master_adam(train, section)
+    exact = {name: p.detach().cpu().flatten() for name, p in network.named_parameters()} if cast_by_deepspeed else {}
+    config = _deepspeed_config(section, layout, train.dtype)
     config["zero_optimization"] = {
-        **config.get("zero_optimization", {}), "reduce_bucket_size": reduce_bucket_size(section, elements)
-    }  # fmt: skip
-    engine = _initialize(model=network, optimizer=adam, model_parameters=parameters, config=config)
+        **config.get("zero_optimization", {}),
+        "reduce_bucket_size": reduce_bucket_size(section, sum(parameter.numel() for parameter in parameters)),
+    }
+    adam_of = partial(_fused_adam, optimizer)
+    if _has_master_adam(train, section):
+        if section.get("data_types"):
+            raise InputError(
+                "deepspeed.data_types: bf16 without ZeRO accumulates and sends bf16 gradients, remove the key or use "
+                "zero_optimization.stage 1"
+            )
+        master_adam = MasterAdam(parameters, adam_of)
+        adam, given = master_adam.optimizer, lambda _: master_adam
+        # To DeepSpeed these are weights and a gradient of some dtype, and an optimizer.
+        config = {"communication_data_type": "bf16", **config, "bf16": {"enabled": False}}
+    else:
+        adam = given = adam_of(parameters)
+    engine = _initialize(model=network, optimizer=given, model_parameters=parameters, config=config)
     _clear_padding(engine)
-    if hasattr(engine.optimizer, "fp32_groups"):
-        _undo_empty_step(engine.optimizer)
     if train.dtype == "fp16":
+        if hasattr(engine.optimizer, "fp32_groups"):
+            _undo_empty_step(engine.optimizer)
         _lower_loss_scale_floor(engine.optimizer)
-    engine.guard = UpdateGuard(train.guard, engine, adam, engine.device)
+    _restore_masters(engine, exact)
+    engine.guard = UpdateGuard(train.guard, engine, adam, engine.device, optimizer.grad_clip)
     _bound_waiting(train.collective_timeout)
     return engine
+
+
+def _fused_adam(options: OptimizerOptions, parameters: list[torch.Tensor]) -> torch.optim.Adam:
+    return torch.optim.Adam(
+        parameters,
+        lr=options.lr,
+        betas=tuple(options.betas),
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        decoupled_weight_decay=True,
+        fused=True,
+    )
+
+
+def _has_master_adam(train: TrainOptions, section: dict) -> bool:
+    """Whether the masters are ours: in bf16 without ZeRO."""
+    return train.dtype == "bf16" and not zero_stage(section)
+
+
+@torch.no_grad()
+def _restore_masters(engine, exact: dict[str, torch.Tensor]) -> None:
+    """DeepSpeed casts the weights before it copies its masters from them; ``exact`` has what they were, flat, by name."""
+    if exact:
+        shards = master_shards(engine)
+        for piece in pieces(engine):
+            piece.of(shards).copy_(exact[piece.name][piece.start : piece.stop])
 
 
 def _initialize(**arguments):
@@ -346,7 +383,7 @@ def _bound_waiting(seconds: float) -> None:
 
 
 def _undo_empty_step(optimizer) -> None:
-    """In bf16 and fp16 at ZeRO 0 DeepSpeed has stepped on zero gradients: bias correction and decay would count it."""
+    """In fp16 at ZeRO 0 DeepSpeed has stepped on zero gradients: bias correction and decay would count it."""
     optimizer.optimizer.state.clear()
     optimizer.refresh_fp32_params()
 
@@ -394,7 +431,7 @@ def freeze(network: torch.nn.Module, layout: BatchLayout, train: TrainOptions, s
     if zero_stage(section) < 3:
         return network.to(device=device, dtype=DTYPES[train.dtype])
     zero = {key: value for key, value in section["zero_optimization"].items() if key != "offload_optimizer"}
-    config = _deepspeed_config({**section, "zero_optimization": zero}, layout, train.dtype, 0.0)
+    config = _deepspeed_config({**section, "zero_optimization": zero}, layout, train.dtype)
     return _initialize(model=network, config=config)
 
 

@@ -47,13 +47,16 @@ class UpdateGuard:
 
     Args:
         engine: of DeepSpeed, initialised.
-        adam: the fused torch Adam that it steps in the end.
+        adam: the fused torch Adam that it steps in the end; it leaves out and clips updates as it is told here.
+        clip: largest norm of a gradient, 0 for any.
     """
 
-    def __init__(self, options: GuardOptions, engine, adam: torch.optim.Optimizer, device: torch.device):
+    def __init__(
+        self, options: GuardOptions, engine, adam: torch.optim.Optimizer, device: torch.device, clip: float = 0.0
+    ):
         self.options, self.engine = options, engine
-        # DeepSpeed finds the norm while stepping, but for fp32 without ZeRO; fp16 without ZeRO keeps the loss scale in.
-        self._plain = not (engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled())
+        # DeepSpeed finds the norm while stepping, but without ZeRO; there fp16 does, and keeps the loss scale in.
+        self._plain = not (engine.zero_optimization() or engine.fp16_enabled())
         self._norm_is_scaled = engine.fp16_enabled() and not engine.zero_optimization()
         self._numbers = torch.zeros(6, dtype=torch.float64, device=device)
         self.skipped, self.spikes, self.in_row, self.accepted, self._log_sum, self._weight = self._numbers
@@ -63,6 +66,10 @@ class UpdateGuard:
         self._skip = torch.zeros((), device=master_shards(engine)[0].device)
         self._decided = True
         adam.found_inf = self._skip
+        self._clip = clip
+        if clip:
+            self._divisor = torch.ones_like(self._skip)
+            adam.grad_scale = self._divisor  # the fused kernels divide by it
         adam.register_step_pre_hook(self._before_adam)
 
     # -- an update, no host synchronisation ------------------------------------------------------------------------
@@ -100,6 +107,8 @@ class UpdateGuard:
         if self.options.spike_factor is not None:
             accepted &= ~self._spike(accepted)
         self._skip.copy_(~accepted)
+        if self._clip:
+            self._divisor.copy_((norm / self._clip).clamp_min(1))
         self._count()
 
     def _spike(self, finite: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from rdmd_fast.distributed import (
 from rdmd_fast.ema import EMAOptions, ShardedEMA
 from rdmd_fast.guard import GuardOptions, poison
 from rdmd_fast.kernels.inject import inject_gradient
-from rdmd_fast.masters import master_shards
+from rdmd_fast.masters import gather_parameters, master_shards
 
 rank = int(os.environ["RANK"])
 ADAM = OptimizerOptions(lr=1e-2, grad_clip=1.0)  # every update is clipped
@@ -43,7 +43,7 @@ def make(dtype, stage):
 def update(engine, number, gradient=1.0, loss=1.0):
     """Update ``number``; on the last rank factors of the gradient and the loss in the second micro-batch."""
     set_learning_rate(engine, ADAM, number, 100)
-    dtype = distributed.DTYPES["fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"]
+    dtype = next(engine.module.parameters()).dtype
     for micro in range(2):
         generator = torch.Generator().manual_seed(1000 * number + 10 * micro + rank)
         output = engine(torch.randn(2, 6, generator=generator).to(dtype))
@@ -82,6 +82,7 @@ def case(dtype, stage):
     for number in range(3):
         update(engine, number), update(twin, number)
         result["norms"].append(float(engine.guard.norm))
+    result["weights"] = {name: weight.tolist() for name, weight in gather_parameters(engine).items()}
     for number, (name, change) in enumerate(bad.items(), 3):
         before, skipped = everything(engine), float(engine.guard.skipped)
         update(engine, number, **change)
