@@ -58,21 +58,11 @@ class Ours:
         self.stage, self.state = self.experiment.stage, self.experiment.state
         self.telemetry.start(0)
         self.step = 0
-        if arguments.compile:
-            for engine in self.state.engines.values():
-                engine.module.compile()
-            if isinstance(self.stage.teacher, torch.nn.Module):
-                self.stage.teacher.compile()
 
     def iteration(self) -> None:
-        from rdmd_fast.distributed import set_learning_rate
-
         self.telemetry.begin_iteration(self.step)
-        for name, engine in self.state.engines.items():
-            set_learning_rate(engine, self.experiment.optimizers[name], self.step, self.config.train.steps)
-        self.stage.iteration(self.step)
-        self.state.ema.update(self.step)
-        self.telemetry.end_iteration(self.step, {})
+        rates = self.experiment.iteration(self.step, self.config.train.steps, self.telemetry)
+        self.telemetry.end_iteration(self.step, rates)
         self.step += 1
 
     def means(self) -> dict[str, float]:
@@ -104,6 +94,7 @@ def run_config(case: str, dtype: str, arguments, folder: Path, more: Sequence[st
         f"run_dir={folder}/run", f"train.dtype={dtype}", f"train.global_batch_size={batch}", "train.steps=1000000000",
         f"deepspeed.zero_optimization.stage={arguments.stage}", "telemetry.tensorboard=false",
         "telemetry.log_every=1000000", "validation.every=0", *more,
+        *([f"train.compile={arguments.compile}"] if arguments.compile else []),
     ]  # fmt: skip
     if case == "toy":
         toy = ROOT / "configs/toy/gaussian_to_8gaussians.yaml"
@@ -164,7 +155,9 @@ class Plain:
         exact_teacher: denoiser of the toys.
     """
 
-    def __init__(self, case: str, config, dtype: str, compiled=False, weights=None, sources=None, exact_teacher=None):
+    def __init__(
+        self, case: str, config, dtype: str, compiled: str | None = None, weights=None, sources=None, exact_teacher=None
+    ):
         from rdmd_fast.diffusion import DiffusionOptions
         from rdmd_fast.networks import build_network
 
@@ -181,7 +174,7 @@ class Plain:
                 network.load_state_dict(weights[name])
         calls = [network.to(DEVICE) if toy else PlainUNet(network.to(DEVICE)) for network in networks]
         if compiled:
-            calls = [torch.compile(call) for call in calls]
+            calls = [torch.compile(call, mode=compiled) for call in calls]
         diffusion = config.diffusion or DiffusionOptions()
         self.rdmd = PlainRDMD(
             *calls[:2], exact_teacher if toy else calls[2], config, diffusion.sigma_data, exact_teacher=toy,
@@ -191,7 +184,7 @@ class Plain:
         self.drawn = 0
 
     @classmethod
-    def like(cls, ours: Ours, case: str, dtype: str, compiled: bool) -> Plain:
+    def like(cls, ours: Ours, case: str, dtype: str, compiled: str | None) -> Plain:
         """With ours's weights as they are now, and its sources."""
         from rdmd_fast.masters import gather_parameters, master_shards
 
@@ -439,7 +432,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, help="samples of an iteration (by the case)")
     parser.add_argument("--stage", type=int, default=0, choices=(0, 1, 2, 3), help="ZeRO stage of ours (0)")
     parser.add_argument("--rounds", type=int, default=20 if CUDA else 7, help="timed rounds (7; on a GPU 20)")
-    parser.add_argument("--compile", action="store_true", help="the networks of all sides under torch.compile")
+    parser.add_argument(
+        "--compile", choices=("default", "reduce-overhead", "max-autotune"),
+        help="the networks of all sides under torch.compile in this mode; on a GPU the latter two use CUDA graphs",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the results there, and a picture beside it")
     parser.add_argument("--memory-of", choices=("ours", "plain"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

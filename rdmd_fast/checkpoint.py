@@ -203,7 +203,8 @@ def load_checkpoint(
 _FREE = {"run_dir", "license", "telemetry", "checkpoint", "validation", "deepspeed"}
 # How data come, not which; how a batch is split; how long; and what a run that broke off wants changed.
 _FREE_KEYS = {
-    *(f"train.{key}" for key in ("steps", "micro_batch_size", "activation_checkpointing", "collective_timeout")),
+    *(f"train.{key}" for key in ("steps", "micro_batch_size", "collective_timeout")),
+    *(f"train.{key}" for key in ("activation_checkpointing", "compile")),
     *(f"train.guard.{key}" for key in GuardOptions.model_fields),
     *(f"data.{key}" for key in ("cache_gib", "cache_dir", "workers", "prefetch", "max_dropped")),
 }

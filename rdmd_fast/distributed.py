@@ -85,6 +85,11 @@ class TrainOptions(Options):
         description="compute activations inside blocks again in the backward pass instead of keeping them: about a "
         "third more FLOPs, far less memory, the same result up to rounding (ours)",
     )
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = Field(
+        None,
+        description="torch.compile of the networks, its mode; reduce-overhead and max-autotune replay passes as CUDA "
+        "graphs on a GPU; null runs them as written. Below ZeRO 3 (ours)",
+    )
     guard: GuardOptions = Field(default_factory=GuardOptions)
     collective_timeout: float = Field(
         1800.0,
@@ -296,13 +301,14 @@ def initialize_engine(
     """A DeepSpeed engine that trains ``network`` (consumed: its parameters may be sharded in place).
 
     Raises:
-        InputError: this device or network cannot do what ``train`` asks for, or DeepSpeed refuses ``section``.
+        InputError: this device, network or stage cannot do what ``train`` asks for, or DeepSpeed refuses ``section``.
     """
     _check_dtype(train.dtype)
     if train.activation_checkpointing:
         if not hasattr(network, "checkpointing"):
             raise InputError(f"train.activation_checkpointing: {type(network).__name__} cannot do it, remove the key")
         network.checkpointing = True
+    _compile(network, train, section)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     cast_by_deepspeed = train.dtype != "fp32" and not _has_master_adam(train, section)
     exact = {name: p.detach().cpu().flatten() for name, p in network.named_parameters()} if cast_by_deepspeed else {}
@@ -336,6 +342,15 @@ def initialize_engine(
     return engine
 
 
+def _compile(network: torch.nn.Module, train: TrainOptions, section: dict) -> None:
+    """In place: names of parameters and modules stay."""
+    if train.compile is None:
+        return
+    if zero_stage(section) == 3:
+        raise InputError("train.compile: ZeRO 3 gathers weights inside networks, use a lower stage or remove the key")
+    network.compile(mode=train.compile)
+
+
 def _fused_adam(options: OptimizerOptions, parameters: list[torch.Tensor]) -> torch.optim.Adam:
     return torch.optim.Adam(
         parameters,
@@ -355,7 +370,7 @@ def _has_master_adam(train: TrainOptions, section: dict) -> bool:
 
 @torch.no_grad()
 def _restore_masters(engine, exact: dict[str, torch.Tensor]) -> None:
-    """DeepSpeed casts the weights before it copies its masters from them; ``exact`` has what they were, flat, by name."""
+    """DeepSpeed casts weights before it copies its masters from them; ``exact`` has what they were, flat, by name."""
     if exact:
         shards = master_shards(engine)
         for piece in pieces(engine):
@@ -429,6 +444,7 @@ def freeze(network: torch.nn.Module, layout: BatchLayout, train: TrainOptions, s
     """The frozen teacher: sharded by an engine without optimizer at ZeRO-3, replicated as a plain module below."""
     network.requires_grad_(False).eval()
     if zero_stage(section) < 3:
+        _compile(network, train, section)
         return network.to(device=device, dtype=DTYPES[train.dtype])
     zero = {key: value for key, value in section["zero_optimization"].items() if key != "offload_optimizer"}
     config = _deepspeed_config({**section, "zero_optimization": zero}, layout, train.dtype)

@@ -59,6 +59,7 @@ class Experiment:
         picture: draws a picture from EMA weights; a collective call, the main rank writes.
         measure: validation metrics from EMA weights, on the main rank; None without held-out data.
         best_by: the metric whose lowest value is kept.
+        compiled: whether networks run under torch.compile.
     """
 
     stage: TeacherStage | RDMD
@@ -68,6 +69,7 @@ class Experiment:
     picture: Picture
     measure: Callable[[dict[str, torch.Tensor]], dict[str, float]] | None = None
     best_by: str | None = None
+    compiled: bool = False
 
     def iteration(self, step: int, total: int, telemetry: Telemetry) -> dict[str, float]:
         """Iteration number ``step`` of ``total``: learning rates, the stage's updates, EMA; returns the rates."""
@@ -75,6 +77,8 @@ class Experiment:
             f"lr/{name}": set_learning_rate(engine, self.optimizers[name], step, total)
             for name, engine in self.state.engines.items()
         }
+        if self.compiled:  # what CUDA graphs have put out until now may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
         self.stage.iteration(step)
         with telemetry.phase("ema"):
             self.state.ema.update(step)
@@ -94,6 +98,7 @@ def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Expe
     experiment = build(config, world, telemetry, Philox(config.seed), BatchLayout.of(config.train, world))
     # Dropout is the one use of torch's own generator; ranks must not drop the same units.
     torch.manual_seed((config.seed + 1 + world.rank) % 2**63)
+    experiment.compiled = config.train.compile is not None
     telemetry.flops_per_sample = _flops_per_sample(config, experiment)
     telemetry.at_log += _stream_reports(config, experiment.stage, world)
     if experiment.picture is no_picture and len(experiment.export.sample_shape) == 3:

@@ -10,8 +10,8 @@ import torch
 class MasterAdam:
     """fp32 masters of bf16 parameters and the Adam that steps them: an engine's optimizer at ZeRO 0.
 
-    DeepSpeed's own for that case reads every gradient on the host, and takes some ten launches a parameter; this takes a
-    handful of launches for all of them, and the host waits for nothing.
+    DeepSpeed's own for that case reads every gradient on the host, and takes some ten launches a parameter; this takes
+    a handful for all of them, and the host waits for nothing.
 
     Args:
         parameters: fp32; they are cast in place, after their masters were copied from them.

@@ -59,7 +59,7 @@ def run_of(tmp_path):
     runs = []
 
     def build(stage, dtype="fp32", *overrides):
-        arguments = argparse.Namespace(case="toy", batch=8, stage=stage, compile=False)
+        arguments = argparse.Namespace(case="toy", batch=8, stage=stage, compile=None)
         runs.append(Ours(run_config("toy", dtype, arguments, tmp_path, overrides), arguments))
         return runs[-1]
 
