@@ -99,17 +99,19 @@ def run_config(case: str, dtype: str, arguments, folder: Path, more: Sequence[st
     if case == "toy":
         toy = ROOT / "configs/toy/gaussian_to_8gaussians.yaml"
         return load_config(str(toy), [*common, "rdmd.fake_updates=1", "rdmd.fake_warmup=0"])
-    source, teacher = images(case, folder), teacher_export(case, folder)
+    size, source, teacher = SIZES[case], packed_images(SIZES[case], folder), folder / "teacher"
+    # Random weights, with all branches alive.
+    write_teacher(teacher, network_options(case), (3, size, size), build(case))
     (folder / "config.yaml").write_text("stage: rdmd\n")
     overrides = [f"data.source={source}", f"teacher={teacher}", "rdmd.fake_updates=1", "rdmd.transport_weight=0.1"]
     return load_config(str(folder / "config.yaml"), [*common, *overrides])
 
 
-def images(case: str, folder: Path) -> Path:
+def packed_images(size: int, folder: Path) -> Path:
     """Random images as shards."""
     from rdmd_fast import cli
 
-    size, random = SIZES[case], np.random.default_rng(0)
+    random = np.random.default_rng(0)
     pictures = folder / "pictures"
     pictures.mkdir()
     for number in range(IMAGES):
@@ -121,25 +123,25 @@ def images(case: str, folder: Path) -> Path:
     return folder / "shards"
 
 
-def teacher_export(case: str, folder: Path) -> Path:
-    """A network of random weights, with all its branches alive."""
+def write_teacher(folder: Path, options, shape: tuple[int, ...], network: torch.nn.Module) -> None:
+    """An export of ``network`` as a teacher."""
     from rdmd_fast.diffusion import DiffusionOptions
-    from rdmd_fast.networks import DhariwalUNetOptions, SongUNetOptions
     from rdmd_fast.networks.exported import ExportConfig, write_export
 
-    options = {
+    export = ExportConfig(role="teacher", network=options, sample_shape=list(shape), diffusion=DiffusionOptions())
+    write_export(folder, export, network.state_dict())
+
+
+def network_options(case: str):
+    from rdmd_fast.networks import DhariwalUNetOptions, SongUNetOptions
+
+    return {
         "songunet64": SongUNetOptions(kind="song_unet", channel_mult=[1, 2, 2, 2], dropout=0.0),
         "adm64": DhariwalUNetOptions(kind="dhariwal_unet", dropout=0.0),
         "digits": SongUNetOptions(
             kind="song_unet", model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.0
         ),
     }[case]
-    size = SIZES[case]
-    export = ExportConfig(
-        role="teacher", network=options, sample_shape=[3, size, size], diffusion=DiffusionOptions()
-    )  # fmt: skip
-    write_export(folder / "teacher", export, build(case).state_dict())
-    return folder / "teacher"
 
 
 # -- plain -------------------------------------------------------------------------------------------------------------
