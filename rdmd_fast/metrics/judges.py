@@ -4,7 +4,12 @@ Images are compared by their grey value, the largest of the colour channels (the
 see the shape and not the colour, which a good translation keeps.
 """
 
+from __future__ import annotations
+
+import functools
+import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +18,10 @@ from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.images import BLOCK, unit_range
 from rdmd_fast.metrics.inputs import image_batch, require
+
+if TYPE_CHECKING:
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.neural_network import MLPClassifier
 
 NEIGHBOURS = 3
 HIDDEN_UNITS = (64, 16)
@@ -24,22 +33,31 @@ def _grey(images) -> np.ndarray:
     return torch.cat([unit_range(block).amax(1).flatten(1) for block in blocks]).double().numpy()
 
 
-def _distinct_grey(folder: Path) -> tuple[np.ndarray, tuple[int, int]]:
-    """Distinct grey images of a shard set, fp64 [N, H * W] in [0, 1], and (H, W).
+def _distinct_grey(shards: ShardSet) -> np.ndarray:
+    """Distinct grey images, fp64 [N, H * W] in [0, 1].
 
     The hue copies of an image have one grey image; each counts once, or its copies would be its neighbours.
     """
-    shards = ShardSet(folder)
     grey = np.stack([shards.read(i).max(axis=-1) for i in range(len(shards))])
-    return np.unique(grey.reshape(len(grey), -1), axis=0) / 255.0, grey.shape[1:]
+    return np.unique(grey.reshape(len(grey), -1), axis=0) / 255.0
+
+
+class _Fitted(NamedTuple):
+    """The judges, and the held-out images they were checked on."""
+
+    knn: KNeighborsClassifier
+    network: MLPClassifier
+    test_images: np.ndarray
+    test_labels: np.ndarray
 
 
 class DigitJudge:
     """3-NN and a small feature network, fitted to ROOT/<digit>/train and checked on ROOT/<digit>/test.
 
-    Deterministic, and ready within seconds. Attributes: ``classes`` (int [K]), ``image_size`` (H, W), and
-    ``knn_accuracy`` and ``network_accuracy`` in [0, 1] on the held-out images. Raises InputError when
-    ``root`` holds no such folders, their sizes differ, or scikit-learn is missing.
+    Deterministic, and fitted within seconds when first asked: a run that validates later begins before. Attributes:
+    ``classes`` (int [K]), ``image_size`` (H, W), and ``knn_accuracy`` and ``network_accuracy`` in [0, 1] on the
+    held-out images. Raises InputError when ``root`` holds no such folders, their sizes differ, or scikit-learn is
+    missing.
     """
 
     def __init__(self, root: str | Path):
@@ -50,30 +68,40 @@ class DigitJudge:
         if len(folders) < 2:
             raise InputError(f"{root}: no digit folders such as 2/train and 3/train, run `rdmd pack digits` first")
         self.classes = np.array([int(f.name) for f in folders])
-        self.image_size = None
-        train_images, train_labels = self._load(folders, "train")
-        self._test_images, self._test_labels = self._load(folders, "test")
-        self._fit(train_images, train_labels)
-        self.knn_accuracy = float(self._knn.score(self._test_images, self._test_labels))
-        self.network_accuracy = float(self._network.score(self._test_images, self._test_labels))
+        self._shards = {split: [ShardSet(folder / split) for folder in folders] for split in ("train", "test")}
+        shards = [*self._shards["train"], *self._shards["test"]]
+        self.image_size = tuple(shards[0].shape[:2])
+        for other in shards:
+            if tuple(other.shape[:2]) != self.image_size:
+                size = tuple(other.shape[:2])
+                raise InputError(f"{other.path}: {size} images among {self.image_size}, pack at one size")
+        if not importlib.util.find_spec("sklearn"):
+            require("sklearn", "eval")
 
-    def _load(self, folders: list[Path], split: str) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = [], []
-        for folder in folders:
-            grey, size = _distinct_grey(folder / split)
-            self.image_size = self.image_size or size
-            if size != self.image_size:
-                raise InputError(f"{folder / split}: {size} images among {self.image_size}, pack at one size")
-            images.append(grey)
-            labels.append(np.full(len(grey), int(folder.name)))
-        return np.concatenate(images), np.concatenate(labels)
-
-    def _fit(self, images: np.ndarray, labels: np.ndarray) -> None:
+    @functools.cached_property
+    def _fitted(self) -> _Fitted:
         neighbors = require("sklearn.neighbors", "eval")
         neural_network = require("sklearn.neural_network", "eval")
-        self._knn = neighbors.KNeighborsClassifier(min(NEIGHBOURS, len(images))).fit(images, labels)
-        self._network = neural_network.MLPClassifier(HIDDEN_UNITS, alpha=1e-3, max_iter=500, tol=1e-3, random_state=0)
-        self._network.fit(images, labels)
+        images, labels = self._load("train")
+        knn = neighbors.KNeighborsClassifier(min(NEIGHBOURS, len(images))).fit(images, labels)
+        network = neural_network.MLPClassifier(HIDDEN_UNITS, alpha=1e-3, max_iter=500, tol=1e-3, random_state=0)
+        network.fit(images, labels)
+        return _Fitted(knn, network, *self._load("test"))
+
+    def _load(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        images = [_distinct_grey(shards) for shards in self._shards[split]]
+        labels = [np.full(len(grey), digit) for grey, digit in zip(images, self.classes, strict=True)]
+        return np.concatenate(images), np.concatenate(labels)
+
+    @functools.cached_property
+    def knn_accuracy(self) -> float:
+        fitted = self._fitted
+        return float(fitted.knn.score(fitted.test_images, fitted.test_labels))
+
+    @functools.cached_property
+    def network_accuracy(self) -> float:
+        fitted = self._fitted
+        return float(fitted.network.score(fitted.test_images, fitted.test_labels))
 
     def _checked_grey(self, images) -> np.ndarray:
         height, width = images.shape[-2:]
@@ -83,12 +111,12 @@ class DigitJudge:
 
     def knn_labels(self, images) -> np.ndarray:
         """Digit of each image by its three nearest real training images; images [N, C, H, W], int64 [N]."""
-        return self._knn.predict(self._checked_grey(images))
+        return self._fitted.knn.predict(self._checked_grey(images))
 
     def features(self, images) -> np.ndarray:
         """Last hidden activations of the network, fp64 [N, 16], for images [N, C, H, W] in [-1, 1]."""
-        activations = self._checked_grey(images)
-        for weight, bias in zip(self._network.coefs_[:-1], self._network.intercepts_[:-1], strict=True):
+        activations, network = self._checked_grey(images), self._fitted.network
+        for weight, bias in zip(network.coefs_[:-1], network.intercepts_[:-1], strict=True):
             activations = np.maximum(activations @ weight + bias, 0)
         return activations
 
@@ -100,7 +128,8 @@ class DigitJudge:
     def recall(self, label: int) -> float:
         """Share of a digit's real held-out images that 3-NN labels right: what a perfect generator scores."""
         self.check(label)
-        return float(np.mean(self._knn.predict(self._test_images[self._test_labels == label]) == label))
+        fitted = self._fitted
+        return float(np.mean(fitted.knn.predict(fitted.test_images[fitted.test_labels == label]) == label))
 
 
 def _cell(value) -> str:

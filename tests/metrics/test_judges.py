@@ -95,9 +95,9 @@ def test_labels_ignore_colour_and_come_from_distinct_images(judge, test_images):
 def test_features_are_the_hidden_layer_that_the_network_classifies_by(judge, test_images):
     features = judge.features(test_images[3])
     assert features.shape == (len(test_images[3]), 16)
-    logits = features @ judge._network.coefs_[-1] + judge._network.intercepts_[-1]
+    logits = features @ judge._fitted.network.coefs_[-1] + judge._fitted.network.intercepts_[-1]
     grey = test_images[3].add(1).div(2).amax(1).flatten(1).numpy()
-    np.testing.assert_array_equal(judge.classes[logits.argmax(1)], judge._network.predict(grey))
+    np.testing.assert_array_equal(judge.classes[logits.argmax(1)], judge._fitted.network.predict(grey))
 
 
 def test_the_judge_is_the_same_each_time(root, judge, test_images):
