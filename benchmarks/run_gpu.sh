@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under ten minutes: first that the kernels are right on it (noise bit-equal to the
-# CPU's, each kernel against its reference), then all benchmarks. JSON and pictures go to benchmarks/results/.
+# Everything that needs a GPU: first that the kernels are right on it (noise bit-equal to the CPU's, each kernel against
+# its reference), then all benchmarks. JSON and pictures go to benchmarks/results/.
 #
-#   bash benchmarks/run_gpu.sh            PYTHON=... chooses the interpreter (default: .venv/bin/python, else python)
+#   bash benchmarks/run_gpu.sh              all parts but compiled
+#   bash benchmarks/run_gpu.sh compiled     torch.compile of the image networks alone takes minutes
+#   bash benchmarks/run_gpu.sh steps memory
+#
+# PYTHON=... chooses the interpreter (default: .venv/bin/python, else python).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ -z "${PYTHON:-}" ]]; then
@@ -22,8 +26,36 @@ PY
 results=benchmarks/results
 mkdir -p "$results"
 unset RDMD_KERNELS TRITON_INTERPRET
-"$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_on_gpu.py
-"$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_kernels.py \
-  --benchmark-json "$results/kernels.json" --benchmark-columns=median --benchmark-quiet
-"$PYTHON" -m benchmarks.report "$results/kernels.json" --out "$results/kernels.png"
-"$PYTHON" -m benchmarks.networks --case songunet64 adm64 --batch 32 --compile --json "$results/networks.json"
+parts=("$@")
+[[ ${#parts[@]} -gt 0 ]] || parts=(correctness kernels networks steps memory startup)
+for part in "${parts[@]}"; do
+  SECONDS=0
+  case "$part" in
+    correctness)
+      "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_on_gpu.py ;;
+    kernels)
+      "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_kernels.py \
+        --benchmark-json "$results/kernels.json" --benchmark-columns=median --benchmark-quiet
+      "$PYTHON" -m benchmarks.report "$results/kernels.json" --out "$results/kernels.png" ;;
+    networks)
+      "$PYTHON" -m benchmarks.networks --case songunet64 adm64 --batch 32 --json "$results/networks.json" ;;
+    steps)
+      for case in toy digits songunet64 adm64; do
+        "$PYTHON" -m benchmarks.step --case "$case" --json "$results/step_$case.json"
+      done ;;
+    compiled)
+      "$PYTHON" -m benchmarks.networks --case songunet64 adm64 --batch 32 --compile --json "$results/networks_compiled.json"
+      for case in songunet64 adm64; do
+        "$PYTHON" -m benchmarks.step --case "$case" --dtype bf16 --compile reduce-overhead \
+          --json "$results/step_${case}_compiled.json"
+      done ;;
+    memory)
+      "$PYTHON" -m benchmarks.memory --measure --ranks 1 --json "$results/memory.json" ;;
+    startup)
+      "$PYTHON" -m benchmarks.startup --launcher python --json "$results/startup.json" ;;
+    *)
+      echo "run_gpu.sh: no part $part, one of correctness kernels networks steps compiled memory startup" >&2
+      exit 2 ;;
+  esac
+  echo "== $part: $SECONDS s"
+done

@@ -6,7 +6,8 @@ Ours is what ``train.py`` does in an iteration (data, engines, EMA, telemetry); 
 ``benchmarks.plain_step``, on the same weights, batch and number of updates. Their losses are compared first. Then
 iterations of all sides are timed in turn and each side's median counts, since machines are shared. MFU is of the plain
 formulation's FLOPs without its second rollout, against a matrix product measured in the same run, so that all sides are
-credited with the same work. Memory is that of a process of its own for each side: its height above what it held once
+credited with the same work. Bytes outside matrix products and convolutions are counted with the fused kernels as on a
+GPU (``benchmarks.traffic``). Memory is that of a process of its own for each side: its height above what it held once
 everything was imported.
 """
 
@@ -32,8 +33,10 @@ from .host_syncs import HostSyncs
 from .networks import CUDA, DEVICE, build, matmul_peak, resident, seconds
 from .plain_networks import PlainUNet
 from .plain_step import PlainRDMD
+from .traffic import MATMULS, network_traffic
 
 ROOT = Path(__file__).parent.parent
+MIB = 2**20
 IMAGES = 64  # distinct sources
 SIZES = {"digits": 8, "songunet64": 64, "adm64": 64}
 BATCHES = {"toy": 512, "digits": 64, "songunet64": 64 if CUDA else 4, "adm64": 32 if CUDA else 2}
@@ -215,7 +218,7 @@ def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, 
     """
     stage, step = ours.stage, ours.step
     layout = stage.layout
-    x = stage._sources(0)
+    x, _ = stage._sources(0)
     table, noise = stage.generator_process.draw(layout.positions(step * layout.global_batch, 0), 0)
     first = stage.fake_updates_done * layout.global_batch
     fake_table, fake_noise = stage.fake_process.draw(layout.positions(first, 0), 0)
@@ -261,7 +264,10 @@ def count_host(ours: Ours) -> dict:
         stack.callback(lambda: setattr(ours.stage.source, "batch", batch))
         stack.enter_context(syncs)
         ours.iteration()
-    return {"host_syncs": dict(syncs.counts), "places": dict(syncs.places), "launches": syncs.launches}
+    return {
+        "host_syncs": sum(syncs.counts.values()), "host_syncs_of": dict(syncs.counts), "places": dict(syncs.places),
+        "launches": syncs.launches,
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -356,6 +362,8 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
     times = times_in_turn(sides, arguments.rounds, 20 if case == "toy" else 1)
     batch, flops = ours.config.train.global_batch_size, iteration_flops(plain_fp32 or plain)
     counts = {"ours": count_host(ours), "plain": count_plain(plain)}
+    for side, run in (("ours", ours), ("plain", plain)):
+        counts[side]["bytes_outside_matmuls"] = network_traffic(run.iteration, MATMULS)
     entry = {
         "case": case, "device": torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine(),
         "dtype": dtype, "batch": batch, "stage": arguments.stage, "compile": arguments.compile,
@@ -393,16 +401,15 @@ def print_table(entries: list[dict]) -> None:
         for side in ("ours", "plain", "plain_fp32"):
             if side in entry:
                 row = entry[side]
-                syncs = row.get("host_syncs", "-")
-                syncs = sum(syncs.values()) if isinstance(syncs, dict) else syncs
+                moved = f"{row['bytes_outside_matmuls'] / MIB:.0f}" if "bytes_outside_matmuls" in row else "-"
                 print(
                     f"  {side:<11} {row['seconds'] * 1e3:10.2f} ms  {row['images_per_second']:10.1f} images/s  "
-                    f"MFU {row['mfu']:5.1%}  peak {row['peak_bytes'] / 2**20:8.0f} MiB  host syncs {syncs}  "
-                    f"launches {row.get('launches', '-')}"
+                    f"MFU {row['mfu']:5.1%}  peak {row['peak_bytes'] / MIB:6.0f} MiB  outside matmuls {moved:>6} MiB  "
+                    f"host syncs {row.get('host_syncs', '-'):>4}  launches {row.get('launches', '-'):>5}"
                 )
         print(f"  ratio {entry['ratio']:.2f}", end="")
         print(f", to plain fp32 {entry['ratio_to_plain_fp32']:.2f}" if "ratio_to_plain_fp32" in entry else "")
-        for who, count in entry["ours"]["host_syncs"].items():
+        for who, count in entry["ours"]["host_syncs_of"].items():
             print(f"  host syncs of {who}: {count}")
 
 

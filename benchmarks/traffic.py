@@ -134,20 +134,26 @@ def triton_traffic(traffic: Traffic, large: int):
         builder.create_masked_load, builder.create_masked_store = load, store
 
 
-class NetworkTraffic(TorchTraffic):
-    """All that a network's step moves outside its convolutions."""
+CONVOLUTIONS = ("convolution",)
+MATMULS = (*CONVOLUTIONS, "mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product")
+"""Beginnings of the names of operations that are left out; backward passes begin alike."""
 
-    def __init__(self, traffic: Traffic):
+
+class NetworkTraffic(TorchTraffic):
+    """All that a network's step moves outside ``but`` and collective operations."""
+
+    def __init__(self, traffic: Traffic, but: tuple[str, ...] = CONVOLUTIONS):
         super().__init__(traffic, large=1)
+        self.but = but
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "convolution" in function.overloadpacket.__name__:
+        if function.overloadpacket.__name__.startswith(self.but) or function.namespace == "c10d":
             return function(*args, **(kwargs or {}))
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
-def network_traffic(step: Callable[[], object]) -> int:
-    """Bytes that ``step()`` moves outside convolutions, were its fused operations launched as on a GPU.
+def network_traffic(step: Callable[[], object], but: tuple[str, ...] = CONVOLUTIONS) -> int:
+    """Bytes that ``step()`` moves outside ``but``, were its fused operations launched as on a GPU.
 
     PyTorch operations are seen by a dispatch mode: operands and results count once each. In place of a Triton launch
     its reference runs, unseen, and the launch counts by the same rule: a tensor that a kernel passes over twice counts
@@ -186,7 +192,7 @@ def network_traffic(step: Callable[[], object]) -> int:
     with contextlib.ExitStack() as stack:
         for module, name, replacement in patches:
             stack.enter_context(unittest.mock.patch.object(module, name, replacement))
-        stack.enter_context(NetworkTraffic(traffic))
+        stack.enter_context(NetworkTraffic(traffic, but))
         step()
     return traffic.bytes
 

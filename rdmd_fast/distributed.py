@@ -332,6 +332,8 @@ def initialize_engine(
         adam = given = adam_of(parameters)
     engine = _initialize(model=network, optimizer=given, model_parameters=parameters, config=config)
     _clear_padding(engine)
+    if layout.world_size == 1 and not zero_stage(section):
+        engine.enable_backward_allreduce = False  # it would flatten all gradients, send them to nobody, copy them back
     if train.dtype == "fp16":
         if hasattr(engine.optimizer, "fp32_groups"):
             _undo_empty_step(engine.optimizer)

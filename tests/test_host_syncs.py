@@ -76,11 +76,11 @@ def test_an_iteration_waits_nowhere_of_ours(run_of, stage, dtype, clip):
     run = run_of(stage, dtype, *clips)
     run.iteration()  # what is made once is made
     counted = count_host(run)
-    assert "ours" not in counted["host_syncs"], counted["places"]
+    assert "ours" not in counted["host_syncs_of"], counted["places"]
     # ZeRO reads whether the norm is a number, once a step; in bf16 at stages 1 and 2 its options spare that.
     waits = stage == 3 or (stage > 0 and dtype == "fp32")
     expected = {"DeepSpeed (generator)": 1, "DeepSpeed (fake_score)": 1} if waits else {}
-    assert counted["host_syncs"] == expected, counted["places"]
+    assert counted["host_syncs_of"] == expected, counted["places"]
 
 
 def test_a_wait_that_is_added_to_the_stage_is_found(run_of):
@@ -92,4 +92,4 @@ def test_a_wait_that_is_added_to_the_stage_is_found(run_of):
         backward(engine, output, gradient, *losses)
 
     run.stage._backward = waiting
-    assert count_host(run)["host_syncs"] == {"ours": 2}
+    assert count_host(run)["host_syncs_of"] == {"ours": 2}
