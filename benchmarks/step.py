@@ -33,6 +33,7 @@ from .host_syncs import HostSyncs
 from .networks import CUDA, DEVICE, build, matmul_peak, resident, seconds
 from .plain_networks import PlainUNet
 from .plain_step import PlainRDMD
+from .timing import copy_bandwidth
 from .traffic import MATMULS, network_traffic
 
 ROOT = Path(__file__).parent.parent
@@ -377,6 +378,10 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
             "peak_bytes": peak_of_side("ours" if side == "ours" else "plain", side_dtype, arguments),
             **counts.get(side, {}),
         }  # fmt: skip
+    # Matrix products at the speed of a large one, all other bytes at that of a large copy, neither hidden by the other.
+    moved, peak = counts["ours"]["bytes_outside_matmuls"], matmul_peak(dtype)
+    entry |= {"flops": flops, "matmul_peak": peak, "copy_bandwidth": copy_bandwidth()}
+    entry["floor_seconds"] = flops / peak + moved / copy_bandwidth()
     entry["ratio"] = times["plain"] / times["ours"]
     if "plain_fp32" in times:
         entry["ratio_to_plain_fp32"] = times["plain_fp32"] / times["ours"]
@@ -409,6 +414,12 @@ def print_table(entries: list[dict]) -> None:
                 )
         print(f"  ratio {entry['ratio']:.2f}", end="")
         print(f", to plain fp32 {entry['ratio_to_plain_fp32']:.2f}" if "ratio_to_plain_fp32" in entry else "")
+        floor = entry["floor_seconds"]
+        print(
+            f"  floor of ours {floor * 1e3:.2f} ms ({floor / entry['ours']['seconds']:.0%} reached): "
+            f"{entry['flops'] / 1e9:.2f} GFLOP at {entry['matmul_peak'] / 1e9:.0f} GFLOP/s, "
+            f"{entry['ours']['bytes_outside_matmuls'] / MIB:.0f} MiB at {entry['copy_bandwidth'] / 1e9:.1f} GB/s"
+        )
         for who, count in entry["ours"]["host_syncs_of"].items():
             print(f"  host syncs of {who}: {count}")
 

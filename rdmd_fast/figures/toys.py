@@ -46,7 +46,7 @@ class ToysSize(NamedTuple):
     """``problems``; ``points`` of each set that is compared; batch sizes of minibatch transport."""
 
     problems: tuple[Problem, ...] = (
-        Problem("8 Gaussians", "toy/gaussian_to_8gaussians.yaml", (0.01, 0.02, 0.05, 0.1, 0.5)),
+        Problem("8 Gaussians", "toy/gaussian_to_8gaussians.yaml", (0.02, 0.03, 0.05, 0.1, 0.5)),
         Problem("swiss roll", "toy/gaussian_to_swiss_roll.yaml", (0.05, 0.1, 0.2, 0.3, 1.0)),
     )
     points: int = 2000
