@@ -63,14 +63,22 @@ def _group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float
 
 
 class _ChannelsLastGroupNorm(torch.autograd.Function):
-    """PyTorch's on the CPU, with the backward pass in fp32: for 16-bit channels_last it takes four times as long."""
+    """PyTorch's on the CPU, by detours: for 16-bit channels_last it takes two to four times as long.
+
+    On small images it is fastest contiguous, on middling ones and backward in fp32 (benchmarks/NOTES.md).
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps):
-        ctx.sizes = (*x.shape[:2], x[0, 0].numel(), groups)
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        pixels = x[0, 0].numel()
+        ctx.sizes = (*x.shape[:2], pixels, groups)
+        if 64 < pixels < 1024:
+            y, mean, rstd = torch.native_group_norm(x.float(), weight.float(), bias.float(), *ctx.sizes, eps)
+        else:
+            given = x.contiguous() if pixels <= 64 else x
+            y, mean, rstd = torch.native_group_norm(given, weight, bias, *ctx.sizes, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        return y
+        return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
