@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from rdmd_fast.config import load_config
@@ -87,17 +88,31 @@ def predict(networks: PlannedNetworks, used: Activations, layout: dict, ranks: i
     }  # fmt: skip
 
 
-def measure(key: str, layout: dict, dtype: str, checkpointing: bool) -> int | None:
-    """The allocator's peak over three iterations in a process of its own; None where memory ran out."""
+def measure(key: str, layout: dict, dtype: str, checkpointing: bool) -> int:
+    """The allocator's peak over three iterations in a process of its own; -1 where memory ran out."""
     words = [sys.executable, "-m", "benchmarks.memory", "--network", key, "--run", json.dumps(layout), "--dtype", dtype]
     done = subprocess.run(
         [*words, *(["--checkpointing"] if checkpointing else [])], cwd=ROOT, capture_output=True, text=True
     )
     if done.returncode:
         if "out of memory" in done.stderr:
-            return None
+            return -1
         raise RuntimeError(f"{key} {layout}: {done.stderr[-2000:]}")
     return int(done.stdout.split()[-1])
+
+
+def samples(shape: tuple[int, int, int], folder: Path) -> Path:
+    """Shards of random images, or of latents where there are not three channels."""
+    if shape[0] == 3:
+        return packed_images(shape[-1], folder)
+    from rdmd_fast.data.writer import ShardWriter
+
+    random = np.random.default_rng(0)
+    with ShardWriter(folder / "shards", {}, "benchmarks.memory", 64) as writer:
+        for number in range(64):
+            writer.write(f"{number:03d}", random.standard_normal(shape, dtype=np.float32))
+        writer.commit()
+    return folder / "shards"
 
 
 def run(case: Case, layout: dict, dtype: str, checkpointing: bool) -> int:
@@ -113,7 +128,7 @@ def run(case: Case, layout: dict, dtype: str, checkpointing: bool) -> int:
         config = load_config(
             str(folder / "config.yaml"),
             [
-                f"run_dir={folder}/run", f"data.source={packed_images(case.shape[-1], folder)}",
+                f"run_dir={folder}/run", f"data.source={samples(case.shape, folder)}",
                 f"teacher={folder}/teacher", f"train.dtype={dtype}", f"train.global_batch_size={case.micro_batch}",
                 f"train.activation_checkpointing={str(checkpointing).lower()}", "train.steps=1000",
                 f"deepspeed.zero_optimization={json.dumps(layout)}",
@@ -157,14 +172,14 @@ def main() -> int:
                     row["activations"], row["total"], row["host"],
                 ]  # fmt: skip
                 cells = [str(ranks), *(f"{number / GIB:.2f}" for number in numbers)]
-                cells.append(f"{measured / GIB:.2f}" if measured else "-")
+                cells.append("-" if measured is None else "too large" if measured < 0 else f"{measured / GIB:.2f}")
                 print(f"  {name:<30}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True)))
                 rows.append(
                     {"network": case.name, "parameters": size * 1e6, "layout": name, "ranks": ranks}
                     | {"dtype": arguments.dtype, "micro_batch": case.micro_batch, "measured": measured, **row}
                 )
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 

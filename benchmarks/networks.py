@@ -140,6 +140,7 @@ def resident(field: str) -> int:
 def matmul_peak(dtype: str) -> float:
     """FLOP/s of the best of a few large square matrix products: what this machine can do at all."""
     size = 8192 if CUDA else 2048
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions may
     a, b = (torch.randn(size, size, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
     best = math.inf
     for _ in range(10 if CUDA else 4):

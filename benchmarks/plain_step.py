@@ -4,7 +4,7 @@ yardstick.
 In the manner of DMD2 and FastGen: each update rolls the generator out for itself, each network is preconditioned on its
 own, losses are written in eager fp32, the score difference enters autograd through ½‖y - sg(y - g)‖², networks run in
 fp32 or under autocast, gradient norms are read parameter by parameter for logging, Adam has fp32 weights, and the
-average of the weights is a loop over them. Nothing is made slower than it need be in that form.
+average of the weights is a loop over them. Adam is as PyTorch chooses it.
 """
 
 from __future__ import annotations

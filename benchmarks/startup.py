@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil  # DeepSpeed needs it, too
 import torch
 
 from rdmd_fast import cli
@@ -75,7 +76,12 @@ def to_first_iteration(launcher: list[str], overrides: list[str], run_dir: Path)
                 if time.perf_counter() - start > PATIENCE:
                     break
         finally:
+            started = psutil.Process(process.pid).children(recursive=True)  # torchrun's have sessions of their own
             os.killpg(process.pid, signal.SIGKILL)
+            for child in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            psutil.wait_procs(started)
     raise RuntimeError(f"{' '.join(command)}:\n{''.join(said[-20:])}")
 
 

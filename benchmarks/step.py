@@ -28,6 +28,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.autograd import DeviceType
+
+from rdmd_fast.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
 
 from .host_syncs import HostSyncs
 from .networks import CUDA, DEVICE, build, matmul_peak, resident, seconds
@@ -187,6 +190,7 @@ class Plain:
             *calls[:2], exact_teacher if toy else calls[2], config, diffusion.sigma_data, exact_teacher=toy,
             residual_generator=toy,
         )  # fmt: skip
+        self.compiled = compiled
         self.sources = sources or [torch.randn(batch, *shape, device=DEVICE).clamp(-1, 1) for _ in range(8)]
         self.drawn = 0
 
@@ -209,6 +213,8 @@ class Plain:
         return self.sources[self.drawn % len(self.sources)]
 
     def iteration(self) -> None:
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
         self.rdmd.iteration(self.draw)
 
 
@@ -254,6 +260,8 @@ def times_in_turn(sides: dict[str, Callable[[], None]], rounds: int, burst: int)
     columns: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, iteration in sides.items():
+            # As train.py sets the C library's allocator, and as it comes.
+            keep_freed_memory() if name == "ours" else keep_freed_memory(2 * LARGEST_MMAP_THRESHOLD)
             if burst > 1:
                 iteration()
             timed = max(1, burst - 1)
@@ -302,6 +310,19 @@ def count_plain(plain: Plain) -> dict:
     return {"host_syncs": sum(syncs.counts.values()), "launches": syncs.launches}
 
 
+def count_on_gpu(run: Ours | Plain) -> dict:
+    """Kernels and waits of one iteration, by the profiler. Bytes are counted on a CPU, where every kernel is seen."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        run.iteration()
+    events = profiler.events()
+    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+    return {
+        "host_syncs": sum(event.name in waits for event in events if event.device_type == DeviceType.CPU),
+        "launches": sum(event.device_type == DeviceType.CUDA and not event.is_user_annotation for event in events),
+    }
+
+
 def iteration_flops(plain: Plain) -> float:
     """Matmul and convolution FLOPs of one iteration with one rollout."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -318,7 +339,11 @@ def peak_of_side(side: str, dtype: str, arguments) -> int:
     command = [
         sys.executable, "-m", "benchmarks.step", "--case", arguments.case, "--memory-of", side, "--dtype", dtype,
         "--stage", str(arguments.stage), "--batch", str(arguments.batch or BATCHES[arguments.case]),
+        *(["--compile", arguments.compile] if arguments.compile else []),
     ]  # fmt: skip
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()  # the other process needs it
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
@@ -345,7 +370,7 @@ def print_peak(arguments) -> None:
         if arguments.memory_of == "ours":
             run = Ours(config, arguments)
         else:
-            run = Plain(arguments.case, config, dtype, exact_teacher=lambda state, sigma: state)
+            run = Plain(arguments.case, config, dtype, arguments.compile, exact_teacher=lambda state, sigma: state)
         for _ in range(3):
             run.iteration()
         print(torch.cuda.max_memory_allocated() if CUDA else resident("VmHWM") - before)
@@ -357,6 +382,7 @@ def print_peak(arguments) -> None:
 def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tuple[dict, Plain]:
     """One entry of the results."""
     case = arguments.case
+    torch._dynamo.reset()  # operations that were counted below are not compiled again
     ours = Ours(run_config(case, dtype, arguments, folder), arguments)
     for _ in range(2):
         ours.iteration()  # so that fake score and teacher differ
@@ -368,10 +394,16 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
     elif plain_fp32 is not None:
         sides["plain_fp32"] = plain_fp32.iteration
     times = times_in_turn(sides, arguments.rounds, BURSTS[case])
+    parts = phases(ours)  # before anything is counted: a dispatch mode ends compilation
     batch, flops = ours.config.train.global_batch_size, iteration_flops(plain_fp32 or plain)
-    counts = {"ours": count_host(ours), "plain": count_plain(plain)}
-    for side, run in (("ours", ours), ("plain", plain)):
-        counts[side]["bytes_outside_matmuls"] = network_traffic(run.iteration, MATMULS)
+    if arguments.compile:
+        counts = {}
+    elif CUDA:
+        counts = {"ours": count_on_gpu(ours), "plain": count_on_gpu(plain)}
+    else:
+        counts = {"ours": count_host(ours), "plain": count_plain(plain)}
+        for side, run in (("ours", ours), ("plain", plain)):
+            counts[side]["bytes_outside_matmuls"] = network_traffic(run.iteration, MATMULS)
     entry = {
         "case": case, "device": torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine(),
         "dtype": dtype, "batch": batch, "stage": arguments.stage, "compile": arguments.compile,
@@ -386,13 +418,14 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
             **counts.get(side, {}),
         }  # fmt: skip
     # Matrix products at the speed of a large one, all other bytes at that of a large copy, neither hidden by the other.
-    moved, peak = counts["ours"]["bytes_outside_matmuls"], matmul_peak(dtype)
+    peak = matmul_peak(dtype)
     entry |= {"flops": flops, "matmul_peak": peak, "copy_bandwidth": copy_bandwidth()}
-    entry["floor_seconds"] = flops / peak + moved / copy_bandwidth()
+    if "bytes_outside_matmuls" in entry["ours"]:
+        entry["floor_seconds"] = flops / peak + entry["ours"]["bytes_outside_matmuls"] / copy_bandwidth()
     entry["ratio"] = times["plain"] / times["ours"]
     if "plain_fp32" in times:
         entry["ratio_to_plain_fp32"] = times["plain_fp32"] / times["ours"]
-    entry["phases"] = phases(ours)
+    entry["phases"] = parts
     ours.experiment.close()
     return entry, plain_fp32
 
@@ -421,13 +454,14 @@ def print_table(entries: list[dict]) -> None:
                 )
         print(f"  ratio {entry['ratio']:.2f}", end="")
         print(f", to plain fp32 {entry['ratio_to_plain_fp32']:.2f}" if "ratio_to_plain_fp32" in entry else "")
-        floor = entry["floor_seconds"]
         print(
-            f"  floor of ours {floor * 1e3:.2f} ms ({floor / entry['ours']['seconds']:.0%} reached): "
-            f"{entry['flops'] / 1e9:.2f} GFLOP at {entry['matmul_peak'] / 1e9:.0f} GFLOP/s, "
-            f"{entry['ours']['bytes_outside_matmuls'] / MIB:.0f} MiB at {entry['copy_bandwidth'] / 1e9:.1f} GB/s"
+            f"  {entry['flops'] / 1e9:.2f} GFLOP; matrix products reach {entry['matmul_peak'] / 1e9:.0f} GFLOP/s, "
+            f"copies {entry['copy_bandwidth'] / 1e9:.1f} GB/s",
+            end="",
         )
-        for who, count in entry["ours"]["host_syncs_of"].items():
+        floor = entry.get("floor_seconds")
+        print(f": floor {floor * 1e3:.2f} ms, {floor / entry['ours']['seconds']:.0%} of ours" if floor else "")
+        for who, count in entry["ours"].get("host_syncs_of", {}).items():
             print(f"  host syncs of {who}: {count}")
 
 

@@ -114,7 +114,7 @@ def test_gradient(monkeypatch, shape, weighting, cost):
         rest = noise, table, 0.3, weighting, cost
         from_y = outputs[0], outputs[1], random(shape, 4), random(shape, 5), *rest
         assert_close(*both(monkeypatch, functools.partial(with_statistics, rdmd_gradient), *from_y))
-        weights = torch.linspace(0.05, 2, shape[0], device="cuda")
+        weights = torch.linspace(0.05, 2, shape[0])
         for weight in (0.3, weights):
             from_generator = *outputs, random(shape, 5), 0.2, 0.45, noise, table, weight, weighting, cost
             assert_close(*both(monkeypatch, functools.partial(with_statistics, generator_gradient), *from_generator))

@@ -56,7 +56,7 @@ class TorchTraffic(TorchDispatchMode):
         if self._is_free(function, args, result):
             return result
         read = self._large((args, {key: value for key, value in kwargs.items() if key != "out"}))
-        written = self._large(result)
+        written = self._large(result) or self._large(self._mutated(function, args))
         name = function.overloadpacket.__name__
         if name.endswith("_like"):
             read = []  # it takes the shape alone
@@ -77,6 +77,12 @@ class TorchTraffic(TorchDispatchMode):
             and leaf.numel() >= self.large
             and leaf.untyped_storage().nbytes() >= self.large * leaf.element_size()
         ]
+
+    @staticmethod
+    def _mutated(function, args) -> list:
+        """What an operation that returns nothing writes, as foreach and fused optimizers do."""
+        arguments = zip(function._schema.arguments, args, strict=False)
+        return [value for argument, value in arguments if argument.alias_info and argument.alias_info.is_write]
 
     @staticmethod
     def _is_free(function, args, result) -> bool:
@@ -161,8 +167,9 @@ def network_traffic(step: Callable[[], object], but: tuple[str, ...] = CONVOLUTI
     """
     from rdmd_fast.kernels import group_norm_silu as norm
     from rdmd_fast.kernels import scaled_residual as residual
+    from rdmd_fast.networks import unet2d, unet_layers
 
-    traffic = Traffic()
+    traffic, attention = Traffic(), torch.nn.functional.scaled_dot_product_attention
 
     def forward(x, weight, bias, groups, eps, scale, shift, addend, silu):
         traffic.bytes += 2 * x.numel() * x.element_size()
@@ -188,6 +195,7 @@ def network_traffic(step: Callable[[], object], but: tuple[str, ...] = CONVOLUTI
         (norm, "backend", lambda device: "triton"), (residual, "backend", lambda device: "triton"),
         (norm, "group_norm_silu_forward", forward), (norm, "group_norm_silu_backward", backward),
         (residual, "_sum", scaled_sum), (residual, "_packed", packed),
+        (unet_layers, "attention", attention), (unet2d, "attention", attention),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name, replacement in patches:

@@ -7,6 +7,7 @@ import os
 import re
 import types
 import typing
+from itertools import chain
 from typing import Literal
 
 import yaml
@@ -16,7 +17,7 @@ from .checkpoint import CheckpointOptions
 from .data.options import DataOptions
 from .data.toys import ToyDistribution
 from .diffusion import DiffusionOptions
-from .distributed import TrainOptions
+from .distributed import TrainOptions, zero_stage
 from .errors import InputError, is_plain
 from .networks import GeneratorOptions, NetworkOptions, TeacherCopyOptions
 from .options import Options
@@ -72,9 +73,10 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _consistent(self):
-        problems = list(_stage_problems(self)) + list(_deepspeed_problems(self.deepspeed))
-        if problems:
-            raise ValueError(problems[0])
+        problems = chain(_stage_problems(self), _deepspeed_problems(self.deepspeed), _precision_problems(self))
+        problem = next(problems, None)
+        if problem:
+            raise ValueError(problem)
         return self
 
 
@@ -138,8 +140,27 @@ def _deepspeed_problems(section: dict):
         offload = zero.get(name) or {}
         if isinstance(offload, dict) and offload.get("device") == "nvme":
             yield f"deepspeed.zero_optimization.{name}.device: checkpoints cannot hold what lies on nvme, use cpu"
+    offload = zero.get("offload_optimizer") or {}
+    if (isinstance(offload, dict) and offload.get("ratio", 1.0) != 1.0) or zero.get("zenflow"):
+        yield (
+            "deepspeed.zero_optimization: offload_optimizer.ratio must stay 1 and zenflow off, DeepSpeed would step "
+            "some weights by an optimizer of its own, unguarded and in no checkpoint"
+        )
     if zero.get("compute_grad_norm", True) is not True:
         yield "deepspeed.zero_optimization.compute_grad_norm: must stay true, updates are guarded by the norm"
+
+
+def _precision_problems(config: Config):
+    stage = zero_stage(config.deepspeed)
+    if config.train.compile and stage == 3:
+        yield "train.compile: ZeRO 3 gathers weights inside networks, use a lower stage or remove the key"
+    types_given = config.deepspeed.get("data_types") or {}
+    accumulates = (isinstance(types_given, dict) and types_given.get("grad_accum_dtype")) or "bf16"
+    if config.train.dtype == "bf16" and not stage and accumulates not in ("bf16", "bfloat16"):
+        yield (
+            "deepspeed.data_types.grad_accum_dtype: bf16 without ZeRO accumulates bf16 gradients, remove the key or "
+            "use zero_optimization.stage 1"
+        )
 
 
 MOST_BYTES, MOST_VALUES, MOST_LEVELS = 1 << 19, 10_000, 32

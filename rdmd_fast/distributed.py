@@ -20,9 +20,10 @@ from pydantic import Field, ValidationError
 
 from .errors import InputError
 from .guard import GuardOptions, UpdateGuard
+from .host_memory import keep_freed_memory
 from .launchers import adopt_launcher, cores_of_rank
 from .master_adam import MasterAdam
-from .masters import master_shards, pieces
+from .masters import master_shards, pieces, whole_masters
 from .options import Options
 from .runtime import write_error
 
@@ -202,6 +203,7 @@ def join_world(timeout: float = 1800.0) -> World:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     else:
+        keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             # Ranks on one machine share its cores; without this each would start a thread for every core.
             torch.set_num_threads(cores_of_rank())
@@ -301,14 +303,14 @@ def initialize_engine(
     """A DeepSpeed engine that trains ``network`` (consumed: its parameters may be sharded in place).
 
     Raises:
-        InputError: this device, network or stage cannot do what ``train`` asks for, or DeepSpeed refuses ``section``.
+        InputError: this device or network cannot do what ``train`` asks for, or DeepSpeed refuses ``section``.
     """
     _check_dtype(train.dtype)
     if train.activation_checkpointing:
         if not hasattr(network, "checkpointing"):
             raise InputError(f"train.activation_checkpointing: {type(network).__name__} cannot do it, remove the key")
         network.checkpointing = True
-    _compile(network, train, section)
+    _compile(network, train)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     cast_by_deepspeed = train.dtype != "fp32" and not _has_master_adam(train, section)
     exact = {name: p.detach().cpu().flatten() for name, p in network.named_parameters()} if cast_by_deepspeed else {}
@@ -319,11 +321,6 @@ def initialize_engine(
     }
     adam_of = partial(_fused_adam, optimizer)
     if _has_master_adam(train, section):
-        if section.get("data_types"):
-            raise InputError(
-                "deepspeed.data_types: bf16 without ZeRO accumulates and sends bf16 gradients, remove the key or use "
-                "zero_optimization.stage 1"
-            )
         master_adam = MasterAdam(parameters, adam_of)
         adam, given = master_adam.optimizer, lambda _: master_adam
         # To DeepSpeed these are weights and a gradient of some dtype, and an optimizer.
@@ -339,18 +336,17 @@ def initialize_engine(
             _undo_empty_step(engine.optimizer)
         _lower_loss_scale_floor(engine.optimizer)
     _restore_masters(engine, exact)
+    for _, master in whole_masters(engine):
+        dist.broadcast(master.detach(), 0)  # each rank steps its own: they must begin alike to the bit
     engine.guard = UpdateGuard(train.guard, engine, adam, engine.device, optimizer.grad_clip)
     _bound_waiting(train.collective_timeout)
     return engine
 
 
-def _compile(network: torch.nn.Module, train: TrainOptions, section: dict) -> None:
-    """In place: names of parameters and modules stay."""
-    if train.compile is None:
-        return
-    if zero_stage(section) == 3:
-        raise InputError("train.compile: ZeRO 3 gathers weights inside networks, use a lower stage or remove the key")
-    network.compile(mode=train.compile)
+def _compile(network: torch.nn.Module, train: TrainOptions) -> None:
+    """In place: names of parameters and modules stay. Not at ZeRO 3, see ``config``."""
+    if train.compile is not None:
+        network.compile(mode=train.compile)
 
 
 def _fused_adam(options: OptimizerOptions, parameters: list[torch.Tensor]) -> torch.optim.Adam:
@@ -446,7 +442,7 @@ def freeze(network: torch.nn.Module, layout: BatchLayout, train: TrainOptions, s
     """The frozen teacher: sharded by an engine without optimizer at ZeRO-3, replicated as a plain module below."""
     network.requires_grad_(False).eval()
     if zero_stage(section) < 3:
-        _compile(network, train, section)
+        _compile(network, train)
         return network.to(device=device, dtype=DTYPES[train.dtype])
     zero = {key: value for key, value in section["zero_optimization"].items() if key != "offload_optimizer"}
     config = _deepspeed_config({**section, "zero_optimization": zero}, layout, train.dtype)

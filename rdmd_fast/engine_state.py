@@ -58,20 +58,19 @@ def _kinds(engine, ema_shards: list[torch.Tensor] | None) -> dict[str, list[torc
     masters, states = master_parameters(engine), inner_optimizer(engine).state
     kinds = {"master": [master.detach() for master in masters]}
     if adam_step(engine):
-        kinds |= {moment: [states[master][moment] for master in masters] for moment in MOMENTS}
+        for moment in MOMENTS:
+            kinds[moment] = [states[m][moment] if m in states else torch.zeros_like(m) for m in masters]
     return kinds if ema_shards is None else kinds | {"ema": ema_shards}
 
 
 def inner_optimizer(engine) -> torch.optim.Optimizer:
-    """Our Adam, inside DeepSpeed's wrapper or alone (ZeRO 0 in fp32)."""
+    """Torch's Adam, inside DeepSpeed's wrapper, inside ``MasterAdam``, or alone (ZeRO 0 in fp32)."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def adam_step(engine) -> float:
     """Updates that Adam has made, the same for every parameter."""
-    states = inner_optimizer(engine).state
-    steps = [float(states[master]["step"]) for master in master_parameters(engine)[:1] if states.get(master)]
-    return steps[0] if steps else 0.0
+    return max((float(state["step"]) for state in inner_optimizer(engine).state.values() if state), default=0.0)
 
 
 def engine_counters(engine) -> dict[str, float]:

@@ -22,6 +22,7 @@ from rdmd_fast.planning.states import ZeroSettings
 
 CASES = {
     "toy 0": (0, {}),
+    "digits 0, accumulated": (0, {}),
     "toy 2": (2, {}),
     "toy 2, to owners": (2, {"use_multi_rank_bucket_allreduce": False}),
     "toy 3": (3, EVERY_GATHER),

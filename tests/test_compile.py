@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import torch
+import yaml
 
-from rdmd_fast.distributed import BatchLayout, OptimizerOptions, TrainOptions, freeze, initialize_engine, join_world
+from rdmd_fast.config import validate_config
+from rdmd_fast.diffusion import DiffusionOptions
 from rdmd_fast.errors import InputError
+from rdmd_fast.networks import MLPOptions
+from rdmd_fast.networks.exported import ExportConfig, write_export
 from rdmd_fast.networks.mlp import MLP
 from rdmd_fast.trainer import main
 
@@ -31,18 +36,27 @@ def test_compiled_networks_train_alike(tmp_path, stage):
 
 
 def test_stage_that_shards_weights_is_refused():
-    join_world()
-    layout, train = BatchLayout(4, 4, 1, 0, 1), TrainOptions(compile="default")
-    section = {"zero_optimization": {"stage": 3}}
+    values = {"stage": "teacher", "run_dir": "r", "data": {"target": {"toy": "circles"}}, "network": {"kind": "mlp"}}
+    values |= {"train": {"compile": "default"}, "deepspeed": {"zero_optimization": {"stage": 3}}}
     with pytest.raises(InputError, match=r"train\.compile: ZeRO 3"):
-        initialize_engine(MLP(hidden=8, depth=1), OptimizerOptions(), layout, train, section)
+        validate_config(values, "case")
 
 
-def test_every_network_of_a_run_is_compiled():
-    """G, the fake score and the teacher: as modules that keep their names, so that checkpoints fit either way."""
-    world, layout, train = join_world(), BatchLayout(4, 4, 1, 0, 1), TrainOptions(compile="reduce-overhead")
-    engine = initialize_engine(MLP(hidden=8, depth=1), OptimizerOptions(), layout, train, {})
-    teacher = freeze(MLP(hidden=8, depth=1), layout, train, {}, world.device)
-    for network in (engine.module, teacher):
-        assert network._compiled_call_impl is not None
-        assert network.state_dict().keys() == MLP(hidden=8, depth=1).state_dict().keys()
+def test_every_network_of_a_run_is_compiled(tmp_path, monkeypatch):
+    """G, the fake score and the teacher, in place; CUDA graphs learn of every iteration."""
+    compiled, marks = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, mode: compiled.append((type(network), mode)))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(None))
+    options = MLPOptions(kind="mlp", hidden=8, depth=1)
+    export = ExportConfig(role="teacher", network=options, sample_shape=[2], diffusion=DiffusionOptions())
+    write_export(tmp_path / "teacher", export, MLP(hidden=8, depth=1).state_dict())
+    values = {
+        "stage": "rdmd", "run_dir": str(tmp_path / "run"), "teacher": str(tmp_path / "teacher"),
+        "data": {"source": {"toy": "gaussian"}, "target": {"toy": "circles"}}, "validation": {"count": 16},
+        "train": {"steps": 3, "global_batch_size": 4, "compile": "reduce-overhead"},
+        "telemetry": {"sample_every": 0, "tensorboard": False}, "checkpoint": {"every": 0},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert main(["--config", str(tmp_path / "config.yaml")]) == 0
+    assert compiled == [(MLP, "reduce-overhead")] * 3
+    assert len(marks) == 3

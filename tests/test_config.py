@@ -80,3 +80,19 @@ def test_every_option_is_documented_with_its_origin():
     assert expected <= set(table)
     undocumented = [key for key, text in table.items() if not text and not key.endswith(("kind", ".toy"))]
     assert not undocumented
+
+
+@pytest.mark.parametrize(
+    "train,section,message",
+    [
+        ({"dtype": "bf16"}, {"data_types": {"grad_accum_dtype": "fp32"}}, "bf16 without ZeRO accumulates bf16"),
+        ({}, {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}, "ratio must stay 1"),
+        ({}, {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow off"),
+    ],
+)
+def test_sections_that_our_engines_cannot_honour_are_refused(train, section, message):
+    values = {"stage": "teacher", "run_dir": "r", "data": {"target": {"toy": "circles"}}, "network": {"kind": "mlp"}}
+    with pytest.raises(InputError, match=message):
+        validate_config({**values, "train": train, "deepspeed": section}, "case")
+    if "data_types" in section:
+        validate_config({**values, "train": train, "deepspeed": {**section, "zero_optimization": {"stage": 1}}}, "case")

@@ -19,7 +19,7 @@ from rdmd_fast.kernels.group_norm_silu import group_norm_silu
 
 from .condition import ConditionEmbedding
 from .diffusers_options import DiffusersUNetOptions, FlowSchedule, UNet2DOptions, VPSchedule
-from .unet_layers import ExactTables, Linear
+from .unet_layers import ExactTables, Linear, attention
 
 
 def log_sigma_table(schedule: VPSchedule) -> np.ndarray:
@@ -157,7 +157,7 @@ class Attention(nn.Module):
             layer(tokens).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = attention(q, k, v).transpose(1, 2).flatten(2)
         y = self.to_out[0](attended).unflatten(1, height_width).permute(0, 3, 1, 2).add_(x)
         return y if self.divisor == 1 else y.div_(self.divisor)
 
@@ -210,8 +210,8 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         x = self.resnets[0](x, embedding)
-        for attention in self.attentions:
-            x = attention(x)
+        for layer in self.attentions:
+            x = layer(x)
         return self.resnets[1](x, embedding)
 
 

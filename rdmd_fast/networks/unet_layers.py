@@ -219,10 +219,11 @@ class UNetBlock(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D) v of [N, heads, tokens, D]."""
-    if q.device.type == "cpu" and q.element_size() == 2:  # PyTorch's own takes twice to four times as long there
-        weights = torch.softmax((q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5, dim=-1)
-        return weights.to(q.dtype) @ v
+    """softmax(q kᵀ / √D) v of [N, heads, tokens, D]; logits are fp32."""
+    # For few tokens of 16 bits PyTorch's own takes twice to four times as long on a CPU (benchmarks/NOTES.md).
+    if q.device.type == "cpu" and q.element_size() == 2 and q.shape[-2] <= 256:
+        logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
+        return torch.softmax(logits, dim=-1).to(q.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
