@@ -119,9 +119,9 @@ def rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, l
 
 def _toy_picture(config, world, export, validator: PointsValidator) -> Picture:
     from .drawing import toy_picture
-    from .metrics.inputs import require
+    from .metrics.inputs import expect
 
-    require("matplotlib", "eval")  # missing now is better than missing after the training
+    expect("matplotlib", "eval")  # missing now is better than missing after the training
 
     def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
         if not world.is_main:

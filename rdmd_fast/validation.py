@@ -95,10 +95,10 @@ class PointsValidator:
         self._prepare(options, source[:count], target[:count], target[half : half + count])
 
     def _prepare(self, options: ValidationOptions, source, target, second_target) -> None:
-        from .metrics.inputs import require
+        from .metrics.inputs import expect
 
-        require("ot", "toy")
-        require("scipy.optimize", "eval")
+        expect("ot", "toy")
+        expect("scipy", "eval")
         self.source, self.target, self.second_target = source, target, second_target
         self.best_by = options.best_by or "squared_w2"
 

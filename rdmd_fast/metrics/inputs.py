@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -17,8 +18,18 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = "POT" if module == "ot" else module.partition(".")[0]
-        raise InputError(f"{package} is not installed: run `pip install rdmd_fast[{extra}]`") from error
+        raise _missing(module, extra) from error
+
+
+def expect(package: str, extra: str) -> None:
+    """``require`` of a package that is imported later, if at all: its import takes a second and memory."""
+    if importlib.util.find_spec(package) is None:
+        raise _missing(package, extra)
+
+
+def _missing(module: str, extra: str) -> InputError:
+    package = "POT" if module == "ot" else module.partition(".")[0]
+    return InputError(f"{package} is not installed: run `pip install rdmd_fast[{extra}]`")
 
 
 def fp64_rows(values, name: str) -> np.ndarray:

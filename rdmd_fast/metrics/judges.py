@@ -7,7 +7,6 @@ see the shape and not the colour, which a good translation keeps.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from rdmd_fast.data.shards import ShardSet
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.images import BLOCK, unit_range
-from rdmd_fast.metrics.inputs import image_batch, require
+from rdmd_fast.metrics.inputs import expect, image_batch, require
 
 if TYPE_CHECKING:
     from sklearn.neighbors import KNeighborsClassifier
@@ -75,8 +74,7 @@ class DigitJudge:
             if tuple(other.shape[:2]) != self.image_size:
                 size = tuple(other.shape[:2])
                 raise InputError(f"{other.path}: {size} images among {self.image_size}, pack at one size")
-        if not importlib.util.find_spec("sklearn"):
-            require("sklearn", "eval")
+        expect("sklearn", "eval")
 
     @functools.cached_property
     def _fitted(self) -> _Fitted:
