@@ -1,4 +1,7 @@
-"""``rdmd translate``: a folder of images, of latents or of shards through a trained generator."""
+"""``rdmd translate``: a folder of images, of latents or of shards through a trained generator.
+
+``translate_folder`` takes any other method through the same files, sizes and devices.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
+from .translation.methods import Method, OneStep
 
 EPILOG = """examples:
   rdmd translate --model runs/digits_2to3/export --input shards/digits/2/test --output out/threes
@@ -29,11 +33,7 @@ EXIT_INTERRUPTED = 128 + 2  # as shells report SIGINT
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("--model", required=True, metavar="DIR", help="RUN/export or RUN/best of the rdmd stage")
-    parser.add_argument("--input", required=True, metavar="FOLDER", help="a folder of images or latents, or of shards")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where files of the same names go")
-    parser.add_argument(
-        "--size", choices=("crop", "resize", "tiles"), default="crop", help="images of another size (crop), see below"
-    )
+    add_folder_arguments(parser)
     parser.add_argument(
         "--overlap", type=float, metavar="SHARE", help="tiles: least share of a side that neighbours share (0.25)"
     )
@@ -43,6 +43,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="λ",
         help="for a generator of a range of λ: more keeps more of the input (the range's geometric mean)",
     )
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="the generator's (fp32)")
+
+
+def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that ``translate_folder`` reads."""
+    parser.add_argument("--input", required=True, metavar="FOLDER", help="a folder of images or latents, or of shards")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where files of the same names go")
+    parser.add_argument(
+        "--size", choices=("crop", "resize", "tiles"), default="crop", help="images of another size (crop), see below"
+    )
     parser.add_argument("--format", choices=("png", "jpg", "webp"), help="of images (png); jpg and webp at quality 95")
     parser.add_argument(
         "--autoencoder", metavar="DIR", help="diffusers AutoencoderKL folder: encodes images, decodes latents"
@@ -50,7 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-existing", action="store_true", help="leave results alone that are there and whole")
     parser.add_argument("--skip-unreadable", action="store_true", help="go on after files that cannot be read")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images or tiles at a time (64)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="the generator's (fp32)")
     parser.add_argument(
         "--device",
         default="auto",
@@ -60,17 +69,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Translate every sample by a generator; errors as ``translate_folder``."""
+    from .networks.exported import conditions, read_export_config
+
+    config = read_export_config(arguments.model, "generator")
+    conditions(config, arguments.transport_weight, 1)  # names a λ that it does not take ahead of any work
+    method = OneStep(arguments.model, arguments.dtype, arguments.transport_weight)
+    return translate_folder(
+        arguments, method, f"--model {arguments.model}", tuple(config.sample_shape), arguments.overlap
+    )
+
+
+def translate_folder(
+    arguments: argparse.Namespace, method: Method, origin: str, shape: tuple[int, ...], overlap: float | None = None
+) -> int:
     """Translate every sample; names and folder structure are kept, the suffix is that of --format, or .npy.
 
+    Args:
+        arguments: of ``add_folder_arguments``.
+        origin: the flag that names the method's model, with its value, for messages.
+        shape: of the model's samples.
+        overlap: of tiles; None for the default.
+
+    Returns:
+        The command's exit status.
+
     Raises:
-        InputError: no export, nothing to translate, an unreadable sample, or an output that cannot be written.
+        InputError: no such model, nothing to translate, an unreadable sample, or an output that cannot be written.
     """
     from tqdm import tqdm
 
     from .translation.processes import work_on
 
     devices = pick_devices(arguments.device, arguments.workers)
-    job, autoencoder = plan(arguments)
+    job, autoencoder = _plan(arguments, method, origin, shape, overlap)
     names = job.samples.names
     left = range(len(names))
     if arguments.skip_existing:
@@ -85,23 +117,23 @@ def run(arguments: argparse.Namespace) -> int:
             bar.update(done + len(unreadable))
 
         try:
-            work_on(job, devices, chunks, report, autoencoder)
+            said = work_on(job, devices, chunks, report, autoencoder)
         except KeyboardInterrupt:
             print(f"{arguments.output}: interrupted; the same command with --skip-existing goes on", file=sys.stderr)
             return EXIT_INTERRUPTED
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
-    notes = [f"{len(names) - len(left)} were there"] * (len(left) < len(names))
+    notes = [said] * bool(said)
+    notes += [f"{len(names) - len(left)} were there"] * (len(left) < len(names))
     notes += [f"{len(skipped)} unreadable ones skipped"] * bool(skipped)
     made = f"{len(left) - len(skipped)} {'images' if job.outputs.images else 'latents'}"
     print(f"{arguments.output}: {', '.join([made, *notes])}")
     return 0
 
 
-def plan(arguments: argparse.Namespace):
+def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tuple[int, ...], overlap: float | None):
     """(Job, its Autoencoder or None) of the command line; InputError where its parts do not fit."""
     from .data.images import default_workers
-    from .networks.exported import conditions, read_export_config
     from .translation.inputs import open_inputs
     from .translation.outputs import Outputs
     from .translation.sizes import make_size
@@ -109,25 +141,19 @@ def plan(arguments: argparse.Namespace):
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: must be at least 1")
-    config = read_export_config(arguments.model, "generator")
-    conditions(config, arguments.transport_weight, 1)  # names a λ that it does not take ahead of any work
-    shape = tuple(config.sample_shape)
     if len(shape) != 3:
-        raise InputError(f"--model {arguments.model}: is for points of shape {shape}, translate takes images")
+        raise InputError(f"{origin}: is for points of shape {shape}, images are translated here")
     autoencoder = _open_autoencoder(arguments.autoencoder, shape) if arguments.autoencoder else None
     image_shape = autoencoder.image_shape(shape) if autoencoder else shape
-    size = make_size(arguments.size, *image_shape[1:], arguments.overlap)
+    size = make_size(arguments.size, *image_shape[1:], overlap)
     samples = open_inputs(arguments.input, shape, image_shape, arguments.size, arguments.output)
     pictures = bool(autoencoder) or not samples.latents
     if arguments.format and not pictures:
         raise InputError(f"--format {arguments.format}: is for images, --input {arguments.input} holds latents")
     arrays = samples.latents or (autoencoder is not None and not size.blends)  # the latents of tiles are of no image
     outputs = Outputs(Path(arguments.output), (arguments.format or "png") if pictures else None, arrays)
-    flags = arguments.dtype, arguments.batch_size, arguments.skip_unreadable, default_workers()
-    job = Job(
-        arguments.model, arguments.autoencoder, samples, size, outputs, *flags, arguments.transport_weight
-    )  # fmt: skip
-    return job, autoencoder
+    flags = arguments.batch_size, arguments.skip_unreadable, default_workers()
+    return Job(method, arguments.autoencoder, samples, size, outputs, *flags), autoencoder
 
 
 def _open_autoencoder(folder: str, shape: tuple[int, int, int]):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from ..errors import InputError
 from ..options import Options
-from .options import METHODS, NEEDS_SOURCE_TEACHER, checked, parse_options
+from ..randomness import Philox
+from ..translate import add_folder_arguments, pick_device, translate_folder
+from ..translation.methods import Translate
+from . import Models, Translation, translate
+from .options import METHODS, NEEDS_SOURCE_TEACHER, BaselineOptions, checked, parse_options
 
 EPILOG = """examples:
   rdmd baseline sdedit --teacher runs/digits_teacher_3/export --input shards/digits/2/test --output out/sdedit \\
@@ -22,6 +26,10 @@ EPILOG = """examples:
       --input shards/digits/2/test --output out/egsde lambda_s=20
 
 docs/baselines.md tells what each method does. `rdmd figures --only tradeoff` sweeps all of them.
+"""
+FOLDERS = """--size crop and resize, and names, are as `rdmd translate --help` tells. Tiles are
+refused: noise is drawn for whole samples, and tiles of noises of their own would not meet.
+
 """
 SUMMARIES = {
     "sdedit": "noise the source and denoise it by the target teacher (arXiv 2108.01073)",
@@ -42,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--target", required=True, metavar="SHARDS", help="training images of the target domain")
     train.add_argument("--out", required=True, metavar="DIR", help="where config.json and energy.safetensors go")
     train.add_argument("--seed", type=int, default=0, help="of weights and all draws (0)")
-    _add_device_and_options(train, _training_options())
+    train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    _add_options(train, _training_options())
 
 
 def _subparser(methods, name: str, summary: str) -> argparse.ArgumentParser:
@@ -61,20 +70,17 @@ def _add_method(methods, method: str, summary: str) -> None:
         parser.add_argument(
             "--energy", metavar="DIR", help="folder of `rdmd baseline train-energy` (not needed for lambda_s=0)"
         )
-    parser.add_argument("--input", required=True, metavar="FOLDER", help="a folder of images or latents, or of shards")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where files of the same names go")
+    add_folder_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="key of the noise (0)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time (64)")
-    _add_device_and_options(parser, METHODS[method])
+    _add_options(parser, METHODS[method], FOLDERS)
 
 
-def _add_device_and_options(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+def _add_options(parser: argparse.ArgumentParser, kind: type[Options], notes: str = "") -> None:
     parser.add_argument("options", nargs="*", metavar="key=value", help="see below")
     from ..config import options_of
 
     lines = [f"  {key}={value}  {text}" for key, value, text in options_of(kind, "") if key != "method"]
-    parser.epilog = "\n".join(["options (key=default):", *lines])
+    parser.epilog = notes + "\n".join(["options (key=default):", *lines])
 
 
 def _training_options() -> type[Options]:
@@ -100,67 +106,59 @@ def run(arguments: argparse.Namespace) -> int:
 # -- translate ---------------------------------------------------------------------------------------------------------
 
 
-def _translate(arguments: argparse.Namespace, values: dict) -> int:
-    from tqdm import tqdm
+class Baseline(NamedTuple):
+    """One of ``METHODS`` as a ``translation.methods.Method``.
 
-    from ..randomness import Philox
-    from ..translate import pick_device
-    from ..translation.inputs import open_inputs
-    from ..translation.outputs import Outputs
-    from ..translation.sizes import make_size
-    from . import translate
-    from .energy import in_data_units
+    Attributes:
+        philox: key of all noise.
+        target, source: teachers, as ``load_denoiser`` takes them; the latter where the method needs it.
+        energy: folder of an energy network, or None.
+    """
 
-    if arguments.batch_size < 1:
-        raise InputError(f"--batch-size {arguments.batch_size}: must be at least 1")
-    options = parse_options({**values, "method": arguments.method})
-    device, philox = pick_device(arguments.device), Philox(arguments.seed)
-    models = _load_models(arguments, device)
-    shape = tuple(models.target.config.sample_shape)
-    if len(shape) != 3:
-        raise InputError(f"--teacher {arguments.teacher}: is for points of shape {shape}, images are translated here")
-    samples = open_inputs(arguments.input, shape, shape, output=arguments.output)
-    outputs = Outputs(Path(arguments.output), None if samples.latents else "png", samples.latents)
-    crop = make_size("crop", *shape[1:])
-    with tqdm(total=len(samples.names), unit="img", disable=None) as bar:
-        for numbers in torch.arange(len(samples.names)).split(arguments.batch_size):
-            read = [samples.read(number) for number in numbers.tolist()]
-            x = np.stack([each if samples.latents else crop.split(each)[0] for each in read])
-            x = torch.from_numpy(x).to(device)
-            x = in_data_units(x if samples.latents else x.permute(0, 3, 1, 2))
-            translation = translate(options, models, x, philox, numbers)
-            if not translation.outputs.isfinite().all():  # a picture would hide it
-                raise InputError(f"{options.method}: gives outputs that are not finite at these options")
-            _write(outputs, [samples.names[number] for number in numbers.tolist()], translation.outputs)
-            bar.update(len(numbers))
-    kind = "latents" if samples.latents else "images"
+    options: BaselineOptions
+    philox: Philox
+    target: str
+    source: str | None
+    energy: str | None
+
+    def load(self, device: torch.device) -> Translate:
+        from ..networks.exported import load_denoiser
+        from .energy import load_energy
+
+        source, energy = self.source and load_denoiser(self.source), self.energy and load_energy(self.energy)
+        networks = load_denoiser(self.target), source, energy
+        models = Models(*(network and network.to(device) for network in networks))
+
+        def translate_batch(x: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, str]:
+            translation = translate(self.options, models, x, self.philox, numbers)
+            return translation.outputs, cost(translation)
+
+        return translate_batch
+
+    def not_finite(self, name: str) -> str:
+        return f"{self.options.method}: the translation of {name} is not finite at these options, choose others"
+
+
+def cost(translation: Translation) -> str:
+    """What a sample took, in words."""
     energy = translation.energy_evaluations
-    print(
-        f"{arguments.output}: {len(samples.names)} {kind}, {translation.evaluations:g} network evaluations each"
-        + (f" and {energy:g} of the energy network" if energy else "")
+    return f"{translation.evaluations:g} network evaluations each" + (
+        f" and {energy:g} of the energy network" if energy else ""
     )
-    return 0
 
 
-def _write(outputs, names: list[str], translated: torch.Tensor) -> None:
-    from ..drawing import to_uint8
+def _translate(arguments: argparse.Namespace, values: dict) -> int:
+    from ..networks.teachers import read_teacher_config
 
-    if outputs.arrays:
-        for name, array in zip(names, translated.cpu().numpy(), strict=True):
-            outputs.write(name, array, None)
-        return
-    for name, image in zip(names, to_uint8(translated).permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-        outputs.write(name, None, image)
-
-
-def _load_models(arguments: argparse.Namespace, device: torch.device):
-    from ..networks.exported import load_denoiser
-    from . import Models
-    from .energy import load_energy
-
-    source, energy = getattr(arguments, "source_teacher", None), getattr(arguments, "energy", None)
-    models = load_denoiser(arguments.teacher), source and load_denoiser(source), energy and load_energy(energy)
-    return Models(*(model and model.to(device) for model in models))
+    if arguments.size == "tiles":
+        raise InputError(
+            "--size tiles: is for `rdmd translate`, baselines draw their noise for whole samples; use crop or resize"
+        )
+    options = parse_options({**values, "method": arguments.method})
+    models = arguments.teacher, getattr(arguments, "source_teacher", None), getattr(arguments, "energy", None)
+    method = Baseline(options, Philox(arguments.seed), *models)
+    shape = tuple(read_teacher_config(arguments.teacher).sample_shape)
+    return translate_folder(arguments, method, f"--teacher {arguments.teacher}", shape)
 
 
 # -- train -------------------------------------------------------------------------------------------------------------
@@ -170,7 +168,6 @@ def _train(arguments: argparse.Namespace, values: dict) -> int:
     from tqdm import tqdm
 
     from ..networks.exported import write_export
-    from ..translate import pick_device
     from .energy import load_energy, train_on_shards
 
     options = checked(_training_options(), values, "train-energy")

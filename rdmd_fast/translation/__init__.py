@@ -1,1 +1,1 @@
-"""What ``rdmd translate`` is made of: samples in, sizes, the generator's pass, files out, processes."""
+"""What ``rdmd translate`` and ``rdmd baseline`` are made of: samples in, sizes, methods, files out, processes."""

@@ -1,4 +1,4 @@
-"""What `rdmd translate` reads: image files, .npy latents or shards, by number and in one fixed order."""
+"""What `rdmd translate` and `rdmd baseline` read: images, .npy latents or shards, by number and in one fixed order."""
 
 from __future__ import annotations
 

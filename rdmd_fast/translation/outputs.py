@@ -1,4 +1,4 @@
-"""What `rdmd translate` writes: an image file or a .npy array a sample, each there whole or not at all."""
+"""What `rdmd translate` and `rdmd baseline` write: an image file or a .npy array a sample, whole or not at all."""
 
 from __future__ import annotations
 

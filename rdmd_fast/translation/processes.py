@@ -24,22 +24,22 @@ def work_on(
     chunks: Sequence[Sequence[int]],
     report: Callable[[int, list[str]], None],
     autoencoder=None,
-) -> None:
+) -> str:
     """``work`` on every device of ``devices`` at once; with one of them, or one chunk, in this process.
 
-    The first error of one ends all.
+    The first error of one ends all. Returns what ``work`` does, of a process that translated something.
     """
     devices = devices[: len(chunks)]
     if not chunks:
-        return
+        return ""
     if len(devices) == 1:
-        work(job, devices[0], chunks, report, autoencoder)
-        return
+        return work(job, devices[0], chunks, report, autoencoder)
     # Forks of a process that has done nothing but import: neither CUDA nor OpenMP survives a fork once they are used.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["rdmd_fast.translation.work", "rdmd_fast.networks.exported"])
     job = job._replace(threads=max(1, job.threads // len(devices)))
     workers: dict[Connection, tuple[multiprocessing.Process, str]] = {}
+    note = ""
     try:
         for number, device in enumerate(devices):
             receiver, sender = context.Pipe(duplex=False)
@@ -58,9 +58,13 @@ def work_on(
                     continue
                 if isinstance(message, InputError):
                     raise message
-                report(*message)
+                if isinstance(message, str):
+                    note = message or note
+                else:
+                    report(*message)
     finally:
         _end([process for process, _ in workers.values()])
+    return note
 
 
 def _check_end(process: multiprocessing.Process, device: str) -> None:
@@ -86,14 +90,14 @@ def _end(processes: list[multiprocessing.Process]) -> None:
 
 
 def _main(job: Job, device: str, count: int, chunks: Sequence[Sequence[int]], sender: Connection) -> None:
-    """One process: sends the arguments of ``report``, or an InputError."""
+    """One process: sends the arguments of ``report``, at the end what ``work`` returns, or an InputError."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that files that are half written are removed
     if device == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // count))
     try:
         try:
-            work(job, device, chunks, lambda *message: sender.send(message))
+            sender.send(work(job, device, chunks, lambda *message: sender.send(message)))
         finally:  # No file is half written now, and exceptions in callbacks of what is freed would only be printed.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
     except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""One device's share of a translation: files are read ahead and written behind while the generator computes."""
+"""One device's share of a translation: files are read ahead and written behind while the networks compute."""
 
 from __future__ import annotations
 
@@ -14,39 +14,34 @@ import torch
 from rdmd_fast.errors import InputError
 
 from .inputs import Samples, Unreadable
+from .methods import Method
 from .outputs import Outputs
 from .sizes import Crop, Resize, Tiles
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Job(NamedTuple):
     """What to translate, and how. Small: it is sent to other processes.
 
     Attributes:
-        model: folder of a generator's export.
+        method: what translates a batch.
         autoencoder: folder of a diffusers AutoencoderKL, or None.
-        dtype: of the generator, a key of ``DTYPES``.
         batch_size: most images, tiles or latents at a time.
         skip_unreadable: go on after a sample that cannot be read.
         threads: that read, and as many that write.
-        transport_weight: λ for a generator of a range of them, None for its middle.
     """
 
-    model: str
+    method: Method
     autoencoder: str | None
     samples: Samples
     size: Crop | Resize | Tiles
     outputs: Outputs
-    dtype: str = "fp32"
     batch_size: int = 64
     skip_unreadable: bool = False
     threads: int = 1
-    transport_weight: float | None = None
 
 
 class Sample(NamedTuple):
-    """A sample as the generator takes it: uint8 [h, w, 3] of an image of that size one by one, or float32 [C, H, W]."""
+    """A sample as the networks take it: uint8 [h, w, 3] of an image of that size one by one, or float32 [C, H, W]."""
 
     pieces: Iterable[np.ndarray]
     height: int = 0
@@ -54,57 +49,57 @@ class Sample(NamedTuple):
 
 
 class Translator:
-    """Generator, and autoencoder if any, on a device."""
+    """A job's method, and autoencoder if any, on a device.
+
+    Attributes:
+        note: what the method says of the last batch.
+    """
 
     def __init__(self, job: Job, device: torch.device, autoencoder=None):
-        from rdmd_fast.networks.exported import load_generator
-
-        self.job, self.device = job, device
-        self.generator = load_generator(job.model).to(device=device, dtype=DTYPES[job.dtype])
+        self.job, self.device, self.note = job, device, ""
+        self.method = job.method.load(device)
         if autoencoder is None and job.autoencoder:
             from rdmd_fast.latents import Autoencoder
 
             autoencoder = Autoencoder(job.autoencoder)
         self.autoencoder = autoencoder.to(device) if autoencoder else None
 
-    def __call__(self, pieces: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def __call__(self, pieces: np.ndarray, numbers: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray | None]:
         """What ``Outputs`` asks for of n pieces (see ``Sample``): float32 [n, C, H, W], and levels [n, h, w, 3].
 
         Args:
-            names: of the samples that they are of, n.
+            numbers: of the samples that they are of, n.
 
         Raises:
             InputError: a translation that is not finite, or too little memory.
         """
         try:
-            return self._finish(self.translate(pieces), names)
+            return self._finish(self.translate(pieces, numbers), numbers)
         except torch.OutOfMemoryError:
             raise InputError(
                 f"--batch-size {self.job.batch_size}: does not fit the memory of {self.device}, lower it"
             ) from None
 
-    def _finish(self, translated: torch.Tensor, names: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def _finish(self, translated: torch.Tensor, numbers: Sequence[int]) -> tuple[np.ndarray | None, np.ndarray | None]:
         outputs = self.job.outputs
-        self._check_finite(translated, names)
+        self._check_finite(translated, numbers)
         arrays = translated.cpu().numpy() if outputs.arrays else None
         if not outputs.images:
             return arrays, None
         images = translated
         if self.autoencoder:
             images = self.autoencoder.decode(translated)
-            self._check_finite(images, names)
+            self._check_finite(images, numbers)
         return arrays, _levels(images, self.job.size.blends).permute(0, 2, 3, 1).cpu().numpy()
 
-    def _check_finite(self, batch: torch.Tensor, names: Sequence[str]) -> None:
+    def _check_finite(self, batch: torch.Tensor, numbers: Sequence[int]) -> None:
         finite = batch.isfinite().flatten(1).all(1)
         if not finite.all():
-            name = names[int(finite.logical_not().nonzero()[0])]
-            others = {"fp16": "bf16 or fp32", "bf16": "fp32"}.get(self.job.dtype)
-            remedy = f"lower precision may overflow: --dtype {others}" if others else "take the sample out"
-            raise InputError(f"--model {self.job.model}: the translation of {name} is not finite; {remedy}")
+            number = numbers[int(finite.logical_not().nonzero()[0])]
+            raise InputError(self.job.method.not_finite(self.job.samples.names[number]))
 
     @torch.no_grad()
-    def translate(self, pieces: np.ndarray) -> torch.Tensor:
+    def translate(self, pieces: np.ndarray, numbers: Sequence[int]) -> torch.Tensor:
         """uint8 images [N, H, W, C] or float32 latents [N, C, H, W] in; float32 [N, C, H, W] out, in data units."""
         from rdmd_fast.kernels.image_normalize import image_normalize
 
@@ -112,7 +107,8 @@ class Translator:
         if pieces.dtype == np.uint8:
             x = image_normalize(x.permute(0, 3, 1, 2), torch.float32)
             x = self.autoencoder.encode(x) if self.autoencoder else x
-        return self.generator(x, self.job.transport_weight)
+        translated, self.note = self.method(x, torch.tensor(numbers))
+        return translated
 
 
 def _levels(images: torch.Tensor, exact: bool) -> torch.Tensor:
@@ -130,15 +126,18 @@ def work(
     chunks: Sequence[Sequence[int]],
     report: Callable[[int, list[str]], None],
     autoencoder=None,
-) -> None:
+) -> str:
     """Translate chunks of samples (numbers) and write them.
 
-    Samples of a chunk go through the generator together, so what is computed does not depend on the other chunks. At
+    Samples of a chunk go through the networks together, so what is computed does not depend on the other chunks. At
     most three chunks' samples are read ahead, and as many wait to be written.
 
     Args:
         report: is told how many samples more are written, and which ones could not be read (a line each).
         autoencoder: of ``job``, if it is loaded already.
+
+    Returns:
+        What the method says of its last batch, "" if there was none.
 
     Raises:
         InputError: no such model, an unreadable sample (unless skipped), or an output that cannot be written.
@@ -168,28 +167,30 @@ def work(
     finally:
         stream.close()
         writers.shutdown(cancel_futures=True)
+    return translator.note
 
 
 def _translate_chunk(
     job: Job, translator: Translator, writers: ThreadPoolExecutor, read: list[tuple[int, Sample]]
 ) -> Iterator[Future]:
     """Start the writing of each sample."""
-    names = [job.samples.names[index] for index, _ in read]
+    names = job.samples.names
     if job.size.blends:
-        for name, (_, sample) in zip(names, read, strict=True):
-            yield writers.submit(job.outputs.write, name, None, _blend(job, translator, name, sample))
+        for index, sample in read:
+            yield writers.submit(job.outputs.write, names[index], None, _blend(job, translator, index, sample))
         return
-    arrays, levels = translator(np.stack([piece for _, sample in read for piece in sample.pieces]), names)
-    for number, (name, (_, sample)) in enumerate(zip(names, read, strict=True)):
-        array, level = (None if each is None else each[number : number + 1] for each in (arrays, levels))
-        yield writers.submit(_write, job, name, sample, array, level)
+    pieces = np.stack([piece for _, sample in read for piece in sample.pieces])
+    arrays, levels = translator(pieces, [index for index, _ in read])
+    for place, (index, sample) in enumerate(read):
+        array, level = (None if each is None else each[place : place + 1] for each in (arrays, levels))
+        yield writers.submit(_write, job, names[index], sample, array, level)
 
 
-def _blend(job: Job, translator: Translator, name: str, sample: Sample) -> np.ndarray:
+def _blend(job: Job, translator: Translator, index: int, sample: Sample) -> np.ndarray:
     """The image that translated tiles make; a batch of them is held at a time."""
     tiles = iter(sample.pieces)
     batches = iter(lambda: list(itertools.islice(tiles, job.batch_size)), [])
-    translated = (tile for batch in batches for tile in translator(np.stack(batch), [name] * len(batch))[1])
+    translated = (tile for batch in batches for tile in translator(np.stack(batch), [index] * len(batch))[1])
     return job.size.join(translated, sample.height, sample.width)
 
 

@@ -232,6 +232,98 @@ def test_command_writes_what_the_library_returns_under_the_same_names(folder, tm
     assert f"7 images, {expected.evaluations:g} network evaluations each" in capsys.readouterr().out
 
 
+def pixels_of(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def files_of(output):
+    return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def library(folder, x, numbers, seed=0, **values):
+    """Outputs of ``translate`` for images in [-1, 1], in the batch that they are given in."""
+    models = Models(load_denoiser(folder / "target"))
+    return translate(parse_options(values), models, x, Philox(seed), torch.tensor(numbers)).outputs
+
+
+def test_skipped_samples_leave_the_others_their_noise(folder, tmp_path, capsys):
+    arguments = ["--output", tmp_path, "--batch-size", 3, "steps=3"]  # 2 and 5 are of two batches, then of one
+    assert command(folder, "sdedit", *arguments) == 0
+    first, pixels = files_of(tmp_path), [pixels_of(tmp_path / f"sub/{number}.png") for number in range(7)]
+    (tmp_path / "sub/2.png").unlink()
+    (tmp_path / "sub/5.png").write_bytes(first["sub/5.png"][:-3])
+    written = (tmp_path / "sub/6.png").stat().st_mtime_ns
+    capsys.readouterr()
+    assert command(folder, "sdedit", *arguments, "--skip-existing") == 0
+    assert "2 images, 3 network evaluations each, 5 were there" in capsys.readouterr().out
+    for number in range(7):
+        np.testing.assert_allclose(pixels_of(tmp_path / f"sub/{number}.png"), pixels[number].astype(int), atol=1)
+    assert (tmp_path / "sub/6.png").stat().st_mtime_ns == written
+
+
+def test_two_processes_write_what_one_writes(folder, tmp_path, capfd):
+    settings = ["--batch-size", 3, "--seed", 2, "steps=2", "factor=2", "lambda_s=5"]
+    said = []
+    for workers in (1, 2):
+        assert command(folder, "egsde", "--output", tmp_path / str(workers), "--workers", workers, *settings) == 0
+        said.append(capfd.readouterr().out.partition(": ")[2])
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+    assert len(files_of(tmp_path / "1")) == 7
+    assert said == ["7 images, 2 network evaluations each and 4 of the energy network\n"] * 2
+
+
+def test_resized_images_come_back_at_their_own_size_under_names_of_their_own(folder, tmp_path):
+    photos = {
+        name: np.random.default_rng(number).integers(0, 256, (8 + number, 20, 3), dtype=np.uint8)
+        for number, name in enumerate(("a.bmp", "a.png", "deep/b.c.png"))
+    }
+    for name, photo in photos.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo).save(tmp_path / "in" / name)
+    flags = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--size", "resize", "steps=2"]
+    assert command(folder, "sdedit", *flags) == 0
+    small = [Image.fromarray(photo).resize((4, 4), Image.Resampling.LANCZOS) for photo in photos.values()]
+    x = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2) / 127.5 - 1
+    outputs = to_uint8(library(folder, x, [0, 1, 2], method="sdedit", steps=2)).permute(0, 2, 3, 1).numpy()
+    assert sorted(files_of(tmp_path / "out")) == ["a_bmp.png", "a_png.png", "deep/b.c.png"]
+    for name, output, photo in zip(sorted(files_of(tmp_path / "out")), outputs, photos.values(), strict=True):
+        expected = Image.fromarray(output).resize(photo.shape[1::-1], Image.Resampling.LANCZOS)
+        np.testing.assert_allclose(pixels_of(tmp_path / "out" / name), np.asarray(expected).astype(int), atol=2)
+
+
+class Halving(torch.nn.Module):
+    """In the place of an autoencoder: means of 2×2 pixels, and each value as 2×2 of them."""
+
+    channels, factor = 3, 2
+
+    def __init__(self, folder):
+        super().__init__()
+
+    def image_shape(self, shape):
+        return shape[0], 2 * shape[1], 2 * shape[2]
+
+    def encode(self, images):
+        return torch.nn.functional.avg_pool2d(images, 2)
+
+    def decode(self, latents):
+        return latents.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def test_autoencoder_stands_before_and_after(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("rdmd_fast.latents.Autoencoder", Halving)
+    photo = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(photo).save(tmp_path / "in/a.png")
+    flags = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--autoencoder", "ae", "steps=2"]
+    assert command(folder, "sdedit", *flags) == 0
+    x = torch.from_numpy(photo).permute(2, 0, 1).reshape(1, 3, 4, 2, 4, 2).float().mean((3, 5)) / 127.5 - 1
+    expected = library(folder, x, [0], method="sdedit", steps=2)[0]
+    np.testing.assert_allclose(np.load(tmp_path / "out/a.npy"), expected, rtol=0, atol=1e-4)
+    levels = ((expected.permute(1, 2, 0) + 1) * 127.5).clamp(0, 255).numpy()
+    np.testing.assert_allclose(pixels_of(tmp_path / "out/a.png")[::2, 1::2], levels, atol=0.6)
+
+
 def test_train_energy_writes_a_network_that_egsde_takes(folder, tmp_path, capsys):
     out = tmp_path / "energy"
     domains = ["--source", f"{folder}/shards_a", "--target", f"{folder}/shards_b", "--out", str(out), "--device", "cpu"]
@@ -252,6 +344,10 @@ def test_train_energy_writes_a_network_that_egsde_takes(folder, tmp_path, capsys
         ("ddib", ["--source-teacher", "nowhere"], "teacher nowhere: not there"),
         ("egsde", ["--energy", "nowhere"], "nowhere: no energy network there"),
         ("sdedit", ["--input", "nowhere"], "nowhere"),
+        ("ddib", ["--size", "tiles"], "--size tiles: is for `rdmd translate`"),
+        ("sdedit", ["--seed", "-1"], "seed -1 is outside"),
+        ("sdedit", ["--workers", "0"], "--workers 0: must be at least 1"),
+        ("egsde", ["lambda_i=1000000000", "factor=2"], "egsde: the translation of sub/0 is not finite"),
     ],
 )
 def test_command_says_what_is_wrong(folder, tmp_path, capsys, method, arguments, said):

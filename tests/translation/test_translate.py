@@ -93,12 +93,13 @@ def test_tiles_of_an_image_are_by_themselves_and_few_images_wait(models, photos,
     batches, made, written, lock, most = [], set(), set(), threading.Lock(), []
     call, write = Translator.__call__, Outputs.write
 
-    def counted_call(self, pieces, names):
-        batches.append((len(pieces), set(names)))
+    def counted_call(self, pieces, numbers):
+        names = {self.job.samples.names[number] for number in numbers}
+        batches.append((len(pieces), names))
         with lock:
             made.update(names)
             most.append(len(made - written))
-        return call(self, pieces, names)
+        return call(self, pieces, numbers)
 
     def slow_write(self, name, *arrays):
         time.sleep(0.05)  # slower than the network
