@@ -405,7 +405,7 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
         for side, run in (("ours", ours), ("plain", plain)):
             counts[side]["bytes_outside_matmuls"] = network_traffic(run.iteration, MATMULS)
     entry = {
-        "case": case, "device": torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine(),
+        "case": case, "device": torch.cuda.get_device_name() if CUDA else processor(),
         "dtype": dtype, "batch": batch, "stage": arguments.stage, "compile": arguments.compile,
         "torch": torch.__version__, "threads": torch.get_num_threads(), "losses": losses,
     }  # fmt: skip
@@ -428,6 +428,15 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
     entry["phases"] = parts
     ours.experiment.close()
     return entry, plain_fp32
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def phases(ours: Ours, iterations: int = 3) -> dict[str, float]:
