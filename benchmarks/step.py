@@ -487,7 +487,7 @@ def draw(entries: list[dict], path: Path) -> None:
     labels = [f"{entry['case']} {entry['dtype']}" for entry in entries]
     for name in names:
         widths = [entry["phases"].get(name, 0.0) / sum(entry["phases"].values()) for entry in entries]
-        axis.barh(labels, widths, left=lefts, label=name)
+        axis.barh(labels, widths, left=lefts, label=name, color="lightgrey" if name == "other" else None)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
     axis.set(xlim=(0, 1), xlabel="share of an iteration")
     axis.legend(ncols=4, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -315,8 +315,8 @@ class ForwardProcess:
     The draws are a pure function of (seed, streams, position): rank, micro-batch and block leave no trace.
     """
 
-    # A block's normals: half a megabyte, and toys draw for hundreds of iterations at once; more would delay the first.
-    BLOCK_ELEMENTS, BLOCK_ITERATIONS = 2**17, 512
+    # An eighth of a megabyte of normals, some 32 iterations of a toy; drawing takes thirty times that for a moment.
+    BLOCK_ELEMENTS, BLOCK_ITERATIONS = 2**15, 512
 
     def __init__(
         self,
