@@ -17,7 +17,6 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from rdmd_fast.config import load_config
@@ -27,7 +26,7 @@ from rdmd_fast.planning.activations import Activations, activations
 from rdmd_fast.planning.networks import PlannedNetwork, PlannedNetworks
 from rdmd_fast.planning.states import ModelStates, ZeroSettings, model_states
 
-from .step import ROOT, packed_images, write_teacher
+from .step import ROOT, distillation
 
 GIB = 2**30
 HOST = {"device": "cpu"}
@@ -101,20 +100,6 @@ def measure(key: str, layout: dict, dtype: str, checkpointing: bool) -> int:
     return int(done.stdout.split()[-1])
 
 
-def samples(shape: tuple[int, int, int], folder: Path) -> Path:
-    """Shards of random images, or of latents where there are not three channels."""
-    if shape[0] == 3:
-        return packed_images(shape[-1], folder)
-    from rdmd_fast.data.writer import ShardWriter
-
-    random = np.random.default_rng(0)
-    with ShardWriter(folder / "shards", {}, "benchmarks.memory", 64) as writer:
-        for number in range(64):
-            writer.write(f"{number:03d}", random.standard_normal(shape, dtype=np.float32))
-        writer.commit()
-    return folder / "shards"
-
-
 def run(case: Case, layout: dict, dtype: str, checkpointing: bool) -> int:
     """What ``measure`` starts."""
     from rdmd_fast.distributed import join_world
@@ -122,18 +107,13 @@ def run(case: Case, layout: dict, dtype: str, checkpointing: bool) -> int:
     from rdmd_fast.planning.timing import time_iterations
 
     with tempfile.TemporaryDirectory(prefix="rdmd-memory-") as name:
-        folder = Path(name)
-        write_teacher(folder / "teacher", case.options, case.shape, build_network(case.options, case.shape))
-        (folder / "config.yaml").write_text("stage: rdmd\n")
-        config = load_config(
-            str(folder / "config.yaml"),
-            [
-                f"run_dir={folder}/run", f"data.source={samples(case.shape, folder)}",
-                f"teacher={folder}/teacher", f"train.dtype={dtype}", f"train.global_batch_size={case.micro_batch}",
-                f"train.activation_checkpointing={str(checkpointing).lower()}", "train.steps=1000",
-                f"deepspeed.zero_optimization={json.dumps(layout)}",
-            ],
-        )  # fmt: skip
+        overrides = [
+            f"run_dir={name}/run", f"train.dtype={dtype}", f"train.global_batch_size={case.micro_batch}",
+            f"train.activation_checkpointing={str(checkpointing).lower()}", "train.steps=1000",
+            f"deepspeed.zero_optimization={json.dumps(layout)}",
+        ]  # fmt: skip
+        network = build_network(case.options, case.shape)
+        config = distillation(Path(name), case.options, case.shape, network, overrides)
         return time_iterations(config, join_world(), 3).peak_bytes or 0
 
 

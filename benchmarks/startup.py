@@ -13,7 +13,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ import torch
 from rdmd_fast import cli
 
 from .communication import prepare_digits
-from .step import ROOT
+from .step import ROOT, processor
 
 BIN = Path(sys.executable).parent
 TRAIN = [str(ROOT / "rdmd_fast/train.py"), "--config", str(ROOT / "configs/digits/rdmd_2to3.yaml")]
@@ -107,7 +106,7 @@ def main() -> int:
                 run_dir = folder / f"{launcher}{number}"
                 times[launcher].append(to_first_iteration(LAUNCHERS[launcher], overrides, run_dir))
     cores = len(os.sched_getaffinity(0))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} cores, {platform.machine()}"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores} cores, {processor()}"
     print(f"command to first iteration of configs/digits/rdmd_2to3.yaml, {device}, torch {torch.__version__}")
     for side, column in times.items():
         warm = sorted(column[1:])

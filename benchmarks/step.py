@@ -107,12 +107,33 @@ def run_config(case: str, dtype: str, arguments, folder: Path, more: Sequence[st
     if case == "toy":
         toy = ROOT / "configs/toy/gaussian_to_8gaussians.yaml"
         return load_config(str(toy), [*common, "rdmd.fake_updates=1", "rdmd.fake_warmup=0"])
-    size, source, teacher = SIZES[case], packed_images(SIZES[case], folder), folder / "teacher"
+    shape = 3, SIZES[case], SIZES[case]
+    common += ["rdmd.fake_updates=1", "rdmd.transport_weight=0.1"]
     # Random weights, with all branches alive.
-    write_teacher(teacher, network_options(case), (3, size, size), build(case))
+    return distillation(folder, network_options(case), shape, build(case), common)
+
+
+def distillation(folder: Path, options, shape: tuple[int, int, int], network: torch.nn.Module, overrides: list[str]):
+    """Configuration of a distillation of ``network``, on random samples that are packed below ``folder``."""
+    from rdmd_fast.config import load_config
+
+    source = packed_images(shape[-1], folder) if shape[0] == 3 else packed_latents(shape, folder)
+    write_teacher(folder / "teacher", options, shape, network)
     (folder / "config.yaml").write_text("stage: rdmd\n")
-    overrides = [f"data.source={source}", f"teacher={teacher}", "rdmd.fake_updates=1", "rdmd.transport_weight=0.1"]
-    return load_config(str(folder / "config.yaml"), [*common, *overrides])
+    data = [f"data.source={source}", f"teacher={folder}/teacher"]
+    return load_config(str(folder / "config.yaml"), [*overrides, *data])
+
+
+def packed_latents(shape: tuple[int, int, int], folder: Path) -> Path:
+    """Random latents as shards."""
+    from rdmd_fast.data.writer import ShardWriter
+
+    random = np.random.default_rng(0)
+    with ShardWriter(folder / "shards", {}, "benchmarks", IMAGES) as writer:
+        for number in range(IMAGES):
+            writer.write(f"{number:03d}", random.standard_normal(shape, dtype=np.float32))
+        writer.commit()
+    return folder / "shards"
 
 
 def packed_images(size: int, folder: Path) -> Path:

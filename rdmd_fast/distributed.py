@@ -312,14 +312,12 @@ def initialize_engine(
         network.checkpointing = True
     _compile(network, train)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    cast_by_deepspeed = train.dtype != "fp32" and not _has_master_adam(train, section)
-    exact = {name: p.detach().cpu().flatten() for name, p in network.named_parameters()} if cast_by_deepspeed else {}
     config = _deepspeed_config(section, layout, train.dtype)
     config["zero_optimization"] = {
         **config.get("zero_optimization", {}),
         "reduce_bucket_size": reduce_bucket_size(section, sum(parameter.numel() for parameter in parameters)),
     }
-    adam_of = partial(_fused_adam, optimizer)
+    adam_of, exact = partial(_fused_adam, optimizer), {}
     if _has_master_adam(train, section):
         master_adam = MasterAdam(parameters, adam_of)
         adam, given = master_adam.optimizer, lambda _: master_adam
@@ -327,6 +325,8 @@ def initialize_engine(
         config = {"communication_data_type": "bf16", **config, "bf16": {"enabled": False}}
     else:
         adam = given = adam_of(parameters)
+        if train.dtype != "fp32":
+            exact = {name: parameter.detach().cpu().flatten() for name, parameter in network.named_parameters()}
     engine = _initialize(model=network, optimizer=given, model_parameters=parameters, config=config)
     _clear_padding(engine)
     if layout.world_size == 1 and not zero_stage(section):

@@ -26,12 +26,11 @@ class MasterAdam:
         self,
         parameters: Iterable[torch.nn.Parameter],
         adam_of: Callable[[list[torch.Tensor]], torch.optim.Optimizer],
-        dtype: torch.dtype = torch.bfloat16,
     ):
         parameters = list(parameters)
         masters = [parameter.detach().clone().requires_grad_() for parameter in parameters]
         for parameter in parameters:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.bfloat16()
         self.fp16_groups, self.fp32_groups = [parameters], [masters]
         self.optimizer = adam_of(masters)
 

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import signal
@@ -113,3 +114,20 @@ def small_disk(tmp_path):
     yield resize
     if os.path.ismount(disk):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture
+def step_run(tmp_path):
+    """Builds runs of a case of benchmarks.step, batch 8; closes them."""
+    from benchmarks.step import Ours, run_config
+
+    runs = []
+
+    def build(case, dtype, *overrides, stage=0):
+        arguments = argparse.Namespace(case=case, batch=8, stage=stage, compile=None)
+        runs.append(Ours(run_config(case, dtype, arguments, tmp_path, overrides), arguments))
+        return runs[-1]
+
+    yield build
+    for run in runs:
+        run.experiment.close()

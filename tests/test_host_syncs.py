@@ -1,6 +1,5 @@
 """Between lines of metrics nothing of ours waits for the device; DeepSpeed's own waits are counted beside."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is no part of the package
 
 from benchmarks.host_syncs import HostSyncs
-from benchmarks.step import Ours, count_host, run_config
+from benchmarks.step import count_host
 
 
 @pytest.mark.parametrize(
@@ -54,26 +53,12 @@ def test_who_waits_is_told():
     assert any("test_host_syncs.py" in place for place in syncs.places)
 
 
-@pytest.fixture
-def run_of(tmp_path):
-    runs = []
-
-    def build(stage, dtype="fp32", *overrides):
-        arguments = argparse.Namespace(case="toy", batch=8, stage=stage, compile=None)
-        runs.append(Ours(run_config("toy", dtype, arguments, tmp_path, overrides), arguments))
-        return runs[-1]
-
-    yield build
-    for run in runs:
-        run.experiment.close()
-
-
 @pytest.mark.parametrize("clip", [0, 1])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_an_iteration_waits_nowhere_of_ours(run_of, stage, dtype, clip):
+def test_an_iteration_waits_nowhere_of_ours(step_run, stage, dtype, clip):
     clips = [f"rdmd.{engine}_optimizer.grad_clip={clip}" for engine in ("generator", "fake")]
-    run = run_of(stage, dtype, *clips)
+    run = step_run("toy", dtype, *clips, stage=stage)
     run.iteration()  # what is made once is made
     counted = count_host(run)
     assert "ours" not in counted["host_syncs_of"], counted["places"]
@@ -83,8 +68,8 @@ def test_an_iteration_waits_nowhere_of_ours(run_of, stage, dtype, clip):
     assert counted["host_syncs_of"] == expected, counted["places"]
 
 
-def test_a_wait_that_is_added_to_the_stage_is_found(run_of):
-    run = run_of(0)
+def test_a_wait_that_is_added_to_the_stage_is_found(step_run):
+    run = step_run("toy", "fp32")
     backward = run.stage._backward
 
     def waiting(engine, output, gradient, *losses):
