@@ -240,7 +240,7 @@ class Plain:
 
 
 def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, float]]:
-    """Losses of the coming iteration on ours's sources, noise levels and noise: (ours, plain) of each.
+    """Losses of the coming iteration and gradient norms on ours's sources, noise levels and noise: (ours, plain).
 
     Raises:
         RuntimeError: they differ, and times would be of different things.
@@ -261,6 +261,9 @@ def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, 
     pairs = {name: (mine[name], plain.rdmd.logged[name]) for name in ("score_gradient_square", "transport_cost")}
     # Ours reports ‖F - F*‖², which is that loss.
     pairs["fake_loss"] = (mine["fake_loss"], plain.rdmd.logged["fake_loss"])
+    for name, engine in ours.state.engines.items():
+        norm = "generator_norm" if name == "generator" else "fake_norm"
+        pairs[norm] = (float(engine.guard.norm), plain.rdmd.logged[norm])
     for name, (a, b) in pairs.items():
         if not abs(a - b) <= TOLERANCE[dtype] * abs(b):
             raise RuntimeError(f"{name}: ours {a:.6g}, plain {b:.6g}: the two do not compute the same")

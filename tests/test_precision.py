@@ -151,11 +151,13 @@ def test_sections_that_deepspeed_refuses_are_one_line(world):
 # -- one engine --------------------------------------------------------------------------------------------------------
 
 
-def linear_engine(dtype, stage, lr=0.25):
+def linear_engine(dtype, stage, lr=0.25, grad_clip=0.0):
     torch.manual_seed(0)
     network = torch.nn.Linear(8, 8)
     layout, section = BatchLayout(4, 4, 1, 0, 1), {"zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET}}
-    return initialize_engine(network, OptimizerOptions(lr=lr), layout, TrainOptions(dtype=dtype), section)
+    return initialize_engine(
+        network, OptimizerOptions(lr=lr, grad_clip=grad_clip), layout, TrainOptions(dtype=dtype), section
+    )
 
 
 def update(engine, gradient):
@@ -187,6 +189,29 @@ def test_masters_are_fp32_and_adam_takes_its_first_step(world, dtype, stage):
     averaged = ema.gather()
     for name, change in expected.items():
         torch.testing.assert_close(before[name] - averaged[name], 0.5e-5 * change, rtol=4e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_gradients_beyond_the_limit_are_cut(world, dtype, stage):
+    """A small gradient, then one five times as large: without a limit, or with the small one cut too, Adam goes farther
+    in other proportions, by 0.05 and more."""
+    sizes, limit = (0.01, 0.05), 0.5  # norms of 0.34 and 1.7
+    engine = linear_engine(dtype, stage, grad_clip=limit)
+    torch.manual_seed(0)
+    exact = torch.nn.Linear(8, 8).double()
+    adam = torch.optim.Adam(exact.parameters(), lr=0.25)
+    for size in sizes:
+        output = engine(torch.ones(4, 8, dtype=next(engine.module.parameters()).dtype))
+        engine.backward(inject_gradient(output, torch.full_like(output, size), 1.0), scale_wrt_gas=False)
+        distributed.take_step(engine, "engine")
+        adam.zero_grad()
+        (size * exact(torch.ones(4, 8).double()).sum()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(exact.parameters(), limit)
+        assert float(engine.guard.norm) == pytest.approx(float(norm), rel=1e-2)
+        adam.step()
+    for name, weight in gather_parameters(engine).items():
+        torch.testing.assert_close(weight, exact.state_dict()[name].float(), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -16,7 +16,9 @@ def test_both_sides_have_the_same_losses(step_run, case, dtype):
     ours = step_run(case, dtype)
     ours.iteration()  # so that fake score and teacher differ
     losses = check_equal(ours, Plain.like(ours, case, dtype, None), dtype)
-    assert losses.keys() == {"score_gradient_square", "transport_cost", "fake_loss"}
+    assert losses.keys() == {
+        "score_gradient_square", "transport_cost", "fake_loss", "generator_norm", "fake_norm",
+    }  # fmt: skip
     assert all(a > 0 for a, _ in losses.values())
 
 

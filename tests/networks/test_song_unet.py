@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rdmd_fast.errors import InputError
 from rdmd_fast.kernels.group_norm_silu import group_norm_silu
 from rdmd_fast.networks.song_unet import SongUNet
-from rdmd_fast.networks.unet_layers import Conv2d, UNetBlock
+from rdmd_fast.networks.unet_layers import Conv2d, UNetBlock, attention
 
 from .unet_reference import PlainSongUNet, assert_gradients_match_finite_differences, inputs, randomised, silu
 
@@ -237,3 +237,15 @@ def test_impossible_choices_are_one_line_errors(change, key):
 def test_new_weights_are_contiguous():
     """DeepSpeed's first broadcast refuses channels_last parameters on gloo."""
     assert all(parameter.is_contiguous() for parameter in SongUNet(**NCSNPP).parameters())
+
+
+@pytest.mark.parametrize("tokens", [16, 300])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_attention_is_softmax_of_scaled_products(dtype, tolerance, tokens):
+    """Against fp64, at logits of some 10, where a rounded one would show; in 16 bits few tokens go another way."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 64, generator=generator).to(dtype) for _ in range(3))
+    q = 3 * q
+    weights = torch.softmax(q.double() @ k.double().transpose(-1, -2) / 8, dim=-1)
+    expected = weights @ v.double()
+    assert (attention(q, k, v) - expected).norm() < tolerance * expected.norm()
