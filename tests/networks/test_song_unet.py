@@ -240,7 +240,7 @@ def test_new_weights_are_contiguous():
 
 
 @pytest.mark.parametrize("tokens", [16, 300])
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3.5e-3), (torch.float16, 4e-4)])
 def test_attention_is_softmax_of_scaled_products(dtype, tolerance, tokens):
     """Against fp64, at logits of some 10, where a rounded one would show; in 16 bits few tokens go another way."""
     generator = torch.Generator().manual_seed(0)
