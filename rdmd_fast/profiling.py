@@ -20,6 +20,7 @@ COMMUNICATION = ("nccl:", "gloo:")
 
 Each collective has one such range; the operations c10d:: and record_param_comms around it are left out.
 """
+ITERATION = "iteration"
 NCCL_KERNELS = ("ncclDevKernel", "ncclKernel")
 
 
@@ -40,18 +41,20 @@ def profile(config: Config, iterations: int) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if world.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with throwaway_run(config, world, annotated=True) as iterate:
+    with throwaway_run(config, world, annotated=True) as (iterate, telemetry):
         for _ in range(WARM_UP):
             iterate()
         wait(world)
+        telemetry.phase_seconds()
         with torch.profiler.profile(activities=activities) as profiler:
             for _ in range(iterations):
-                with torch.profiler.record_function("rdmd iteration"):
+                with telemetry.phase(ITERATION):
                     iterate()
             wait(world)
+        device_seconds = telemetry.phase_seconds() if world.device.type == "cuda" else None
     trace = folder / f"trace_rank{world.rank}.json"
     together(world, lambda: profiler.export_chrome_trace(str(trace)), str(trace))
-    rows = phase_rows(profiler.key_averages(), iterations, world.device.type == "cuda")
+    rows = phase_rows(profiler.key_averages(), iterations, device_seconds)
     record = {"iterations": iterations, "ranks": world.size, "device": str(world.device), "phases": rows}
     on_main(world, lambda: write_atomically(folder / "phases.json", json.dumps(record, indent=1) + "\n"))
     if world.is_main:
@@ -60,47 +63,47 @@ def profile(config: Config, iterations: int) -> int:
     return EXIT_DONE
 
 
-def phase_rows(events, iterations: int, on_gpu: bool) -> list[dict]:
-    """Milliseconds an iteration of each phase, by the host's clock and, on a GPU, of its kernels.
+def phase_rows(events, iterations: int, device_seconds: dict[str, float] | None = None) -> list[dict]:
+    """Milliseconds an iteration of each phase, by the host's clock and, on a GPU, from its first to its last kernel.
 
-    On a GPU the profiler gives every range a second time, as an annotation on the device from its first kernel to its
-    last one, gaps included. Kernels are counted by the range on the host that launched them instead.
+    The profiler's own sums of kernels would not do: it counts those of a thread to that thread's ranges, and autograd
+    launches the backward passes' from a thread of its own.
 
     Args:
         events: ``key_averages()`` of the profiler.
+        device_seconds: of all iterations by phase, by the device's clock; None on a CPU.
     """
     rows, whole = [], None
     sent = {"phase": "communication (within the above)", "host_ms": 0.0, "calls": 0.0}
-    if on_gpu:
+    if device_seconds is not None:
         sent["device_ms"] = 0.0
     for event in events:
         if event.device_type != DeviceType.CPU:
             if event.key.startswith(NCCL_KERNELS):
                 sent["device_ms"] += event.device_time_total / 1000 / iterations
         elif event.key.startswith(PHASE_PREFIX):
-            rows.append(_row(event.key.removeprefix(PHASE_PREFIX), event, iterations, on_gpu))
-        elif event.key == "rdmd iteration":
-            whole = _row("iteration", event, iterations, on_gpu)
+            name = event.key.removeprefix(PHASE_PREFIX)
+            host = event.cpu_time_total / 1000 / iterations
+            row = {"phase": name, "host_ms": host, "calls": event.count / iterations}
+            if device_seconds is not None:
+                row["device_ms"] = device_seconds[name] * 1000 / iterations
+            if name == ITERATION:
+                whole = row
+            else:
+                rows.append(row)
         elif event.key.startswith(COMMUNICATION):
             sent["host_ms"] += event.cpu_time_total / 1000 / iterations
             sent["calls"] += event.count / iterations
     other = {"phase": "other", "calls": 1.0}
-    for key in ("host_ms", "device_ms")[: 1 + on_gpu]:
+    for key in ("host_ms", "device_ms") if device_seconds is not None else ("host_ms",):
         other[key] = whole[key] - sum(row[key] for row in rows)
     rows.sort(key=lambda row: -row["host_ms"])
     return [*rows, other, whole, *([sent] if sent["calls"] else [])]
 
 
-def _row(name: str, event, iterations: int, on_gpu: bool) -> dict:
-    row = {"phase": name, "host_ms": event.cpu_time_total / 1000 / iterations, "calls": event.count / iterations}
-    if on_gpu:
-        row["device_ms"] = event.device_time_total / 1000 / iterations
-    return row
-
-
 def table(rows: list[dict]) -> list[str]:
     """Lines for people."""
-    whole = next(row for row in rows if row["phase"] == "iteration")
+    whole = next(row for row in rows if row["phase"] == ITERATION)
     clock = "device_ms" if "device_ms" in whole else "host_ms"
     lines = [f"{'phase':<34}{'host ms':>10}{'device ms':>11}{'share':>8}{'calls':>7}"]
     for row in rows:

@@ -233,8 +233,9 @@ class RDMD:
             x, weight = self._sources(micro)
         with self.telemetry.phase("generator_forward"):
             f_generator = self._generate(x, weight)
-        reading = self.reading
-        return *generator_noise_forward(f_generator, x, reading.skip, reading.scale, noise, table, self.dtype), weight
+        skip, scale = self.reading.skip, self.reading.scale
+        with self.telemetry.phase("losses"):
+            return *generator_noise_forward(f_generator, x, skip, scale, noise, table, self.dtype), weight
 
     def counters(self) -> dict[str, int]:
         return {"fake_updates": self.fake_updates_done}

@@ -64,9 +64,11 @@ class TeacherStage:
                 positions = self.layout.positions(step * self.layout.global_batch, micro)
                 y, class_labels = self.target.batch(positions), self.labels(positions)
                 table, noise = self.process.draw(positions, micro)
-            with self.telemetry.phase("forward"):
+            with self.telemetry.phase("losses"):
                 network_input, _ = noise_forward(y, noise, table, self.dtype)
+            with self.telemetry.phase("forward"):
                 output = self.network(network_input, table.c_noise, class_labels)
+            with self.telemetry.phase("losses"):
                 rank_batch = self.layout.micro_batch * self.layout.accumulation
                 scale = loss_scale(self.network)
                 gradient, losses = denoising_gradient(output, y, noise, table, rank_batch, scale)

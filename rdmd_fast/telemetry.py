@@ -65,7 +65,7 @@ class Telemetry:
         global_batch: int,
         annotated: bool = False,
     ):
-        """``annotated``: phases are ranges of torch's profiler and, on a GPU, NVTX ranges, instead of being timed."""
+        """``annotated``: phases are ranges of torch's profiler, too, and on a GPU NVTX ranges."""
         self.options, self.world, self.run_dir = options, world, run_dir
         self.total_steps, self.global_batch, self.annotated = total_steps, global_batch, annotated
         self._sums: dict[str, torch.Tensor] = {}
@@ -89,21 +89,27 @@ class Telemetry:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Seconds spent in a part of the iteration; on a GPU by events that are read at log time."""
-        if self.annotated:
-            with _annotation(name, self.world.device):
+        """Seconds spent in a part of the iteration; on a GPU by events that ``phase_seconds`` reads."""
+        with _annotation(name, self.world.device) if self.annotated else contextlib.nullcontext():
+            if self.world.device.type == "cuda":
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
                 yield
-            return
-        if self.world.device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+                end.record()
+                self._events.append((name, begin, end))
+                return
+            start = time.perf_counter()
             yield
-            end.record()
-            self._events.append((name, begin, end))
-            return
-        begin = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds by phase since the last call; on a GPU it waits for the end of the last one."""
+        for name, begin, end in self._events:
+            end.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
+        self._events.clear()
+        seconds, self._seconds = self._seconds, {}
+        return seconds
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -230,10 +236,7 @@ class Telemetry:
         return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
     def _times(self, step: int) -> dict:
-        for name, begin, end in self._events:
-            end.synchronize()
-            self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
-        self._events.clear()
+        phases = self.phase_seconds()
         now = time.perf_counter()
         steps = step + 1 - self._clock_step
         rate = steps * self.global_batch / max(now - self._clock_start, 1e-9)
@@ -241,10 +244,9 @@ class Telemetry:
         times = {
             "images_per_second": rate,
             "eta_seconds": left if steps > 1 else None,
-            "seconds": {"interval": now - self._interval_clock, **self._seconds},
+            "seconds": {"interval": now - self._interval_clock, **phases},
         }
         self._interval_clock = now
-        self._seconds = {}
         peak = device_peak(self.world.device)
         if peak and self.flops_per_sample:
             times["mfu"] = rate * self.flops_per_sample / (peak * self.world.size)

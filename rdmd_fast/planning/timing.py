@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import Config
 from ..distributed import World
+
+if TYPE_CHECKING:
+    from ..telemetry import Telemetry
 
 WARM_UP = 3  # kernels are chosen, caches filled, and ZeRO-3 has traced the networks
 
@@ -36,7 +40,7 @@ def time_iterations(config: Config, world: World, count: int) -> Timing:
     Raises:
         InputError: as the run itself would.
     """
-    with throwaway_run(config, world) as iterate:
+    with throwaway_run(config, world) as (iterate, _):
         for _ in range(WARM_UP):
             iterate()
         wait(world)
@@ -53,8 +57,10 @@ def time_iterations(config: Config, world: World, count: int) -> Timing:
 
 
 @contextlib.contextmanager
-def throwaway_run(config: Config, world: World, annotated: bool = False) -> Iterator[Callable[[], None]]:
-    """The configured stage as a function that does what the trainer does in an iteration, but for logging.
+def throwaway_run(
+    config: Config, world: World, annotated: bool = False
+) -> Iterator[tuple[Callable[[], None], Telemetry]]:
+    """The configured stage as a function that does what the trainer does in an iteration, but for logging; telemetry.
 
     Args:
         annotated: phases are ranges of the profiler.
@@ -78,7 +84,7 @@ def throwaway_run(config: Config, world: World, annotated: bool = False) -> Iter
             world.any(False)
 
         try:
-            yield iterate
+            yield iterate, telemetry
         finally:
             experiment.close()
 
