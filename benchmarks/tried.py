@@ -1,6 +1,6 @@
 """The comparisons of NOTES.md: what was kept against what it replaced, and what was dropped. On a CPU, in turn.
 
-    python -m benchmarks.tried [norms attention layouts masters reduction memory blocks compile]
+    python -m benchmarks.tried [norms attention layouts weights masters reduction memory blocks compile]
 
 Milliseconds, best of several rounds. ``compile`` takes four minutes, the others less than one each.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import resource
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from rdmd_fast import distributed, guard
 from rdmd_fast.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
 from rdmd_fast.networks.unet_layers import attention
 
-from .networks import seconds
+from .networks import build, seconds
 from .step import Ours, count_host, run_config
 
 LAST = torch.channels_last
@@ -103,6 +104,24 @@ def layout_times(shape: tuple[int, ...], layout: torch.memory_format) -> dict[st
         "its backward": best(lambda: torch.ops.aten.convolution_backward(dy, x, weight, *arguments)),
         "norm": best(lambda: F.group_norm(x, min(32, channels // 4))),
     }
+
+
+def weights() -> None:
+    """A forward pass of SongUNet with contiguous weights, which every convolution copies, and with channels_last."""
+    for dtype in (torch.float32, torch.bfloat16):
+        network = build("songunet64").to(dtype).requires_grad_(False)
+        ways = {"contiguous": network, "channels_last": copy.deepcopy(network).to(memory_format=LAST)}
+        for batch in (1, 4):
+            line(f"songunet64 {str(dtype)[6:]}, batch {batch}", weight_times(ways, batch))
+
+
+def weight_times(ways: dict[str, torch.nn.Module], batch: int) -> dict[str, float]:
+    x, c_noise = torch.randn(batch, 3, 64, 64), torch.zeros(batch)
+    times = {name: [] for name in ways}
+    for _ in range(8):
+        for name, way in ways.items():
+            times[name].append(1e3 * seconds(lambda way=way: way(x, c_noise)))
+    return {name: min(column) for name, column in times.items()}
 
 
 # -- iterations --------------------------------------------------------------------------------------------------------
@@ -203,8 +222,8 @@ def line(name: str, values: dict[str, float]) -> None:
 
 
 PARTS = {
-    "norms": norms, "attention": attentions, "layouts": layouts, "masters": masters, "reduction": reduction,
-    "memory": memory, "blocks": blocks, "compile": compiling,
+    "norms": norms, "attention": attentions, "layouts": layouts, "weights": weights, "masters": masters,
+    "reduction": reduction, "memory": memory, "blocks": blocks, "compile": compiling,
 }  # fmt: skip
 
 

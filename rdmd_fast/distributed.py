@@ -443,7 +443,8 @@ def freeze(network: torch.nn.Module, layout: BatchLayout, train: TrainOptions, s
     network.requires_grad_(False).eval()
     if zero_stage(section) < 3:
         _compile(network, train)
-        return network.to(device=device, dtype=DTYPES[train.dtype])
+        # Weights in the layout of activations are not copied at every call. Engines want theirs contiguous.
+        return network.to(device=device, dtype=DTYPES[train.dtype], memory_format=torch.channels_last)
     zero = {key: value for key, value in section["zero_optimization"].items() if key != "offload_optimizer"}
     config = _deepspeed_config({**section, "zero_optimization": zero}, layout, train.dtype)
     return _initialize(model=network, config=config)

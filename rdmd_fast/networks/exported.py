@@ -234,7 +234,8 @@ def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str)
     check_weights(expected_weights(config, len(weights), origin), weights, origin)  # before it takes any memory
     network = _network_of(config)
     network.load_state_dict(weights)
-    return network.eval().requires_grad_(False)
+    # As activations are: each convolution would else copy its weight into that layout, at every call.
+    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def _network_of(config: ExportConfig) -> torch.nn.Module:

@@ -24,8 +24,9 @@ class SongUNet(UNet):
     """EDM's SongUNet (DDPM++ and NCSN++). Keyword names, defaults and state-dict keys are EDM's.
 
     Activations are channels_last; weights are contiguous, as DeepSpeed wants them (elsewhere
-    `.to(memory_format=torch.channels_last)` spares their conversion). Layers begin Xavier-uniform: those that
-    end a residual branch (and the output) times 1e-5, queries, keys and values times sqrt(1/5).
+    `.to(memory_format=torch.channels_last)` spares their conversion, as of loaded exports). Layers begin
+    Xavier-uniform: those that end a residual branch (and the output) times 1e-5, queries, keys and values times
+    sqrt(1/5).
 
     Args:
         img_resolution: height and width in pixels; 2^(levels - 1) must divide it.

@@ -1,5 +1,6 @@
 """Teachers from anywhere give one denoiser; both stages take them."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from rdmd_fast import cli, load_denoiser, load_generator
+from rdmd_fast.distributed import BatchLayout, TrainOptions, freeze
 from rdmd_fast.errors import InputError
 from rdmd_fast.networks.teachers import read_teacher, read_teacher_config
 from rdmd_fast.trainer import main
@@ -48,6 +50,21 @@ def test_denoiser_of_a_pickle_is_edms(edm, tmp_path, form):
         assert relative(denoiser(noisy(), SIGMAS, given), expected) < 1e-5
         assert torch.equal(denoiser(noisy(), SIGMAS, labels), denoiser(noisy(), SIGMAS, given))
         assert relative(denoiser.to(torch.bfloat16)(noisy(), SIGMAS, given), expected) < 3e-2
+
+
+def test_frozen_weights_lie_as_activations_do(edm, tmp_path):
+    """A contiguous weight would be copied by every convolution of every call. Values are the same."""
+    network = edm(tmp_path / "a.pkl", edm.tiny)
+    loaded = load_denoiser(tmp_path / "a.pkl").model
+    teacher = freeze(copy.deepcopy(network), BatchLayout(4, 4, 1, 0, 1), TrainOptions(), {}, torch.device("cpu"))
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    x, c_noise = noisy(), SIGMAS.log() / 4
+    for frozen in (loaded, teacher):
+        kernels = [weight for weight in frozen.parameters() if weight.ndim == 4]
+        assert kernels and all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+        assert all(torch.equal(weight, network.state_dict()[name]) for name, weight in frozen.state_dict().items())
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x, c_noise), network(x, c_noise), rtol=1e-5, atol=1e-6)
 
 
 def test_without_class_the_denoiser_is_unconditional(edm, tmp_path):
