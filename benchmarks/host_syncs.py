@@ -3,16 +3,18 @@
 Every tensor that is computed from a tensor on the device is on the device. Told which tensors are there at first
 (parameters, buffers, optimizer states, data), a dispatch mode follows their descendants, and counts the operations by
 which the host would have to wait for one: reading numbers (`.item()`, `float(t)`, `bool(t)`, `.tolist()`), sizes that
-depend on values (nonzero, masks as indices), and `torch.equal`. A copy to the host counts when it is read from.
+depend on values (nonzero, masks as indices), `torch.equal`, and copies to the host: `.cpu()` and `.to("cpu")` by that
+name, any other when it is read from. Code that asks for a GPU's name first is not run, and its waits are not seen.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import traceback
 import unittest.mock
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -20,6 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2", "_unique2")
+
+
+def _always(*_, **__) -> bool:
+    return True
+
+
+def _names_the_host(*arguments, **keywords) -> bool:
+    """By the string: a device that a variable holds would be the GPU, as would DeepSpeed's name of the accelerator."""
+    if "/deepspeed/" in sys._getframe(2).f_code.co_filename:
+        return False
+    return "cpu" in [value for value in (*arguments, *keywords.values()) if isinstance(value, str)]
 
 
 class HostSyncs(TorchDispatchMode):
@@ -48,19 +61,19 @@ class HostSyncs(TorchDispatchMode):
     def __enter__(self):
         # These read memory without any operation that a mode would see.
         self._patches = contextlib.ExitStack()
-        for name in ("tolist", "numpy"):
-            self._patches.enter_context(unittest.mock.patch.object(torch.Tensor, name, self._reading(name)))
+        for name, waits in (("tolist", _always), ("numpy", _always), ("cpu", _always), ("to", _names_the_host)):
+            self._patches.enter_context(unittest.mock.patch.object(torch.Tensor, name, self._reading(name, waits)))
         return super().__enter__()
 
     def __exit__(self, *exception):
         self._patches.close()
         return super().__exit__(*exception)
 
-    def _reading(self, name: str):
+    def _reading(self, name: str, waits: Callable[..., bool]):
         method = getattr(torch.Tensor, name)
 
         def read(tensor, *arguments, **keywords):
-            if self._is_marked(tensor):
+            if self._is_marked(tensor) and waits(*arguments, **keywords):
                 self._count()
             return method(tensor, *arguments, **keywords)
 

@@ -22,6 +22,8 @@ import platform
 import subprocess
 import sys
 import tempfile
+import unittest.mock
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.autograd import DeviceType
+from torch.utils._pytree import tree_leaves
 
 from rdmd_fast.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
 
@@ -45,6 +48,7 @@ IMAGES = 64  # distinct sources
 SIZES = {"digits": 8, "songunet64": 64, "adm64": 64}
 BATCHES = {"toy": 512, "digits": 64, "songunet64": 64 if CUDA else 4, "adm64": 32 if CUDA else 2}
 BURSTS = {"toy": 20, "digits": 5, "songunet64": 1, "adm64": 1}
+PLAIN_SIDES = ("plain", "plain_compiled", "plain_fp32")
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of the losses
 
 
@@ -84,7 +88,7 @@ class Ours:
         """Parameters, masters, averages: what a GPU run has on the device between iterations."""
         from rdmd_fast.masters import master_shards
 
-        tensors = list(self.state.ema.shards)
+        tensors = [*self.state.ema.shards, *(part for part in vars(self.stage).values() if torch.is_tensor(part))]
         for engine in self.state.engines.values():
             tensors += [*engine.module.parameters(), *engine.module.buffers(), *master_shards(engine)]
             tensors += [*engine.guard.state().values(), engine.guard._numbers, engine.guard.norm, engine.guard._skip]
@@ -296,12 +300,15 @@ def times_in_turn(sides: dict[str, Callable[[], None]], rounds: int, burst: int)
 def count_host(ours: Ours) -> dict:
     """Host synchronisations and launches of one of our iterations."""
     syncs = HostSyncs(ours.on_device())
-    batch = ours.stage.source.batch
+    stage = ours.stage
+    given = [(stage.source, "batch")]
+    given += [(part, "draw") for part in (stage.generator_process, stage.fake_process, stage.transport_weights)]
     with contextlib.ExitStack() as stack:
         for name, engine in ours.state.engines.items():
-            stack.enter_context(_counted_as(syncs, engine, f"DeepSpeed ({name})"))
-        ours.stage.source.batch = lambda positions: syncs.mark(batch(positions))
-        stack.callback(lambda: setattr(ours.stage.source, "batch", batch))
+            who = _deepspeeds(name)
+            stack.enter_context(_stepping_inside(engine, lambda who=who: syncs.inside(who)))
+        for owner, name in given:
+            stack.enter_context(_marked(syncs, owner, name))
         stack.enter_context(syncs)
         ours.iteration()
     return {
@@ -310,19 +317,37 @@ def count_host(ours: Ours) -> dict:
     }  # fmt: skip
 
 
+def _deepspeeds(engine: str) -> str:
+    return f"DeepSpeed ({engine})"
+
+
 @contextlib.contextmanager
-def _counted_as(syncs: HostSyncs, engine, who: str):
+def _marked(syncs: HostSyncs, owner, name: str):
+    """What the method gives would be on the device."""
+    method = getattr(owner, name)
+
+    def giving(*arguments):
+        result = method(*arguments)
+        for leaf in tree_leaves(result):
+            if torch.is_tensor(leaf):
+                syncs.mark(leaf)
+        return result
+
+    with unittest.mock.patch.object(owner, name, giving):
+        yield
+
+
+@contextlib.contextmanager
+def _stepping_inside(engine, context: Callable):
+    """Each step of ``engine`` inside a new ``context()``."""
     step = engine.step
 
-    def counted():
-        with syncs.inside(who):
+    def stepping():
+        with context():
             step()
 
-    engine.step = counted
-    try:
+    with unittest.mock.patch.object(engine, "step", stepping):
         yield
-    finally:
-        engine.step = step
 
 
 def count_plain(plain: Plain) -> dict:
@@ -337,14 +362,36 @@ def count_plain(plain: Plain) -> dict:
 def count_on_gpu(run: Ours | Plain) -> dict:
     """Kernels and waits of one iteration, by the profiler. Bytes are counted on a CPU, where every kernel is seen."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        run.iteration()
-    events = profiler.events()
-    waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-    return {
-        "host_syncs": sum(event.name in waits for event in events if event.device_type == DeviceType.CPU),
-        "launches": sum(event.device_type == DeviceType.CUDA and not event.is_user_annotation for event in events),
-    }
+    with contextlib.ExitStack() as stack:
+        for name, engine in run.state.engines.items() if isinstance(run, Ours) else ():
+            who = _deepspeeds(name)
+            stack.enter_context(_stepping_inside(engine, lambda who=who: torch.profiler.record_function(who)))
+        profiler = stack.enter_context(torch.profiler.profile(activities=activities))
+        with torch.profiler.record_function(COUNTED):
+            run.iteration()
+    return counts_of(profiler.events())
+
+
+COUNTED = "counted iteration"
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+def counts_of(events) -> dict:
+    """Waits and kernels among the profiler's ``events``. The profiler itself waits for the device as it ends."""
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    counted = next(event for event in on_host if event.name == COUNTED)
+    steps = [event for event in on_host if event.name.startswith("DeepSpeed (")]
+    waits = Counter(
+        next((step.name for step in steps if _holds(step, event)), "ours")
+        for event in on_host
+        if event.name in WAITS and _holds(counted, event)
+    )
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    return {"host_syncs": sum(waits.values()), "host_syncs_of": dict(waits), "launches": len(kernels)}
+
+
+def _holds(outer, event) -> bool:
+    return outer.time_range.start <= event.time_range.start < outer.time_range.end
 
 
 def iteration_flops(plain: Plain) -> float:
@@ -360,10 +407,12 @@ def iteration_flops(plain: Plain) -> float:
 
 def peak_of_side(side: str, dtype: str, arguments) -> int:
     """Bytes of a process of its own that runs three iterations of one side."""
+    compiled = arguments.compile and side in ("ours", "plain_compiled")
     command = [
-        sys.executable, "-m", "benchmarks.step", "--case", arguments.case, "--memory-of", side, "--dtype", dtype,
+        sys.executable, "-m", "benchmarks.step", "--case", arguments.case,
+        "--memory-of", "ours" if side == "ours" else "plain", "--dtype", dtype,
         "--stage", str(arguments.stage), "--batch", str(arguments.batch or BATCHES[arguments.case]),
-        *(["--compile", arguments.compile] if arguments.compile else []),
+        *(["--compile", arguments.compile] if compiled else []),
     ]  # fmt: skip
     gc.collect()
     if CUDA:
@@ -376,18 +425,18 @@ def peak_of_side(side: str, dtype: str, arguments) -> int:
 
 def print_peak(arguments) -> None:
     """The process of ``peak_of_side``."""
-    import deepspeed  # noqa: F401  what is imported counts for neither side
-
-    import rdmd_fast.experiment
-    import rdmd_fast.trainer  # noqa: F401
-
     dtype = arguments.dtype[0]
     with tempfile.TemporaryDirectory(prefix="rdmd-step-") as folder:
         config = run_config(arguments.case, dtype, arguments, Path(folder))
+        load_libraries(Path(folder), dtype)
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-        if not CUDA:
+        if CUDA:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")  # resets the peak of the resident set
             before = resident("VmRSS")
@@ -397,7 +446,17 @@ def print_peak(arguments) -> None:
             run = Plain(arguments.case, config, dtype, arguments.compile, exact_teacher=lambda state, sigma: state)
         for _ in range(3):
             run.iteration()
-        print(torch.cuda.max_memory_allocated() if CUDA else resident("VmHWM") - before)
+        print((torch.cuda.max_memory_allocated() if CUDA else resident("VmHWM")) - before)
+
+
+def load_libraries(folder: Path, dtype: str) -> None:
+    """An iteration of each side on a few points: what they import and load on the way counts for neither."""
+    arguments = argparse.Namespace(case="toy", batch=4, stage=0, compile=None)
+    config = run_config("toy", dtype, arguments, folder / "small", ["network.hidden=8", "generator.hidden=8"])
+    ours = Ours(config, arguments)
+    ours.iteration()
+    Plain("toy", config, dtype, exact_teacher=lambda state, sigma: state).iteration()
+    ours.experiment.close()
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -410,24 +469,24 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
     ours = Ours(run_config(case, dtype, arguments, folder), arguments)
     for _ in range(2):
         ours.iteration()  # so that fake score and teacher differ
-    plain = Plain.like(ours, case, dtype, arguments.compile)
-    losses = check_equal(ours, plain, dtype)
-    sides = {"ours": ours.iteration, "plain": plain.iteration}
+    sides, losses = {"ours": ours}, {}
+    for side in ("plain", "plain_compiled") if arguments.compile else ("plain",):
+        sides[side] = Plain.like(ours, case, dtype, arguments.compile if side == "plain_compiled" else None)
+        losses[side] = check_equal(ours, sides[side], dtype)
     if dtype == "fp32":
-        plain_fp32 = plain
+        plain_fp32 = sides["plain"]
     elif plain_fp32 is not None:
-        sides["plain_fp32"] = plain_fp32.iteration
-    times = times_in_turn(sides, arguments.rounds, BURSTS[case])
+        sides["plain_fp32"] = plain_fp32
+    times = times_in_turn({side: run.iteration for side, run in sides.items()}, arguments.rounds, BURSTS[case])
     parts = phases(ours)  # before anything is counted: a dispatch mode ends compilation
-    batch, flops = ours.config.train.global_batch_size, iteration_flops(plain_fp32 or plain)
-    if arguments.compile:
-        counts = {}
-    elif CUDA:
-        counts = {"ours": count_on_gpu(ours), "plain": count_on_gpu(plain)}
-    else:
-        counts = {"ours": count_host(ours), "plain": count_plain(plain)}
-        for side, run in (("ours", ours), ("plain", plain)):
-            counts[side]["bytes_outside_matmuls"] = network_traffic(run.iteration, MATMULS)
+    batch, flops = ours.config.train.global_batch_size, iteration_flops(plain_fp32 or sides["plain"])
+    counts = {}
+    if CUDA:
+        counts = {side: count_on_gpu(run) for side, run in sides.items()}
+    elif not arguments.compile:
+        counts = {"ours": count_host(ours), "plain": count_plain(sides["plain"])}
+        for side in counts:
+            counts[side]["bytes_outside_matmuls"] = network_traffic(sides[side].iteration, MATMULS)
     entry = {
         "case": case, "device": torch.cuda.get_device_name() if CUDA else processor(),
         "dtype": dtype, "batch": batch, "stage": arguments.stage, "compile": arguments.compile,
@@ -438,7 +497,7 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
         entry[side] = {
             "images_per_second": batch / duration, "seconds": duration,
             "mfu": flops / duration / matmul_peak(side_dtype),
-            "peak_bytes": peak_of_side("ours" if side == "ours" else "plain", side_dtype, arguments),
+            "peak_bytes": peak_of_side(side, side_dtype, arguments),
             **counts.get(side, {}),
         }  # fmt: skip
     # Matrix products at the speed of a large one, all other bytes at that of a large copy, neither hidden by the other.
@@ -447,8 +506,8 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
     if "bytes_outside_matmuls" in entry["ours"]:
         entry["floor_seconds"] = flops / peak + entry["ours"]["bytes_outside_matmuls"] / copy_bandwidth()
     entry["ratio"] = times["plain"] / times["ours"]
-    if "plain_fp32" in times:
-        entry["ratio_to_plain_fp32"] = times["plain_fp32"] / times["ours"]
+    for side in times.keys() - {"ours", "plain"}:
+        entry[f"ratio_to_{side}"] = times[side] / times["ours"]
     entry["phases"] = parts
     ours.experiment.close()
     return entry, plain_fp32
@@ -465,28 +524,27 @@ def processor() -> str:
 
 def phases(ours: Ours, iterations: int = 3) -> dict[str, float]:
     """Seconds of an iteration by phase, as telemetry takes them, and what lies between them."""
-    ours.telemetry._seconds.clear(), ours.telemetry._events.clear()
+    ours.telemetry.phase_seconds()
     total = sum(seconds(ours.iteration) for _ in range(iterations))
-    for name, begin, end in ours.telemetry._events:
-        ours.telemetry._seconds[name] = ours.telemetry._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
-    parts = {name: duration / iterations for name, duration in ours.telemetry._seconds.items()}
+    parts = {name: duration / iterations for name, duration in ours.telemetry.phase_seconds().items()}
     return {**parts, "other": total / iterations - sum(parts.values())}
 
 
 def print_table(entries: list[dict]) -> None:
     for entry in entries:
         print(f"{entry['case']}, {entry['dtype']}, batch {entry['batch']}, ZeRO {entry['stage']}, on {entry['device']}")
-        for side in ("ours", "plain", "plain_fp32"):
+        for side in ("ours", *PLAIN_SIDES):
             if side in entry:
                 row = entry[side]
                 moved = f"{row['bytes_outside_matmuls'] / MIB:.0f}" if "bytes_outside_matmuls" in row else "-"
                 print(
-                    f"  {side:<11} {row['seconds'] * 1e3:10.2f} ms  {row['images_per_second']:10.1f} images/s  "
+                    f"  {side:<15} {row['seconds'] * 1e3:10.2f} ms  {row['images_per_second']:10.1f} images/s  "
                     f"MFU {row['mfu']:5.1%}  peak {row['peak_bytes'] / MIB:6.0f} MiB  outside matmuls {moved:>6} MiB  "
                     f"host syncs {row.get('host_syncs', '-'):>4}  launches {row.get('launches', '-'):>5}"
                 )
         print(f"  ratio {entry['ratio']:.2f}", end="")
-        print(f", to plain fp32 {entry['ratio_to_plain_fp32']:.2f}" if "ratio_to_plain_fp32" in entry else "")
+        others = {side: entry[f"ratio_to_{side}"] for side in PLAIN_SIDES if f"ratio_to_{side}" in entry}
+        print(*(f", to {side} {ratio:.2f}" for side, ratio in others.items()), sep="")
         print(
             f"  {entry['flops'] / 1e9:.2f} GFLOP; matrix products reach {entry['matmul_peak'] / 1e9:.0f} GFLOP/s, "
             f"copies {entry['copy_bandwidth'] / 1e9:.1f} GB/s",
@@ -528,7 +586,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20 if CUDA else 7, help="timed rounds (7; on a GPU 20)")
     parser.add_argument(
         "--compile", choices=("default", "reduce-overhead", "max-autotune"),
-        help="the networks of all sides under torch.compile in this mode; on a GPU the latter two use CUDA graphs",
+        help="ours's networks under torch.compile in this mode, beside the plain formulation as written and compiled; "
+        "on a GPU the latter two modes use CUDA graphs",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the results there, and a picture beside it")
     parser.add_argument("--memory-of", choices=("ours", "plain"), help=argparse.SUPPRESS)

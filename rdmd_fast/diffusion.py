@@ -316,7 +316,7 @@ class ForwardProcess:
     """
 
     # An eighth of a megabyte of normals, some 32 iterations of a toy; drawing takes thirty times that for a moment.
-    BLOCK_ELEMENTS, BLOCK_ITERATIONS = 2**15, 512
+    BLOCK_ELEMENTS, BLOCK_ITERATIONS = 2**13, 512
 
     def __init__(
         self,

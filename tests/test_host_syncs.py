@@ -2,14 +2,16 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is no part of the package
 
 from benchmarks.host_syncs import HostSyncs
-from benchmarks.step import count_host
+from benchmarks.step import COUNTED, count_host, counts_of
 
 
 @pytest.mark.parametrize(
@@ -23,7 +25,10 @@ from benchmarks.step import count_host
         lambda t: t[t > 0],
         lambda t: torch.equal(t, t + 1),
         lambda t: torch.unique(t),
-        lambda t: (t * 2).cpu().max().item(),
+        lambda t: (t * 2).cpu(),
+        lambda t: (t * 2).to("cpu"),
+        lambda t: (t * 2).to(device="cpu", dtype=torch.float64),
+        lambda t: torch.empty(4).copy_(t).max().item(),
     ],
 )
 def test_every_way_to_wait_counts(wait):
@@ -38,6 +43,7 @@ def test_what_needs_no_waiting_does_not_count():
     with HostSyncs([tensor]) as syncs:
         _ = tensor.shape, tensor.numel(), tensor.dtype
         torch.where(tensor > 0, tensor, 0.0).add_(1)
+        tensor.to(device=tensor.device, dtype=torch.float32)
         assert int(host[2]) == 2 and host.tolist() == [0, 1, 2, 3]  # never was on the device
     assert not syncs.counts
     assert syncs.launches == 3  # the comparison, where and add_
@@ -66,6 +72,48 @@ def test_an_iteration_waits_nowhere_of_ours(step_run, stage, dtype, clip):
     waits = stage == 3 or (stage > 0 and dtype == "fp32")
     expected = {"DeepSpeed (generator)": 1, "DeepSpeed (fake_score)": 1} if waits else {}
     assert counted["host_syncs_of"] == expected, counted["places"]
+
+
+def test_images_and_a_range_of_transport_weights_wait_nowhere(step_run):
+    changes = "rdmd.transport_weight={log_uniform: [0.01, 1.0]}", "rdmd.fake_updates=2"
+    run = step_run("digits", "bf16", *changes)
+    run.iteration()
+    counted = count_host(run)
+    assert not counted["host_syncs_of"], counted["places"]
+
+
+def test_a_wait_for_what_is_drawn_is_found(step_run):
+    """Noise levels come from the host, and are on the device when networks read them."""
+    run = step_run("toy", "fp32")
+    teacher = run.stage.teacher
+
+    def waiting(network_input, c_noise, class_labels=None):
+        c_noise.max().item()
+        return teacher(network_input, c_noise, class_labels).cpu()
+
+    run.stage.teacher = waiting
+    assert count_host(run)["host_syncs_of"] == {"ours": 2}
+
+
+def test_waits_on_a_gpu_are_the_profilers_of_the_iteration():
+    def event(name, start, end, device=DeviceType.CPU, annotation=False):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, time_range=span, device_type=device, is_user_annotation=annotation)
+
+    events = [
+        event("cudaDeviceSynchronize", 0, 5),  # as the profiler begins
+        event(COUNTED, 10, 90, annotation=True),
+        event("cudaStreamSynchronize", 20, 25),
+        event("DeepSpeed (generator)", 30, 50, annotation=True),
+        event("cudaStreamSynchronize", 40, 45),
+        event("cudaMemcpyAsync", 60, 61),
+        event("DeepSpeed (generator)", 31, 49, DeviceType.CUDA, annotation=True),
+        event("sgemm", 35, 48, DeviceType.CUDA),
+        event("Memcpy DtoH", 60, 62, DeviceType.CUDA),
+        event("cudaDeviceSynchronize", 91, 95),  # and as it ends
+    ]
+    waits = {"ours": 1, "DeepSpeed (generator)": 1}
+    assert counts_of(events) == {"host_syncs": 2, "host_syncs_of": waits, "launches": 2}
 
 
 def test_a_wait_that_is_added_to_the_stage_is_found(step_run):
