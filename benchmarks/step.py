@@ -48,7 +48,7 @@ IMAGES = 64  # distinct sources
 SIZES = {"digits": 8, "songunet64": 64, "adm64": 64}
 BATCHES = {"toy": 512, "digits": 64, "songunet64": 64 if CUDA else 4, "adm64": 32 if CUDA else 2}
 BURSTS = {"toy": 20, "digits": 5, "songunet64": 1, "adm64": 1}
-PLAIN_SIDES = ("plain", "plain_compiled", "plain_fp32")
+OUR_SIDES, PLAIN_SIDES = ("ours", "ours_compiled"), ("plain", "plain_compiled", "plain_fp32")
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of the losses
 
 
@@ -105,16 +105,15 @@ def run_config(case: str, dtype: str, arguments, folder: Path, more: Sequence[st
     common = [
         f"run_dir={folder}/run", f"train.dtype={dtype}", f"train.global_batch_size={batch}", "train.steps=1000000000",
         f"deepspeed.zero_optimization.stage={arguments.stage}", "telemetry.tensorboard=false",
-        "telemetry.log_every=1000000", "validation.every=0", *more,
-        *([f"train.compile={arguments.compile}"] if arguments.compile else []),
+        "telemetry.log_every=1000000", "validation.every=0", "rdmd.fake_updates=1",
     ]  # fmt: skip
     if case == "toy":
         toy = ROOT / "configs/toy/gaussian_to_8gaussians.yaml"
-        return load_config(str(toy), [*common, "rdmd.fake_updates=1", "rdmd.fake_warmup=0"])
+        return load_config(str(toy), [*common, "rdmd.fake_warmup=0", *more])
     shape = 3, SIZES[case], SIZES[case]
-    common += ["rdmd.fake_updates=1", "rdmd.transport_weight=0.1"]
     # Random weights, with all branches alive.
-    return distillation(folder, network_options(case), shape, build(case), common)
+    overrides = [*common, "rdmd.transport_weight=0.1", *more]
+    return distillation(folder, network_options(case), shape, build(case), overrides)
 
 
 def distillation(folder: Path, options, shape: tuple[int, int, int], network: torch.nn.Module, overrides: list[str]):
@@ -407,12 +406,11 @@ def iteration_flops(plain: Plain) -> float:
 
 def peak_of_side(side: str, dtype: str, arguments) -> int:
     """Bytes of a process of its own that runs three iterations of one side."""
-    compiled = arguments.compile and side in ("ours", "plain_compiled")
     command = [
         sys.executable, "-m", "benchmarks.step", "--case", arguments.case,
-        "--memory-of", "ours" if side == "ours" else "plain", "--dtype", dtype,
+        "--memory-of", side.partition("_")[0], "--dtype", dtype,
         "--stage", str(arguments.stage), "--batch", str(arguments.batch or BATCHES[arguments.case]),
-        *(["--compile", arguments.compile] if compiled else []),
+        *(["--compile", arguments.compile] if side.endswith("_compiled") else []),
     ]  # fmt: skip
     gc.collect()
     if CUDA:
@@ -427,7 +425,7 @@ def print_peak(arguments) -> None:
     """The process of ``peak_of_side``."""
     dtype = arguments.dtype[0]
     with tempfile.TemporaryDirectory(prefix="rdmd-step-") as folder:
-        config = run_config(arguments.case, dtype, arguments, Path(folder))
+        config = run_config(arguments.case, dtype, arguments, Path(folder), compile_as(arguments.compile))
         load_libraries(Path(folder), dtype)
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
@@ -451,7 +449,7 @@ def print_peak(arguments) -> None:
 
 def load_libraries(folder: Path, dtype: str) -> None:
     """An iteration of each side on a few points: what they import and load on the way counts for neither."""
-    arguments = argparse.Namespace(case="toy", batch=4, stage=0, compile=None)
+    arguments = argparse.Namespace(case="toy", batch=4, stage=0)
     config = run_config("toy", dtype, arguments, folder / "small", ["network.hidden=8", "generator.hidden=8"])
     ours = Ours(config, arguments)
     ours.iteration()
@@ -462,29 +460,44 @@ def load_libraries(folder: Path, dtype: str) -> None:
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
+def build_sides(
+    dtype: str, arguments, folder: Path, plain_fp32: Plain | None
+) -> tuple[dict[str, Ours | Plain], dict[str, dict]]:
+    """What is timed, by name, and by ours's names the losses of ``check_equal``."""
+    case, sides, losses = arguments.case, {}, {}
+    for suffix, mode in (("", None), ("_compiled", arguments.compile))[: 2 if arguments.compile else 1]:
+        config = run_config(case, dtype, arguments, folder / f"run{suffix}", compile_as(mode))
+        ours = Ours(config, arguments)
+        for _ in range(2):
+            ours.iteration()  # so that fake score and teacher differ
+        plain = Plain.like(ours, case, dtype, mode)
+        losses[f"ours{suffix}"] = check_equal(ours, plain, dtype)
+        sides |= {f"ours{suffix}": ours, f"plain{suffix}": plain}
+        if plain_fp32 is None:
+            plain_fp32 = plain if dtype == "fp32" else Plain.like(ours, case, "fp32", None)
+    return {**sides, "plain_fp32": plain_fp32}, losses
+
+
+def compile_as(mode: str | None) -> list[str]:
+    """Overrides."""
+    return [f"train.compile={mode}"] if mode else []
+
+
 def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tuple[dict, Plain]:
-    """One entry of the results."""
+    """One entry of the results, and the plain formulation in fp32."""
     case = arguments.case
     torch._dynamo.reset()  # operations that were counted below are not compiled again
-    ours = Ours(run_config(case, dtype, arguments, folder), arguments)
-    for _ in range(2):
-        ours.iteration()  # so that fake score and teacher differ
-    sides, losses = {"ours": ours}, {}
-    for side in ("plain", "plain_compiled") if arguments.compile else ("plain",):
-        sides[side] = Plain.like(ours, case, dtype, arguments.compile if side == "plain_compiled" else None)
-        losses[side] = check_equal(ours, sides[side], dtype)
-    if dtype == "fp32":
-        plain_fp32 = sides["plain"]
-    elif plain_fp32 is not None:
-        sides["plain_fp32"] = plain_fp32
+    sides, losses = build_sides(dtype, arguments, folder, plain_fp32)
+    ours, plain, plain_fp32 = sides["ours"], sides["plain"], sides["plain_fp32"]
+    if plain_fp32 is plain:
+        del sides["plain_fp32"]
     times = times_in_turn({side: run.iteration for side, run in sides.items()}, arguments.rounds, BURSTS[case])
     parts = phases(ours)  # before anything is counted: a dispatch mode ends compilation
-    batch, flops = ours.config.train.global_batch_size, iteration_flops(plain_fp32 or sides["plain"])
-    counts = {}
+    batch, flops = ours.config.train.global_batch_size, iteration_flops(plain_fp32)
     if CUDA:
         counts = {side: count_on_gpu(run) for side, run in sides.items()}
-    elif not arguments.compile:
-        counts = {"ours": count_host(ours), "plain": count_plain(sides["plain"])}
+    else:
+        counts = {"ours": count_host(ours), "plain": count_plain(plain)}
         for side in counts:
             counts[side]["bytes_outside_matmuls"] = network_traffic(sides[side].iteration, MATMULS)
     entry = {
@@ -505,11 +518,16 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
     entry |= {"flops": flops, "matmul_peak": peak, "copy_bandwidth": copy_bandwidth()}
     if "bytes_outside_matmuls" in entry["ours"]:
         entry["floor_seconds"] = flops / peak + entry["ours"]["bytes_outside_matmuls"] / copy_bandwidth()
-    entry["ratio"] = times["plain"] / times["ours"]
-    for side in times.keys() - {"ours", "plain"}:
-        entry[f"ratio_to_{side}"] = times[side] / times["ours"]
+    entry.setdefault("plain_fp32", entry["plain"])
+    entry["ratio"] = entry["plain"]["seconds"] / entry["ours"]["seconds"]
+    entry["ratios"] = {
+        our: {plain: entry[plain]["seconds"] / entry[our]["seconds"] for plain in PLAIN_SIDES if plain in entry}
+        for our in OUR_SIDES if our in entry
+    }  # fmt: skip
     entry["phases"] = parts
-    ours.experiment.close()
+    for side in OUR_SIDES:
+        if side in sides:
+            sides[side].experiment.close()
     return entry, plain_fp32
 
 
@@ -533,7 +551,7 @@ def phases(ours: Ours, iterations: int = 3) -> dict[str, float]:
 def print_table(entries: list[dict]) -> None:
     for entry in entries:
         print(f"{entry['case']}, {entry['dtype']}, batch {entry['batch']}, ZeRO {entry['stage']}, on {entry['device']}")
-        for side in ("ours", *PLAIN_SIDES):
+        for side in (*OUR_SIDES, *PLAIN_SIDES):
             if side in entry:
                 row = entry[side]
                 moved = f"{row['bytes_outside_matmuls'] / MIB:.0f}" if "bytes_outside_matmuls" in row else "-"
@@ -542,9 +560,8 @@ def print_table(entries: list[dict]) -> None:
                     f"MFU {row['mfu']:5.1%}  peak {row['peak_bytes'] / MIB:6.0f} MiB  outside matmuls {moved:>6} MiB  "
                     f"host syncs {row.get('host_syncs', '-'):>4}  launches {row.get('launches', '-'):>5}"
                 )
-        print(f"  ratio {entry['ratio']:.2f}", end="")
-        others = {side: entry[f"ratio_to_{side}"] for side in PLAIN_SIDES if f"ratio_to_{side}" in entry}
-        print(*(f", to {side} {ratio:.2f}" for side, ratio in others.items()), sep="")
+        for our, ratios in entry["ratios"].items():
+            print(f"  {our} {', '.join(f'{ratio:.2f} times {plain}' for plain, ratio in ratios.items())}")
         print(
             f"  {entry['flops'] / 1e9:.2f} GFLOP; matrix products reach {entry['matmul_peak'] / 1e9:.0f} GFLOP/s, "
             f"copies {entry['copy_bandwidth'] / 1e9:.1f} GB/s",
@@ -586,14 +603,20 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20 if CUDA else 7, help="timed rounds (7; on a GPU 20)")
     parser.add_argument(
         "--compile", choices=("default", "reduce-overhead", "max-autotune"),
-        help="ours's networks under torch.compile in this mode, beside the plain formulation as written and compiled; "
-        "on a GPU the latter two modes use CUDA graphs",
+        help="both sides under torch.compile in this mode, too; on a GPU the latter two modes use CUDA graphs",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write the results there, and a picture beside it")
+    parser.add_argument(
+        "--draw", nargs="+", metavar=("PICTURE", "FILE"), help="only draw the results of FILEs that --json wrote"
+    )
     parser.add_argument("--memory-of", choices=("ours", "plain"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
         print_peak(arguments)
+        return 0
+    if arguments.draw:
+        picture, *files = map(Path, arguments.draw)
+        draw([entry for file in files for entry in json.loads(file.read_text())], picture)
         return 0
     entries, plain_fp32 = [], None
     for dtype in arguments.dtype:

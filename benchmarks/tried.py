@@ -25,7 +25,7 @@ from rdmd_fast.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
 from rdmd_fast.networks.unet_layers import attention
 
 from .networks import build, seconds
-from .step import Ours, count_host, run_config
+from .step import Ours, compile_as, count_host, run_config
 
 LAST = torch.channels_last
 
@@ -129,9 +129,9 @@ def weight_times(ways: dict[str, torch.nn.Module], batch: int) -> dict[str, floa
 
 @contextlib.contextmanager
 def run_of(case: str, dtype: str, compiled: str | None = None) -> Iterator[Ours]:
-    arguments = argparse.Namespace(case=case, batch=None, stage=0, compile=compiled)
+    arguments = argparse.Namespace(case=case, batch=None, stage=0)
     with tempfile.TemporaryDirectory(prefix="rdmd-tried-") as folder:
-        run = Ours(run_config(case, dtype, arguments, Path(folder)), arguments)
+        run = Ours(run_config(case, dtype, arguments, Path(folder), compile_as(compiled)), arguments)
         try:
             yield run
         finally:

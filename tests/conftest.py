@@ -124,7 +124,7 @@ def step_run(tmp_path):
     runs = []
 
     def build(case, dtype, *overrides, stage=0):
-        arguments = argparse.Namespace(case=case, batch=8, stage=stage, compile=None)
+        arguments = argparse.Namespace(case=case, batch=8, stage=stage)
         runs.append(Ours(run_config(case, dtype, arguments, tmp_path, overrides), arguments))
         return runs[-1]
 
