@@ -10,8 +10,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is no part of the package
 
 from benchmarks import step
+from benchmarks.costs import costs
 from benchmarks.step import Plain, check_equal
 from benchmarks.traffic import MATMULS, network_traffic
+from rdmd_fast.config import load_config
 
 
 @pytest.mark.parametrize("case,dtype", [("toy", "fp32"), ("toy", "bf16"), ("digits", "fp32"), ("digits", "bf16")])
@@ -39,6 +41,20 @@ def test_ours_moves_fewer_bytes_outside_matrix_products(step_run):
     ours.iteration()  # what is made once is made
     plain = Plain.like(ours, "digits", "bf16", None)
     assert 2.5 * network_traffic(ours.iteration, MATMULS) < network_traffic(plain.iteration, MATMULS)
+
+
+def test_costs_are_what_an_iteration_moves(step_run):
+    """benchmarks.costs puts bytes together from passes of one network and from parameters."""
+    run = step_run("digits", "fp32")
+    run.iteration()
+    for process in (run.stage.generator_process, run.stage.fake_process):
+        # A GPU draws noise inside kernels.
+        drawn = process.draw(run.stage.layout.positions(8, 0), 0)
+        process.draw = lambda *_, drawn=drawn: drawn
+    cost = costs(load_config("configs/digits/rdmd_2to3.yaml"), (3, 8, 8))
+    assert network_traffic(run.iteration, MATMULS) == pytest.approx(8 * cost.bytes_a_sample + cost.fixed, rel=0.01)
+    moved = 8 * cost.bytes_a_sample + cost.fixed
+    assert cost.floor(8, 2e9, 4e6) == pytest.approx(8 * cost.flops_a_sample / 2e9 + moved / 4e6)
 
 
 def test_results_have_both_sides_and_a_picture(tmp_path, monkeypatch, capsys):
