@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU: first that the kernels are right on it (noise bit-equal to the CPU's, each kernel against
-# its reference), then all benchmarks. JSON and pictures go to benchmarks/results/.
+# its reference), then benchmarks. JSON and pictures go to benchmarks/results/gpu/.
 #
-#   bash benchmarks/run_gpu.sh              all parts but compiled
-#   bash benchmarks/run_gpu.sh compiled     torch.compile of the image networks alone takes minutes
-#   bash benchmarks/run_gpu.sh steps memory
+#   bash benchmarks/run_gpu.sh              correctness, kernels, and the steps of the image networks
+#   bash benchmarks/run_gpu.sh networks memory small startup
+#   bash benchmarks/run_gpu.sh graphs       steps with CUDA graphs by torch.compile
+#
+# steps: an iteration of SongUNet and ADM at 64x64 in bf16 beside the plain formulation under autocast, both as written
+# and under torch.compile. Each case writes its JSON as it ends, so that what is cut off loses only itself.
 #
 # PYTHON=... chooses the interpreter (default: .venv/bin/python, else python).
 set -euo pipefail
@@ -23,11 +26,11 @@ import torch, triton
 assert torch.cuda.is_available(), "benchmarks/run_gpu.sh needs a CUDA device"
 print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
 PY
-results=benchmarks/results
+results=benchmarks/results/gpu
 mkdir -p "$results"
 unset RDMD_KERNELS TRITON_INTERPRET
 parts=("$@")
-[[ ${#parts[@]} -gt 0 ]] || parts=(correctness kernels networks steps memory startup)
+[[ ${#parts[@]} -gt 0 ]] || parts=(correctness kernels steps)
 for part in "${parts[@]}"; do
   SECONDS=0
   case "$part" in
@@ -40,21 +43,26 @@ for part in "${parts[@]}"; do
     networks)
       "$PYTHON" -m benchmarks.networks --case songunet64 adm64 --batch 32 --json "$results/networks.json" ;;
     steps)
-      for case in toy digits songunet64 adm64; do
+      for case in songunet64 adm64; do
+        "$PYTHON" -m benchmarks.step --case "$case" --dtype bf16 --compile default --json "$results/step_$case.json"
+      done ;;
+    small)
+      for case in toy digits; do
         "$PYTHON" -m benchmarks.step --case "$case" --json "$results/step_$case.json"
       done ;;
-    compiled)
-      "$PYTHON" -m benchmarks.networks --case songunet64 adm64 --batch 32 --compile --json "$results/networks_compiled.json"
+    graphs)
       for case in songunet64 adm64; do
         "$PYTHON" -m benchmarks.step --case "$case" --dtype bf16 --compile reduce-overhead \
-          --json "$results/step_${case}_compiled.json"
+          --json "$results/step_${case}_graphs.json"
       done ;;
+    compiled)
+      "$PYTHON" -m benchmarks.networks --case songunet64 adm64 --batch 32 --compile --json "$results/networks_compiled.json" ;;
     memory)
       "$PYTHON" -m benchmarks.memory --measure --ranks 1 --json "$results/memory.json" ;;
     startup)
       "$PYTHON" -m benchmarks.startup --launcher python --json "$results/startup.json" ;;
     *)
-      echo "run_gpu.sh: no part $part, one of correctness kernels networks steps compiled memory startup" >&2
+      echo "run_gpu.sh: no part $part, one of correctness kernels steps networks compiled graphs small memory startup" >&2
       exit 2 ;;
   esac
   echo "== $part: $SECONDS s"

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def to_first_iteration(launcher: list[str], overrides: list[str], run_dir: Path)
     """Seconds until the line of the first iteration is printed; the run is then killed with all it started.
 
     Raises:
-        RuntimeError: no such line came.
+        RuntimeError: no such line came within PATIENCE seconds.
     """
     environment = {
         **os.environ,
@@ -67,21 +68,27 @@ def to_first_iteration(launcher: list[str], overrides: list[str], run_dir: Path)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     ) as process:
+        patience = threading.Timer(PATIENCE, _kill_all, [process.pid])
+        patience.start()
         try:
             for line in process.stdout:
                 said.append(line)
                 if "step 1/" in line:
                     return time.perf_counter() - start
-                if time.perf_counter() - start > PATIENCE:
-                    break
         finally:
-            started = psutil.Process(process.pid).children(recursive=True)  # torchrun's have sessions of their own
-            os.killpg(process.pid, signal.SIGKILL)
-            for child in started:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-            psutil.wait_procs(started)
+            patience.cancel()
+            _kill_all(process.pid)
     raise RuntimeError(f"{' '.join(command)}:\n{''.join(said[-20:])}")
+
+
+def _kill_all(leader: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        started = psutil.Process(leader).children(recursive=True)  # torchrun's have sessions of their own
+        os.killpg(leader, signal.SIGKILL)
+        for child in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(started)
 
 
 def floor() -> float:

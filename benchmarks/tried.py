@@ -2,7 +2,7 @@
 
     python -m benchmarks.tried [norms attention layouts weights masters reduction memory blocks compile]
 
-Milliseconds, best of several rounds. ``compile`` takes four minutes, the others less than one each.
+Milliseconds, best of several rounds. ``compile`` takes four minutes, ``memory`` two, the others less than one each.
 """
 
 from __future__ import annotations

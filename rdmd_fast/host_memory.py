@@ -14,7 +14,7 @@ def keep_freed_memory(trim_threshold: int = NEVER) -> bool:
     """Let the process keep what is freed below 32 MiB at once, for the next tensor; True if the C library can.
 
     glibc gives the upper end of the heap back to the system as soon as 64 MiB of it are free: every iteration then has
-    its pages mapped and zeroed anew, an eighth of the time of a step of SongUNet at 64×64 on two cores. The peak stays;
+    its pages mapped and zeroed anew, a tenth of the time of a step of SongUNet at 64×64 on two cores. The peak stays;
     what is between peaks is not given back. ``MALLOC_TRIM_THRESHOLD_`` in the environment is left to decide.
 
     Args:

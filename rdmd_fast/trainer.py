@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
     """The command; ``stop`` has signals in hand already, if given."""
     arguments = parse_arguments(argv)
-    if stop and (arguments.options or arguments.dry_run or arguments.profile):
+    if stop and (arguments.options or arguments.dry_run or arguments.profile is not None):
         stop.release()
     try:
         if arguments.options:
