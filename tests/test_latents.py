@@ -161,13 +161,13 @@ def damage(name):
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ("shape", "a.npy: has shape (4, 8, 8), the generator takes (5, 8, 8)"),
+        ("shape", "a.npy: has shape (4, 8, 8), the network takes (5, 8, 8)"),
         ("objects", "a.npy: not a .npy array of floats"),
         ("text", "a.npy: not a .npy array of floats"),
         ("integers", "a.npy: not a .npy array of floats (holds int32; save float32 or float16)"),
         ("longer_than_the_file", "a.npy: not a .npy array of floats"),
         ("mixed", "holds arrays and images (b.png)"),
-        ("images", "image files are RGB, the generator takes 5 channels"),
+        ("images", "image files are RGB, the network takes 5 channels"),
     ],
 )
 def test_bad_inputs_of_translate_are_one_line(folder, tmp_path, capsys, case, expected):

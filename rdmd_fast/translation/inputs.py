@@ -71,7 +71,7 @@ class ArrayFiles:
             reason = " ".join(str(error).split())[:120]
             raise Unreadable(f"{path}: not a .npy array of floats ({reason}), take it out or save it again") from None
         if array.shape != self.shape:
-            raise InputError(f"{path}: has shape {array.shape}, the generator takes {self.shape}")
+            raise InputError(f"{path}: has shape {array.shape}, the network takes {self.shape}")
         return array
 
 
@@ -107,13 +107,13 @@ def open_inputs(
     """The samples of a shard set, an image folder or a folder of .npy arrays.
 
     Args:
-        shape: (C, H, W) that the generator takes.
+        shape: (C, H, W) that the network takes.
         image_shape: the same of images; another one where an autoencoder encodes them.
         size: "crop", "resize" or "tiles": whether images of another size are taken.
         output: a folder whose files are no inputs, should it lie inside ``folder``.
 
     Raises:
-        InputError: nothing there that the generator takes.
+        InputError: nothing there that the network takes.
     """
     from rdmd_fast.data.images import list_files
 
@@ -143,7 +143,7 @@ def _open_shards(path: Path, shape, image_shape, size: str) -> Shards:
         _no_size_for_latents(path, size)
     if found != expected and (latents or size == "crop" or expected[-1] != 3):
         remedy = "" if latents or expected[-1] != 3 else "; choose --size resize or tiles, or pack the set again"
-        raise InputError(f"--input {path}: samples of shape {found}, the generator takes {expected}{remedy}")
+        raise InputError(f"--input {path}: samples of shape {found}, the network takes {expected}{remedy}")
     for key in shards.keys:
         parts = key.split("/")
         if not is_plain(key) or ".." in parts or "" in parts:
@@ -166,7 +166,7 @@ def _open_arrays(path: Path, files: list[str], shape, size: str) -> ArrayFiles:
 
 def _no_size_for_latents(path: Path, size: str) -> None:
     if size != "crop":
-        raise InputError(f"--size {size}: is for images, --input {path} holds latents of the generator's own size")
+        raise InputError(f"--size {size}: is for images, --input {path} holds latents of the network's own size")
 
 
 def _open_images(path: Path, shape, size: str, output) -> ImageFiles:
@@ -179,12 +179,12 @@ def _open_images(path: Path, shape, size: str, output) -> ImageFiles:
         raise InputError(f"--input {path}: all images below this folder are in --output {output}, name another")
     if channels != 3:
         raise InputError(
-            f"--input {path}: image files are RGB, the generator takes {channels} channels: use shards, or name the "
+            f"--input {path}: image files are RGB, the network takes {channels} channels: use shards, or name the "
             "--autoencoder of its latents"
         )
     if height != width and size == "crop":
         raise InputError(
-            f"--input {path}: image files are cropped square, the generator takes {height}×{width}: use --size resize "
+            f"--input {path}: image files are cropped square, the network takes {height}×{width}: use --size resize "
             "or tiles"
         )
     return ImageFiles(path, files, output_names(files))
