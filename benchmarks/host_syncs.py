@@ -74,7 +74,7 @@ class HostSyncs(TorchDispatchMode):
 
         def read(tensor, *arguments, **keywords):
             if self._is_marked(tensor) and waits(*arguments, **keywords):
-                self._count()
+                self.wait()
             return method(tensor, *arguments, **keywords)
 
         return read
@@ -94,7 +94,7 @@ class HostSyncs(TorchDispatchMode):
         reads_device = any(self._is_marked(leaf) for leaf in tree_leaves((args, kwargs)))
         result = function(*args, **kwargs)
         if reads_device and (name in WAITING or self._index_by_mask(name, args)):
-            self._count()
+            self.wait()
         if reads_device:
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
             for leaf in outputs:
@@ -102,7 +102,8 @@ class HostSyncs(TorchDispatchMode):
             self.launches += bool(outputs) and not function.is_view and not name.startswith(("empty", "new_empty"))
         return result
 
-    def _count(self) -> None:
+    def wait(self, *_) -> None:
+        """The host waits here."""
         self.counts[self._who] += 1
         self.places[f"{self._who}: {self._place()}"] += 1
 

@@ -91,13 +91,29 @@ def check_equal(case: str, dtype: str) -> None:
         RuntimeError: they do not.
     """
     ours, plain = steps(case, 1, dtype)
-    for name, mine, reference, tolerance in (
-        ("outputs", ours().float(), plain().float(), TOLERANCE[dtype]),
-        ("gradients", ours.gradients(), plain.gradients(), 10 * TOLERANCE[dtype]),
+    with tf32(False):
+        outputs = ours().float(), plain().float()
+    for name, (mine, reference), tolerance in (
+        ("outputs", outputs, TOLERANCE[dtype]),
+        ("gradients", (ours.gradients(), plain.gradients()), 10 * TOLERANCE[dtype]),
     ):
         error = float((mine - reference).norm() / reference.norm())
         if not error < tolerance:
             raise RuntimeError(f"{case} {dtype}: {name} differ from the plain formulation's by {error:.2e}")
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether a GPU may round factors in fp32 to eleven bits; PyTorch lets its convolutions, and not its products."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -144,11 +160,8 @@ def matmul_peak(dtype: str) -> float:
     if not CUDA:  # there products come from another library than convolutions, which may be the faster one
         image, kernel = a.T[None, :, :, None].contiguous(memory_format=torch.channels_last), b[:, :, None, None]
         ways.append(lambda: torch.nn.functional.conv2d(image, kernel))
-    tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True  # as convolutions may
-    try:
+    with tf32(True):  # as convolutions may
         best = min(seconds(way) for _ in range(10 if CUDA else 4) for way in ways)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
     return 2 * size**3 / best
 
 

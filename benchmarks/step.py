@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 from rdmd_fast.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
 
 from .host_syncs import HostSyncs
-from .networks import CUDA, DEVICE, build, matmul_peak, resident, seconds
+from .networks import CUDA, DEVICE, build, matmul_peak, resident, seconds, tf32
 from .plain_networks import PlainUNet
 from .plain_step import PlainRDMD
 from .timing import copy_bandwidth
@@ -145,7 +145,7 @@ def packed_images(size: int, folder: Path) -> Path:
 
     random = np.random.default_rng(0)
     pictures = folder / "pictures"
-    pictures.mkdir()
+    pictures.mkdir(parents=True)
     for number in range(IMAGES):
         Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(pictures / f"{number:03d}.png")
     with contextlib.redirect_stdout(None):
@@ -257,10 +257,12 @@ def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, 
     sigmas = [(t.row("sigma") / t.row("alpha")).clone() for t in (table, fake_table)]
     epsilons = [n.values(x).clone() for n in (noise, fake_noise)]
     ours.means()
-    ours.iteration()
-    mine = ours.means()
-    y = plain.rdmd.generator_update(x, sigmas[0], epsilons[0])
-    plain.rdmd.fake_update(x, sigmas[1], epsilons[1], y)
+    # What is compiled would be compiled anew for it.
+    with contextlib.nullcontext() if plain.compiled else tf32(False):
+        ours.iteration()
+        mine = ours.means()
+        y = plain.rdmd.generator_update(x, sigmas[0], epsilons[0])
+        plain.rdmd.fake_update(x, sigmas[1], epsilons[1], y)
     pairs = {name: (mine[name], plain.rdmd.logged[name]) for name in ("score_gradient_square", "transport_cost")}
     # Ours reports ‖F - F*‖², which is that loss.
     pairs["fake_loss"] = (mine["fake_loss"], plain.rdmd.logged["fake_loss"])
@@ -288,7 +290,7 @@ def times_in_turn(sides: dict[str, Callable[[], None]], rounds: int, burst: int)
     for _ in range(rounds):
         for name, iteration in sides.items():
             # As train.py sets the C library's allocator, and as it comes.
-            keep_freed_memory() if name == "ours" else keep_freed_memory(2 * LARGEST_MMAP_THRESHOLD)
+            keep_freed_memory() if name.startswith("ours") else keep_freed_memory(2 * LARGEST_MMAP_THRESHOLD)
             if burst > 1:
                 iteration()
             timed = max(1, burst - 1)
@@ -298,11 +300,16 @@ def times_in_turn(sides: dict[str, Callable[[], None]], rounds: int, burst: int)
 
 def count_host(ours: Ours) -> dict:
     """Host synchronisations and launches of one of our iterations."""
+    from deepspeed.accelerator import get_accelerator
+
     syncs = HostSyncs(ours.on_device())
     stage = ours.stage
     given = [(stage.source, "batch")]
     given += [(part, "draw") for part in (stage.generator_process, stage.fake_process, stage.transport_weights)]
     with contextlib.ExitStack() as stack:
+        # DeepSpeed's own call, of which the CPU's does nothing.
+        accelerator = type(get_accelerator())
+        stack.enter_context(unittest.mock.patch.object(accelerator, "synchronize", syncs.wait))
         for name, engine in ours.state.engines.items():
             who = _deepspeeds(name)
             stack.enter_context(_stepping_inside(engine, lambda who=who: syncs.inside(who)))
@@ -486,6 +493,11 @@ def compile_as(mode: str | None) -> list[str]:
 def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tuple[dict, Plain]:
     """One entry of the results, and the plain formulation in fp32."""
     case = arguments.case
+    names = [*OUR_SIDES, *PLAIN_SIDES] if arguments.compile else ["ours", "plain", "plain_fp32"]
+    if dtype == "fp32":
+        names.remove("plain_fp32")  # it is plain
+    # Ahead of all else: other processes need the memory that the sides take here.
+    peaks = {side: peak_of_side(side, "fp32" if side == "plain_fp32" else dtype, arguments) for side in names}
     torch._dynamo.reset()  # operations that were counted below are not compiled again
     sides, losses = build_sides(dtype, arguments, folder, plain_fp32)
     ours, plain, plain_fp32 = sides["ours"], sides["plain"], sides["plain_fp32"]
@@ -510,7 +522,7 @@ def measure(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tu
         entry[side] = {
             "images_per_second": batch / duration, "seconds": duration,
             "mfu": flops / duration / matmul_peak(side_dtype),
-            "peak_bytes": peak_of_side(side, side_dtype, arguments),
+            "peak_bytes": peaks[side],
             **counts.get(side, {}),
         }  # fmt: skip
     # Matrix products at the speed of a large one, all other bytes at that of a large copy, neither hidden by the other.
@@ -624,9 +636,9 @@ def main() -> int:
             entry, plain_fp32 = measure(dtype, arguments, Path(folder), plain_fp32)
         entries.append(entry)
         print_table([entry])
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(entries, indent=1) + "\n")
-        draw(entries, Path(arguments.json).with_suffix(".png"))
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(entries, indent=1) + "\n")
+            draw(entries, Path(arguments.json).with_suffix(".png"))
     return 0
 
 

@@ -38,7 +38,7 @@ def flush() -> None:
     """Evict the L2 cache, then keep the device busy while the host enqueues what is to be timed."""
     if CUDA:
         _flush_buffer().zero_()
-        torch.cuda._sleep(1_000_000)  # about half a millisecond: host time of a round stays hidden
+        torch.cuda._sleep(5_000_000)  # some 2.5 ms: host time of a round, of 400 launches even, stays hidden
 
 
 def graphed(function: Callable[[], object]) -> Callable[[], None]:

@@ -1,6 +1,7 @@
 """The comparisons of NOTES.md: what was kept against what it replaced, and what was dropped. On a CPU, in turn.
 
-    python -m benchmarks.tried [norms attention layouts weights masters reduction memory blocks compile]
+    python -m benchmarks.tried [norms attention layouts convolutions weights masters reduction memory blocks
+                                compile]
 
 Milliseconds, best of several rounds. ``compile`` takes four minutes, ``memory`` two, the others less than one each.
 """
@@ -103,6 +104,30 @@ def layout_times(shape: tuple[int, ...], layout: torch.memory_format) -> dict[st
         "convolution": best(lambda: F.conv2d(x, weight, padding=1)),
         "its backward": best(lambda: torch.ops.aten.convolution_backward(dy, x, weight, *arguments)),
         "norm": best(lambda: F.group_norm(x, min(32, channels // 4))),
+    }
+
+
+def convolutions() -> None:
+    """3×3 convolutions in fp32: PyTorch's, NNPACK's Winograd; the weight's gradient, whole and in halves."""
+    for inputs, outputs, size in [(128, 128, 64), (256, 128, 64), (256, 256, 32), (512, 256, 32), (256, 256, 16)]:
+        line(f"[4, {inputs}, {size}, {size}] -> {outputs}", convolution_times(inputs, outputs, size))
+
+
+def convolution_times(inputs: int, outputs: int, size: int) -> dict[str, float]:
+    x, dy = torch.randn(4, inputs, size, size), torch.randn(4, outputs, size, size).to(memory_format=LAST)
+    last, weight = x.to(memory_format=LAST), torch.randn(outputs, inputs, 3, 3)
+
+    def weight_gradient(parts: int):
+        for part in dy.chunk(parts, 1):
+            channels = outputs // parts
+            arguments = weight[:channels], [channels], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False]
+            torch.ops.aten.convolution_backward(part.contiguous(memory_format=LAST), last, *arguments)
+
+    return {
+        "PyTorch's": best(lambda: F.conv2d(last, weight, padding=1), 9),
+        "Winograd": best(lambda: torch._nnpack_spatial_convolution(x, weight, None, 1), 9),
+        "weight's gradient": best(lambda: weight_gradient(1), 9),
+        "in halves": best(lambda: weight_gradient(2), 9),
     }
 
 
@@ -222,8 +247,8 @@ def line(name: str, values: dict[str, float]) -> None:
 
 
 PARTS = {
-    "norms": norms, "attention": attentions, "layouts": layouts, "weights": weights, "masters": masters,
-    "reduction": reduction, "memory": memory, "blocks": blocks, "compile": compiling,
+    "norms": norms, "attention": attentions, "layouts": layouts, "convolutions": convolutions, "weights": weights,
+    "masters": masters, "reduction": reduction, "memory": memory, "blocks": blocks, "compile": compiling,
 }  # fmt: skip
 
 

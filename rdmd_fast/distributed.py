@@ -281,6 +281,8 @@ def _deepspeed_config(section: dict, layout: BatchLayout, dtype: str) -> dict:
     """Gradients are clipped by ``engine.guard``, and it is the one that looks for what is not finite."""
     return {
         "steps_per_print": None,
+        # DeepSpeed's clock waits for the device at every forward pass and step; telemetry has its own, which does not.
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         **section,

@@ -65,7 +65,8 @@ def test_who_waits_is_told():
 def test_an_iteration_waits_nowhere_of_ours(step_run, stage, dtype, clip):
     clips = [f"rdmd.{engine}_optimizer.grad_clip={clip}" for engine in ("generator", "fake")]
     run = step_run("toy", dtype, *clips, stage=stage)
-    run.iteration()  # what is made once is made
+    for _ in range(3):  # what is made once is made, and DeepSpeed's clock would run
+        run.iteration()
     counted = count_host(run)
     assert "ours" not in counted["host_syncs_of"], counted["places"]
     # ZeRO reads whether the norm is a number, once a step; in bf16 at stages 1 and 2 its options spare that.
@@ -77,9 +78,19 @@ def test_an_iteration_waits_nowhere_of_ours(step_run, stage, dtype, clip):
 def test_images_and_a_range_of_transport_weights_wait_nowhere(step_run):
     changes = "rdmd.transport_weight={log_uniform: [0.01, 1.0]}", "rdmd.fake_updates=2"
     run = step_run("digits", "bf16", *changes)
-    run.iteration()
+    for _ in range(3):
+        run.iteration()
     counted = count_host(run)
     assert not counted["host_syncs_of"], counted["places"]
+
+
+def test_deepspeeds_clock_would_wait(step_run):
+    """Five times an iteration; switched off unless asked for."""
+    run = step_run("toy", "fp32", "deepspeed.timers={throughput: {enabled: true}}")
+    for _ in range(3):
+        run.iteration()
+    counted = count_host(run)
+    assert counted["host_syncs"] == 5 and any("deepspeed/utils/timer.py" in place for place in counted["places"])
 
 
 def test_a_wait_for_what_is_drawn_is_found(step_run):
