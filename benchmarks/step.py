@@ -307,10 +307,17 @@ def count_host(ours: Ours) -> dict:
     given = [(stage.source, "batch")]
     given += [(part, "draw") for part in (stage.generator_process, stage.fake_process, stage.transport_weights)]
     with contextlib.ExitStack() as stack:
-        # DeepSpeed's own call, of which the CPU's does nothing.
-        accelerator = type(get_accelerator())
-        stack.enter_context(unittest.mock.patch.object(accelerator, "synchronize", syncs.wait))
+        # DeepSpeed does not wait for a CPU: here it shall believe that it runs beside a device.
+        accelerator, stream = type(get_accelerator()), Stream(syncs)
+        for name, value in (
+            ("synchronize", syncs.wait), ("resolves_data_dependency", lambda _: False),
+            ("current_stream", lambda *_: stream), ("default_stream", lambda *_: stream),
+        ):  # fmt: skip
+            stack.enter_context(unittest.mock.patch.object(accelerator, name, value))
         for name, engine in ours.state.engines.items():
+            for attribute in ("reduce_and_partition_stream", "reduction_stream"):
+                if hasattr(engine.optimizer, attribute):
+                    stack.enter_context(unittest.mock.patch.object(engine.optimizer, attribute, stream))
             who = _deepspeeds(name)
             stack.enter_context(_stepping_inside(engine, lambda who=who: syncs.inside(who)))
         for owner, name in given:
@@ -321,6 +328,16 @@ def count_host(ours: Ours) -> dict:
         "host_syncs": sum(syncs.counts.values()), "host_syncs_of": dict(syncs.counts), "places": dict(syncs.places),
         "launches": syncs.launches,
     }  # fmt: skip
+
+
+class Stream:
+    """Of DeepSpeed's on a device: the host waits in ``synchronize``, streams for each other without it."""
+
+    def __init__(self, syncs: HostSyncs):
+        self.synchronize = syncs.wait
+
+    def wait_stream(self, _) -> None:
+        pass
 
 
 def _deepspeeds(engine: str) -> str:
