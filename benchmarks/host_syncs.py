@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.autograd import DeviceType
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -131,3 +132,117 @@ class HostSyncs(TorchDispatchMode):
         frames = traceback.extract_stack()
         frame = next(f for f in reversed(frames) if "/torch/" not in f.filename and f.filename != __file__)
         return f"{frame.filename}:{frame.lineno} {frame.name}"
+
+
+# -- an iteration ------------------------------------------------------------------------------------------------------
+
+
+def count_host(ours) -> dict:
+    """Host synchronisations and launches of one iteration of ``benchmarks.step.Ours``, without a GPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    syncs = HostSyncs(ours.on_device())
+    stage = ours.stage
+    given = [(stage.source, "batch")]
+    given += [(part, "draw") for part in (stage.generator_process, stage.fake_process, stage.transport_weights)]
+    with contextlib.ExitStack() as stack:
+        # DeepSpeed does not wait for a CPU: here it shall believe that it runs beside a device.
+        accelerator, stream = type(get_accelerator()), Stream(syncs)
+        for name, value in (
+            ("synchronize", syncs.wait), ("resolves_data_dependency", lambda _: False),
+            ("current_stream", lambda *_: stream), ("default_stream", lambda *_: stream),
+        ):  # fmt: skip
+            stack.enter_context(unittest.mock.patch.object(accelerator, name, value))
+        for name, engine in ours.state.engines.items():
+            for attribute in ("reduce_and_partition_stream", "reduction_stream"):
+                if hasattr(engine.optimizer, attribute):
+                    stack.enter_context(unittest.mock.patch.object(engine.optimizer, attribute, stream))
+            who = _deepspeeds(name)
+            stack.enter_context(_stepping_inside(engine, lambda who=who: syncs.inside(who)))
+        for owner, name in given:
+            stack.enter_context(_marked(syncs, owner, name))
+        stack.enter_context(syncs)
+        ours.iteration()
+    return {
+        "host_syncs": sum(syncs.counts.values()), "host_syncs_of": dict(syncs.counts), "places": dict(syncs.places),
+        "launches": syncs.launches,
+    }  # fmt: skip
+
+
+class Stream:
+    """Of DeepSpeed's on a device: the host waits in ``synchronize``, streams for each other without it."""
+
+    def __init__(self, syncs: HostSyncs):
+        self.synchronize = syncs.wait
+
+    def wait_stream(self, _) -> None:
+        pass
+
+
+def _deepspeeds(engine: str) -> str:
+    return f"DeepSpeed ({engine})"
+
+
+@contextlib.contextmanager
+def _marked(syncs: HostSyncs, owner, name: str):
+    """What the method gives would be on the device."""
+    method = getattr(owner, name)
+
+    def giving(*arguments):
+        result = method(*arguments)
+        for leaf in tree_leaves(result):
+            if torch.is_tensor(leaf):
+                syncs.mark(leaf)
+        return result
+
+    with unittest.mock.patch.object(owner, name, giving):
+        yield
+
+
+@contextlib.contextmanager
+def _stepping_inside(engine, context: Callable):
+    """Each step of ``engine`` inside a new ``context()``."""
+    step = engine.step
+
+    def stepping():
+        with context():
+            step()
+
+    with unittest.mock.patch.object(engine, "step", stepping):
+        yield
+
+
+def count_on_gpu(run) -> dict:
+    """The same by the profiler, on a GPU. Bytes are counted on a CPU, where every kernel is seen."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with contextlib.ExitStack() as stack:
+        engines = run.state.engines if hasattr(run, "state") else {}  # the plain formulation has none
+        for name, engine in engines.items():
+            who = _deepspeeds(name)
+            stack.enter_context(_stepping_inside(engine, lambda who=who: torch.profiler.record_function(who)))
+        profiler = stack.enter_context(torch.profiler.profile(activities=activities))
+        with torch.profiler.record_function(COUNTED):
+            run.iteration()
+    return counts_of(profiler.events())
+
+
+COUNTED = "counted iteration"
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+def counts_of(events) -> dict:
+    """Waits and kernels among the profiler's ``events``. The profiler itself waits for the device as it ends."""
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    counted = next(event for event in on_host if event.name == COUNTED)
+    steps = [event for event in on_host if event.name.startswith("DeepSpeed (")]
+    waits = Counter(
+        next((step.name for step in steps if _holds(step, event)), "ours")
+        for event in on_host
+        if event.name in WAITS and _holds(counted, event)
+    )
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    return {"host_syncs": sum(waits.values()), "host_syncs_of": dict(waits), "launches": len(kernels)}
+
+
+def _holds(outer, event) -> bool:
+    return outer.time_range.start <= event.time_range.start < outer.time_range.end

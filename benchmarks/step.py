@@ -1,6 +1,8 @@
 """One RDMD iteration, a generator and a fake-score update, ours against plain PyTorch, in one run.
 
-    python -m benchmarks.step --case digits|toy|songunet64|adm64 [--dtype fp32 bf16] [--stage 0] [--json FILE]
+    python -m benchmarks.step --case digits|toy|songunet64|adm64 [--dtype fp32 bf16] [--stage 0] [--compile MODE]
+                              [--json FILE]                 # a list, an entry a dtype, and a picture beside it
+    python -m benchmarks.step --draw PICTURE FILE [FILE …]  # one picture of several
 
 Ours is what ``train.py`` does in an iteration (data, engines, EMA, telemetry); the plain formulation is that of
 ``benchmarks.plain_step``, on the same weights, batch and number of updates. Their losses are compared first. Then
@@ -22,20 +24,16 @@ import platform
 import subprocess
 import sys
 import tempfile
-import unittest.mock
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.autograd import DeviceType
-from torch.utils._pytree import tree_leaves
 
 from rdmd_fast.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
 
-from .host_syncs import HostSyncs
+from .host_syncs import HostSyncs, count_host, count_on_gpu
 from .networks import CUDA, DEVICE, build, matmul_peak, resident, seconds, tf32
 from .plain_networks import PlainUNet
 from .plain_step import PlainRDMD
@@ -47,7 +45,7 @@ MIB = 2**20
 IMAGES = 64  # distinct sources
 SIZES = {"digits": 8, "songunet64": 64, "adm64": 64}
 BATCHES = {"toy": 512, "digits": 64, "songunet64": 64 if CUDA else 4, "adm64": 32 if CUDA else 2}
-BURSTS = {"toy": 20, "digits": 5, "songunet64": 1, "adm64": 1}
+BURSTS = {"toy": 20, "digits": 5, "songunet64": 2, "adm64": 2}
 OUR_SIDES, PLAIN_SIDES = ("ours", "ours_compiled"), ("plain", "plain_compiled", "plain_fp32")
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of the losses
 
@@ -281,7 +279,7 @@ def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, 
 def times_in_turn(sides: dict[str, Callable[[], None]], rounds: int, burst: int) -> dict[str, float]:
     """Best seconds of an iteration of each side, since machines are shared; ``burst`` iterations of one side at a time.
 
-    The first one of several is not timed: it finds the memory and the caches as the other side has left them.
+    The first one is not timed: it finds the memory and the caches as the other side has left them.
     """
     for iteration in sides.values():
         for _ in range(2):
@@ -291,86 +289,10 @@ def times_in_turn(sides: dict[str, Callable[[], None]], rounds: int, burst: int)
         for name, iteration in sides.items():
             # As train.py sets the C library's allocator, and as it comes.
             keep_freed_memory() if name.startswith("ours") else keep_freed_memory(2 * LARGEST_MMAP_THRESHOLD)
-            if burst > 1:
-                iteration()
-            timed = max(1, burst - 1)
+            iteration()
+            timed = burst - 1
             columns[name].append(seconds(lambda run=iteration, timed=timed: [run() for _ in range(timed)]) / timed)
     return {name: min(column) for name, column in columns.items()}
-
-
-def count_host(ours: Ours) -> dict:
-    """Host synchronisations and launches of one of our iterations."""
-    from deepspeed.accelerator import get_accelerator
-
-    syncs = HostSyncs(ours.on_device())
-    stage = ours.stage
-    given = [(stage.source, "batch")]
-    given += [(part, "draw") for part in (stage.generator_process, stage.fake_process, stage.transport_weights)]
-    with contextlib.ExitStack() as stack:
-        # DeepSpeed does not wait for a CPU: here it shall believe that it runs beside a device.
-        accelerator, stream = type(get_accelerator()), Stream(syncs)
-        for name, value in (
-            ("synchronize", syncs.wait), ("resolves_data_dependency", lambda _: False),
-            ("current_stream", lambda *_: stream), ("default_stream", lambda *_: stream),
-        ):  # fmt: skip
-            stack.enter_context(unittest.mock.patch.object(accelerator, name, value))
-        for name, engine in ours.state.engines.items():
-            for attribute in ("reduce_and_partition_stream", "reduction_stream"):
-                if hasattr(engine.optimizer, attribute):
-                    stack.enter_context(unittest.mock.patch.object(engine.optimizer, attribute, stream))
-            who = _deepspeeds(name)
-            stack.enter_context(_stepping_inside(engine, lambda who=who: syncs.inside(who)))
-        for owner, name in given:
-            stack.enter_context(_marked(syncs, owner, name))
-        stack.enter_context(syncs)
-        ours.iteration()
-    return {
-        "host_syncs": sum(syncs.counts.values()), "host_syncs_of": dict(syncs.counts), "places": dict(syncs.places),
-        "launches": syncs.launches,
-    }  # fmt: skip
-
-
-class Stream:
-    """Of DeepSpeed's on a device: the host waits in ``synchronize``, streams for each other without it."""
-
-    def __init__(self, syncs: HostSyncs):
-        self.synchronize = syncs.wait
-
-    def wait_stream(self, _) -> None:
-        pass
-
-
-def _deepspeeds(engine: str) -> str:
-    return f"DeepSpeed ({engine})"
-
-
-@contextlib.contextmanager
-def _marked(syncs: HostSyncs, owner, name: str):
-    """What the method gives would be on the device."""
-    method = getattr(owner, name)
-
-    def giving(*arguments):
-        result = method(*arguments)
-        for leaf in tree_leaves(result):
-            if torch.is_tensor(leaf):
-                syncs.mark(leaf)
-        return result
-
-    with unittest.mock.patch.object(owner, name, giving):
-        yield
-
-
-@contextlib.contextmanager
-def _stepping_inside(engine, context: Callable):
-    """Each step of ``engine`` inside a new ``context()``."""
-    step = engine.step
-
-    def stepping():
-        with context():
-            step()
-
-    with unittest.mock.patch.object(engine, "step", stepping):
-        yield
 
 
 def count_plain(plain: Plain) -> dict:
@@ -380,41 +302,6 @@ def count_plain(plain: Plain) -> dict:
     with HostSyncs([*tensors, *plain.sources]) as syncs:
         plain.iteration()
     return {"host_syncs": sum(syncs.counts.values()), "launches": syncs.launches}
-
-
-def count_on_gpu(run: Ours | Plain) -> dict:
-    """Kernels and waits of one iteration, by the profiler. Bytes are counted on a CPU, where every kernel is seen."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with contextlib.ExitStack() as stack:
-        for name, engine in run.state.engines.items() if isinstance(run, Ours) else ():
-            who = _deepspeeds(name)
-            stack.enter_context(_stepping_inside(engine, lambda who=who: torch.profiler.record_function(who)))
-        profiler = stack.enter_context(torch.profiler.profile(activities=activities))
-        with torch.profiler.record_function(COUNTED):
-            run.iteration()
-    return counts_of(profiler.events())
-
-
-COUNTED = "counted iteration"
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-
-
-def counts_of(events) -> dict:
-    """Waits and kernels among the profiler's ``events``. The profiler itself waits for the device as it ends."""
-    on_host = [event for event in events if event.device_type == DeviceType.CPU]
-    counted = next(event for event in on_host if event.name == COUNTED)
-    steps = [event for event in on_host if event.name.startswith("DeepSpeed (")]
-    waits = Counter(
-        next((step.name for step in steps if _holds(step, event)), "ours")
-        for event in on_host
-        if event.name in WAITS and _holds(counted, event)
-    )
-    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    return {"host_syncs": sum(waits.values()), "host_syncs_of": dict(waits), "launches": len(kernels)}
-
-
-def _holds(outer, event) -> bool:
-    return outer.time_range.start <= event.time_range.start < outer.time_range.end
 
 
 def iteration_flops(plain: Plain) -> float:
@@ -466,7 +353,7 @@ def print_peak(arguments) -> None:
             run = Ours(config, arguments)
         else:
             run = Plain(arguments.case, config, dtype, arguments.compile, exact_teacher=lambda state, sigma: state)
-        for _ in range(3):
+        for _ in range(2):  # optimizers have their states from the first one on
             run.iteration()
         print((torch.cuda.max_memory_allocated() if CUDA else resident("VmHWM")) - before)
 

@@ -25,8 +25,9 @@ from rdmd_fast import distributed, guard
 from rdmd_fast.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
 from rdmd_fast.networks.unet_layers import attention
 
+from .host_syncs import count_host
 from .networks import build, seconds
-from .step import Ours, compile_as, count_host, run_config
+from .step import Ours, compile_as, run_config
 
 LAST = torch.channels_last
 

@@ -10,8 +10,7 @@ from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is no part of the package
 
-from benchmarks.host_syncs import HostSyncs
-from benchmarks.step import COUNTED, count_host, counts_of
+from benchmarks.host_syncs import COUNTED, HostSyncs, count_host, counts_of
 
 
 @pytest.mark.parametrize(
