@@ -69,7 +69,8 @@ def networks_of(config) -> tuple:
     for path in sorted((ROOT / "configs").glob("*/*teacher*.yaml")):
         teacher = load_config(str(path))
         if f"{teacher.run_dir}/export" == config.teacher:
-            return teacher.network, teacher.network, True
+            network = teacher.network or network_options("songunet64")  # EDM's for 64×64, which is downloaded
+            return network, network, True
     raise LookupError(f"no configuration trains {config.teacher}")
 
 

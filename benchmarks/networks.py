@@ -151,9 +151,14 @@ def resident(field: str) -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
 
 
-@functools.cache
+_best_matmul: dict[str, float] = {}
+
+
 def matmul_peak(dtype: str) -> float:
-    """FLOP/s of the best of a few large square matrix products, also as 1×1 convolutions: what a machine can do."""
+    """FLOP/s of the best large square matrix product of this process so far, also as 1×1 convolution.
+
+    Each call tries a few: what a machine can do is seen when others leave it alone.
+    """
     size = 8192 if CUDA else 2048
     a, b = (torch.randn(size, size, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
     ways = [lambda: a @ b]
@@ -161,8 +166,9 @@ def matmul_peak(dtype: str) -> float:
         image, kernel = a.T[None, :, :, None].contiguous(memory_format=torch.channels_last), b[:, :, None, None]
         ways.append(lambda: torch.nn.functional.conv2d(image, kernel))
     with tf32(True):  # as convolutions may
-        best = min(seconds(way) for _ in range(12) for way in ways)
-    return 2 * size**3 / best
+        best = min(seconds(way) for _ in range(3) for way in ways)
+    _best_matmul[dtype] = max(_best_matmul.get(dtype, 0.0), 2 * size**3 / best)
+    return _best_matmul[dtype]
 
 
 @functools.cache

@@ -223,7 +223,7 @@ def blocks() -> None:
     torch.set_num_threads(1)
     with run_of("toy", "fp32") as run:
         for _ in range(3):
-            for exponent in (15, 17):
+            for exponent in (13, 15, 17):
                 for process in (run.stage.generator_process, run.stage.fake_process):
                     process.BLOCK_ELEMENTS = 2**exponent
                 for _ in range(140):  # what was drawn before is used up

@@ -315,7 +315,8 @@ class ForwardProcess:
     The draws are a pure function of (seed, streams, position): rank, micro-batch and block leave no trace.
     """
 
-    # An eighth of a megabyte of normals, some 32 iterations of a toy; drawing takes thirty times that for a moment.
+    # Normals at once, eight iterations of a toy; drawing holds thirty times that for a moment. Two iterations may have
+    # four times as many, as of 8×8 images, since launches are a good part of what drawing them takes.
     BLOCK_ELEMENTS, BLOCK_ITERATIONS = 2**13, 512
 
     def __init__(
@@ -350,7 +351,8 @@ class ForwardProcess:
     def _draw_block(self, first: int, count: int) -> list[tuple[Coefficients, CounterNoise]]:
         on_cpu = self.device.type == "cpu"
         # On a GPU the kernels draw the noise themselves; tables and positions go there many iterations at a time.
-        fitting = max(1, self.BLOCK_ELEMENTS // (count * math.prod(self.sample_shape)))
+        each = count * math.prod(self.sample_shape)
+        fitting = max(1, self.BLOCK_ELEMENTS // each, min(2, 4 * self.BLOCK_ELEMENTS // each))
         iterations = min(self.BLOCK_ITERATIONS, fitting) if on_cpu else 64
         starts = first + self.stride * torch.arange(iterations, dtype=torch.int64)
         positions = starts[:, None] + torch.arange(count)
