@@ -1,6 +1,6 @@
 """The two numbers of an iteration, FLOPs and bytes, of each configuration of the distillation, and the floor they give.
 
-    python -m benchmarks.costs [CONFIG.yaml ...] [--tflops 989 --tbps 3.35] [--json FILE]
+    python -m benchmarks.costs [CONFIG.yaml ...] [--tflops 494 989 --tbps 3.35] [--json FILE]
 
 FLOPs are those of matrix products and convolutions. Bytes are what moves outside them, counted operation by operation
 with the fused kernels as a GPU launches them (``benchmarks.traffic``): of the networks by sample, by running each
@@ -148,7 +148,13 @@ def costs(config, shape: tuple[int, ...]) -> Costs:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", type=Path, help="(all of the distillation)")
-    parser.add_argument("--tflops", type=float, help="10^12 FLOP/s of matrix products (this machine's)")
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        nargs=2,
+        metavar=("FP32", "BF16"),
+        help="10^12 FLOP/s of products (this machine's)",
+    )
     parser.add_argument("--tbps", type=float, help="10^12 bytes/s of the memory (this machine's)")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     arguments = parser.parse_args()
@@ -161,12 +167,15 @@ def main() -> int:
             continue
         cost, batch = costs(config, sample_shape(path.resolve())), config.train.global_batch_size
         rates = (
-            1e12 * arguments.tflops if arguments.tflops else matmul_peak(config.train.dtype),
+            1e12 * arguments.tflops[config.train.dtype != "fp32"]
+            if arguments.tflops
+            else matmul_peak(config.train.dtype),
             1e12 * arguments.tbps if arguments.tbps else copy_bandwidth(),
         )
         moved = batch * cost.bytes_a_sample + cost.fixed
         entry = {
-            "config": str(path), "dtype": config.train.dtype, "batch": batch, "fake_updates": config.rdmd.fake_updates,
+            "config": "/".join(path.parts[-2:]), "dtype": config.train.dtype, "batch": batch,
+            "fake_updates": config.rdmd.fake_updates,
             **cost._asdict(), "flops_a_byte": batch * cost.flops_a_sample / moved, "flops_rate": rates[0],
             "bytes_rate": rates[1], "floor_seconds": cost.floor(batch, *rates),
         }  # fmt: skip
