@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from rdmd_fast.config import load_config
-from rdmd_fast.experiment import forward_flops, iteration_flops
+from rdmd_fast.experiment import distillation_flops, forward_flops
 from rdmd_fast.networks import build_network
 
 from .networks import DTYPES, matmul_peak
@@ -51,10 +51,13 @@ class Costs(NamedTuple):
     bytes_a_sample: float
     fixed: float
 
+    def moved(self, batch: int) -> float:
+        """Bytes."""
+        return batch * self.bytes_a_sample + self.fixed
+
     def floor(self, batch: int, flops_rate: float, bytes_rate: float) -> float:
         """Seconds."""
-        moved = batch * self.bytes_a_sample + self.fixed
-        return batch * self.flops_a_sample / flops_rate + moved / bytes_rate
+        return batch * self.flops_a_sample / flops_rate + self.moved(batch) / bytes_rate
 
 
 def sample_shape(path: Path) -> tuple[int, ...]:
@@ -139,7 +142,7 @@ def costs(config, shape: tuple[int, ...]) -> Costs:
     generator_update, fake_update = bytes_a_parameter(dtype)
     return Costs(
         parameters,
-        iteration_flops(main, forward_flops(score_options, shape) if has_teacher else 0.0, score, updates),
+        distillation_flops(main, forward_flops(score_options, shape) if has_teacher else 0.0, score, updates),
         both + (has_teacher + (updates > 0)) * score_forward + updates * score_both + rollouts * forward,
         parameters * (generator_update + updates * fake_update),
     )
@@ -162,8 +165,10 @@ def main() -> int:
     heads = ("M", 7), ("updates", 8), ("GFLOP", 9), ("MiB", 9), ("MiB fixed", 10), ("FLOP/B", 8), ("floor ms", 10)
     print(f"{'configuration':<36}" + "".join(f"{name:>{width}}" for name, width in heads))
     for path in arguments.configs or sorted((ROOT / "configs").glob("*/*.yaml")):
-        config = load_config(str(path)) if path.name != "study.yaml" else None
-        if config is None or config.stage != "rdmd":
+        if path.name == "study.yaml":  # of `rdmd study`, no training's
+            continue
+        config = load_config(str(path))
+        if config.stage != "rdmd":
             continue
         cost, batch = costs(config, sample_shape(path.resolve())), config.train.global_batch_size
         rates = (
@@ -172,11 +177,10 @@ def main() -> int:
             else matmul_peak(config.train.dtype),
             1e12 * arguments.tbps if arguments.tbps else copy_bandwidth(),
         )
-        moved = batch * cost.bytes_a_sample + cost.fixed
         entry = {
             "config": "/".join(path.parts[-2:]), "dtype": config.train.dtype, "batch": batch,
-            "fake_updates": config.rdmd.fake_updates,
-            **cost._asdict(), "flops_a_byte": batch * cost.flops_a_sample / moved, "flops_rate": rates[0],
+            "fake_updates": config.rdmd.fake_updates, **cost._asdict(),
+            "flops_a_byte": batch * cost.flops_a_sample / cost.moved(batch), "flops_rate": rates[0],
             "bytes_rate": rates[1], "floor_seconds": cost.floor(batch, *rates),
         }  # fmt: skip
         entries.append(entry)

@@ -379,7 +379,8 @@ def build_sides(
 ) -> tuple[dict[str, Ours | Plain], dict[str, dict]]:
     """What is timed, by name, and by ours's names the losses of ``check_equal``."""
     case, sides, losses = arguments.case, {}, {}
-    for suffix, mode in (("", None), ("_compiled", arguments.compile))[: 2 if arguments.compile else 1]:
+    modes = {"": None} | ({"_compiled": arguments.compile} if arguments.compile else {})
+    for suffix, mode in modes.items():
         config = run_config(case, dtype, arguments, folder / f"run{suffix}", compile_as(mode))
         ours = Ours(config, arguments)
         for _ in range(2):

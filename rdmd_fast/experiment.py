@@ -313,11 +313,11 @@ def _flops_per_sample(config: Config, experiment: Experiment) -> float:
         network = experiment.export.network if copied else read_teacher_config(config.teacher).network
         teacher, score = forward_flops(network, shape), forward_flops(network, shape, conditioned)
     updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0
-    return iteration_flops(main, teacher, score, updates)
+    return distillation_flops(main, teacher, score, updates)
 
 
-def iteration_flops(generator: float, teacher: float, score: float, fake_updates: int) -> float:
-    """Of a distillation, by those of forward passes: the first fake update shares the generator's rollout."""
+def distillation_flops(generator: float, teacher: float, score: float, fake_updates: int) -> float:
+    """Of an iteration, by those of forward passes: the first fake update shares the generator's rollout."""
     return 3 * generator + teacher + score + fake_updates * 3 * score + max(fake_updates - 1, 0) * generator
 
 
