@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -64,6 +66,18 @@ def end_on_bad_input(error: Exception) -> int:
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed since another rank is gone or silent."""
     return isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
+
+
+def end_process(status: int) -> NoReturn:
+    """End with ``status``: join threads, run exit handlers (process groups last), flush output, leave.
+
+    The interpreter is not taken down: a thread of gloo that lets go of a tensor meanwhile would abort the process.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    leave(status)
 
 
 def leave(status: int) -> NoReturn:

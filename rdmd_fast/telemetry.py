@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
@@ -74,7 +75,7 @@ class Telemetry:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._log_due = False
         self.flops_per_sample: float | None = None
-        self._writers = []
+        self._writers: list[Writer] = []
         self._bar = None
         # Called by every rank for a due line with the interval's seconds; what they return joins the line.
         self.at_log: list[Callable[[float], dict]] = []
@@ -150,7 +151,7 @@ class Telemetry:
         append_line(self.run_dir / "metrics.jsonl", json.dumps(line))
         for writer in list(self._writers):
             try:
-                writer(line)
+                writer.write(line)
             except OSError as error:
                 self._writers.remove(writer)  # it may have lost its place in the file: it is told of once
                 raise write_error(error, f"{self.run_dir}/tensorboard or wandb") from None
@@ -182,8 +183,13 @@ class Telemetry:
             say(text)
 
     def close(self) -> None:
+        """Take the bar down and end the writers and their threads."""
         if self._bar is not None:
             self._bar.close()
+        for writer in self._writers:
+            with contextlib.suppress(OSError):  # what it could not write was said when it was due
+                writer.close()
+        self._writers = []
 
     # -- resuming --------------------------------------------------------------------------------------------------
 
@@ -278,7 +284,14 @@ def device_peak(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def _open_writers(options: TelemetryOptions, run_dir: Path) -> list:
+class Writer(NamedTuple):
+    """A place that lines of metrics go to, beside metrics.jsonl."""
+
+    write: Callable[[dict], None]
+    close: Callable[[], None]
+
+
+def _open_writers(options: TelemetryOptions, run_dir: Path) -> list[Writer]:
     writers = []
     if options.tensorboard:
         writer = _tensorboard_writer(run_dir)
@@ -294,7 +307,7 @@ def _open_writers(options: TelemetryOptions, run_dir: Path) -> list:
                 "telemetry.wandb_project: wandb is not installed, run `pip install rdmd_fast[wandb]`"
             ) from None
         run = wandb.init(project=options.wandb_project, dir=str(run_dir), resume="allow", id=run_dir.resolve().name)
-        writers.append(lambda line: run.log(_flat(line), step=line["step"]))
+        writers.append(Writer(lambda line: run.log(_flat(line), step=line["step"]), run.finish))
     return writers
 
 
@@ -312,7 +325,7 @@ def _tensorboard_writer(run_dir: Path):
             writer.add_scalar(name, value, line["step"])
         writer.flush()
 
-    return write
+    return Writer(write, writer.close)
 
 
 _report_thread = threading.excepthook

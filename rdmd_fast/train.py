@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 # A script's own folder leads sys.path: `config`, `data` and `metrics` there would shadow other packages.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
@@ -11,10 +12,10 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from rdmd_fast.runtime import StopSignal  # noqa: E402
 
 
-def run_rank() -> int:
+def run_rank() -> NoReturn:
     """A whole process: it heeds signals before the seconds that imports take, and keeps no other rank waiting."""
     stop = StopSignal(launched="LOCAL_RANK" in os.environ).hold()
-    from rdmd_fast.failures import end_broken
+    from rdmd_fast.failures import end_broken, end_process
     from rdmd_fast.trainer import main
 
     try:
@@ -22,8 +23,8 @@ def run_rank() -> int:
     except Exception as error:
         end_broken(error)
     stop.ignore()
-    return status
+    end_process(status)
 
 
 if __name__ == "__main__":
-    sys.exit(run_rank())
+    run_rank()

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from rdmd_fast import distributed
 from rdmd_fast.config import validate_config
 from rdmd_fast.distributed import join_world
+from rdmd_fast.failures import end_process
 from rdmd_fast.trainer import run
 
 
@@ -45,6 +46,8 @@ def main():
         statuses.append(run(config, "auto", world, Path(config.run_dir), StopAfter(case["stop_after"])))
     if world.is_main:
         print("statuses", json.dumps(statuses), flush=True)
+    world.barrier()
+    end_process(0)
 
 
 if __name__ == "__main__":

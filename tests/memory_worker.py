@@ -17,6 +17,7 @@ from rdmd_fast import rdmd, teacher
 from rdmd_fast.config import validate_config
 from rdmd_fast.distributed import join_world, take_step
 from rdmd_fast.experiment import build_experiment
+from rdmd_fast.failures import end_process
 from rdmd_fast.masters import master_shards
 from rdmd_fast.planning.live import LiveStorages
 from rdmd_fast.telemetry import Telemetry
@@ -141,6 +142,8 @@ def main():
     results = [measure(values, world) for values in json.loads(Path(sys.argv[1]).read_text())]
     if world.is_main:
         Path(sys.argv[2]).write_text(json.dumps(results))
+    world.barrier()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ and stands for what goes wrong. {"wait": [ids], "seconds": S} answers with their
 running, negative for the number of a signal that ended it.
 """
 
-import atexit
 import gc
 import json
 import os
@@ -32,6 +31,7 @@ import rdmd_fast.guard
 import rdmd_fast.metrics.toys
 import rdmd_fast.networks.exported
 import rdmd_fast.trainer  # noqa: F401
+from rdmd_fast.failures import end_process
 from rdmd_fast.train import run_rank
 
 torch.set_num_threads(1)
@@ -66,13 +66,9 @@ def live(job: dict, rank: int, port: int):
     sys.argv = ["train.py", *job["argv"]]
     try:
         exec(job.get("before", ""), {"rank": rank})
-        status = run_rank()
+        run_rank()
     except SystemExit as end:
-        status = end.code
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(status)  # to take all these modules down one by one would take a second
+        end_process(end.code)
 
 
 def wait(ids: list[int], seconds: float) -> list[int | None]:

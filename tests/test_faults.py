@@ -344,3 +344,23 @@ def test_a_run_beside_a_running_one_changes_nothing(train, config, unbroken, tmp
         holder.kill()
         holder.wait(30)
     assert train(run, "train.steps=9")[0] == 0
+
+
+def test_a_rank_ends_with_its_status_whatever_the_interpreter_would_do_on_its_way_out():
+    """A gloo thread that lets go of a tensor while the interpreter is taken down aborts: here an object does so."""
+    program = """
+import atexit, os, sys, threading, time
+class Late:
+    def __del__(self):
+        os.abort()
+late = Late()
+atexit.register(print, "exit handlers run")
+from rdmd_fast import trainer
+from rdmd_fast.train import run_rank
+trainer.main = lambda stop: 75
+threading.Thread(target=lambda: (time.sleep(0.5), print("threads end"))).start()
+run_rank()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stderr
+    assert done.stdout.splitlines() == ["threads end", "exit handlers run"]
