@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -47,6 +47,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "torchmetrics>=1.4",  # independent FID, KID and PSNR to compare with
         "ruff>=0.9",
+        "import-linter>=2.5",  # the layers of rdmd_fast/, see pyproject.toml
     ],
 }
 
@@ -58,18 +59,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[
-        "rdmd_fast",
-        "rdmd_fast.baselines",
-        "rdmd_fast.data",
-        "rdmd_fast.data.sources",
-        "rdmd_fast.networks",
-        "rdmd_fast.metrics",
-        "rdmd_fast.figures",
-        "rdmd_fast.planning",
-        "rdmd_fast.translation",
-        "rdmd_fast.kernels",
-    ],
+    packages=[*find_packages(include=["rdmd_fast*"]), "rdmd_fast.kernels"],
     # `kernels` alone is the name of another package on PyPI, so ours is importable only inside rdmd_fast.
     package_dir={"rdmd_fast": "rdmd_fast", "rdmd_fast.kernels": "kernels"},
     install_requires=REQUIRED,

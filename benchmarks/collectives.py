@@ -79,9 +79,9 @@ def measure(values: dict, world, iterations: int = ITERATIONS) -> dict:
         ``sent`` by networks and optimizers, ``votes`` of the trainer's own decisions, ``calls``, ``by_operation``.
     """
     from rdmd_fast.config import validate_config
-    from rdmd_fast.distributed import set_learning_rate
+    from rdmd_fast.engine.engine import set_learning_rate
     from rdmd_fast.experiment import build_experiment
-    from rdmd_fast.telemetry import Telemetry
+    from rdmd_fast.monitoring.telemetry import Telemetry
 
     config = validate_config(values, "case")
     with tempfile.TemporaryDirectory() as folder:
@@ -106,7 +106,7 @@ def measure(values: dict, world, iterations: int = ITERATIONS) -> dict:
 
 
 def main() -> None:
-    from rdmd_fast.distributed import join_world
+    from rdmd_fast.processes.world import join_world
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="the last one is counted (5)")

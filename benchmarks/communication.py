@@ -21,16 +21,17 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.collectives import ITERATIONS
 from rdmd_fast import cli
 from rdmd_fast.config import load_config, validate_config
-from rdmd_fast.distributed import BatchLayout, World
-from rdmd_fast.networks import DhariwalUNetOptions, SongUNetOptions, build_network
-from rdmd_fast.networks.exported import ExportConfig, write_export
+from rdmd_fast.engine.batch_layout import BatchLayout
+from rdmd_fast.model_files.export_format import ExportConfig, write_export
+from rdmd_fast.networks import build_network
+from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
 from rdmd_fast.planning.communication import iteration_payload
-from rdmd_fast.planning.networks import PlannedNetwork, PlannedNetworks, planned_networks
+from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks, planned_networks
 from rdmd_fast.planning.states import ZeroSettings
-
-from .collectives import ITERATIONS
+from rdmd_fast.processes.world import World
 
 ROOT = Path(__file__).parent.parent
 EVERY_GATHER = {

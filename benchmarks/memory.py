@@ -19,14 +19,13 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.step import ROOT, distillation
 from rdmd_fast.config import load_config
-from rdmd_fast.dry_run import total
-from rdmd_fast.networks import DhariwalUNetOptions, SongUNetOptions
+from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
 from rdmd_fast.planning.activations import Activations, activations
-from rdmd_fast.planning.networks import PlannedNetwork, PlannedNetworks
+from rdmd_fast.planning.dry_run import total
+from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks
 from rdmd_fast.planning.states import ModelStates, ZeroSettings, model_states
-
-from .step import ROOT, distillation
 
 GIB = 2**30
 HOST = {"device": "cpu"}
@@ -102,9 +101,9 @@ def measure(key: str, layout: dict, dtype: str, checkpointing: bool) -> int:
 
 def run(case: Case, layout: dict, dtype: str, checkpointing: bool) -> int:
     """What ``measure`` starts."""
-    from rdmd_fast.distributed import join_world
     from rdmd_fast.networks import build_network
     from rdmd_fast.planning.timing import time_iterations
+    from rdmd_fast.processes.world import join_world
 
     with tempfile.TemporaryDirectory(prefix="rdmd-memory-") as name:
         overrides = [

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.plain_networks import PlainUNet
+from benchmarks.traffic import network_traffic
 from rdmd_fast.networks.dhariwal_unet import DhariwalUNet
 from rdmd_fast.networks.song_unet import SongUNet
-
-from .plain_networks import PlainUNet
-from .traffic import network_traffic
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .eager import over_samples
+from benchmarks.plain_kernels import over_samples
 
 
 class PlainRDMD:

@@ -45,7 +45,7 @@ run_part() {
   local failed=0
   case "$1" in
     correctness)
-      "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} benchmarks/test_on_gpu.py || failed=1 ;;
+      "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} tests/kernels/test_on_gpu.py || failed=1 ;;
     kernels)
       "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_kernels.py \
         --benchmark-json "$results/kernels.json" --benchmark-columns=median --benchmark-quiet || failed=1

@@ -16,14 +16,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .communication import at_stage, on_ranks, prepare_digits
+from benchmarks.communication import at_stage, on_ranks, prepare_digits
 
 
 def worker(listing: str, results: str) -> None:
     """On each rank: time the iterations of every case of ``listing``, write {case: seconds of each iteration}."""
     from rdmd_fast.config import validate_config
-    from rdmd_fast.distributed import join_world
     from rdmd_fast.planning.timing import time_iterations
+    from rdmd_fast.processes.world import join_world
 
     world = join_world()
     found = []

@@ -24,10 +24,9 @@ from pathlib import Path
 import psutil  # DeepSpeed needs it, too
 import torch
 
+from benchmarks.communication import prepare_digits
+from benchmarks.step import ROOT, processor
 from rdmd_fast import cli
-
-from .communication import prepare_digits
-from .step import ROOT, processor
 
 BIN = Path(sys.executable).parent
 TRAIN = [str(ROOT / "rdmd_fast/train.py"), "--config", str(ROOT / "configs/digits/rdmd_2to3.yaml")]

@@ -31,14 +31,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rdmd_fast.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
-
-from .host_syncs import HostSyncs, count_host, count_on_gpu
-from .networks import CUDA, DEVICE, build, matmul_peak, resident, seconds, tf32
-from .plain_networks import PlainUNet
-from .plain_step import PlainRDMD
-from .timing import copy_bandwidth
-from .traffic import MATMULS, network_traffic
+from benchmarks.host_syncs import HostSyncs, count_host, count_on_gpu
+from benchmarks.networks import CUDA, DEVICE, build, matmul_peak, resident, seconds, tf32
+from benchmarks.plain_networks import PlainUNet
+from benchmarks.plain_step import PlainRDMD
+from benchmarks.timing import copy_bandwidth
+from benchmarks.traffic import MATMULS, network_traffic
+from rdmd_fast.processes.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -57,9 +56,9 @@ class Ours:
     """A run of the trainer, iteration by iteration."""
 
     def __init__(self, config, arguments):
-        from rdmd_fast.distributed import join_world
         from rdmd_fast.experiment import build_experiment
-        from rdmd_fast.telemetry import Telemetry
+        from rdmd_fast.monitoring.telemetry import Telemetry
+        from rdmd_fast.processes.world import join_world
 
         self.config, self.world = config, join_world()
         folder, batch = Path(config.run_dir), config.train.global_batch_size
@@ -84,7 +83,7 @@ class Ours:
 
     def on_device(self) -> list[torch.Tensor]:
         """Parameters, masters, averages: what a GPU run has on the device between iterations."""
-        from rdmd_fast.masters import master_shards
+        from rdmd_fast.engine.fp32_masters import master_shards
 
         tensors = [*self.state.ema.shards, *(part for part in vars(self.stage).values() if torch.is_tensor(part))]
         for engine in self.state.engines.values():
@@ -127,7 +126,7 @@ def distillation(folder: Path, options, shape: tuple[int, int, int], network: to
 
 def packed_latents(shape: tuple[int, int, int], folder: Path) -> Path:
     """Random latents as shards."""
-    from rdmd_fast.data.writer import ShardWriter
+    from rdmd_fast.data.packing.shard_writer import ShardWriter
 
     random = np.random.default_rng(0)
     with ShardWriter(folder / "shards", {}, "benchmarks", IMAGES) as writer:
@@ -156,14 +155,14 @@ def packed_images(size: int, folder: Path) -> Path:
 def write_teacher(folder: Path, options, shape: tuple[int, ...], network: torch.nn.Module) -> None:
     """An export of ``network`` as a teacher."""
     from rdmd_fast.diffusion import DiffusionOptions
-    from rdmd_fast.networks.exported import ExportConfig, write_export
+    from rdmd_fast.model_files.export_format import ExportConfig, write_export
 
     export = ExportConfig(role="teacher", network=options, sample_shape=list(shape), diffusion=DiffusionOptions())
     write_export(folder, export, network.state_dict())
 
 
 def network_options(case: str):
-    from rdmd_fast.networks import DhariwalUNetOptions, SongUNetOptions
+    from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
 
     return {
         "songunet64": SongUNetOptions(kind="song_unet", channel_mult=[1, 2, 2, 2], dropout=0.0),
@@ -219,7 +218,7 @@ class Plain:
     @classmethod
     def like(cls, ours: Ours, case: str, dtype: str, compiled: str | None) -> Plain:
         """With ours's weights as they are now, and its sources."""
-        from rdmd_fast.masters import gather_parameters, master_shards
+        from rdmd_fast.engine.fp32_masters import gather_parameters, master_shards
 
         weights = {
             name: gather_parameters(engine, [shard.clone() for shard in master_shards(engine)])

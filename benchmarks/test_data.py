@@ -23,7 +23,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import SampleStream
 from rdmd_fast.randomness import Philox, Stream
 

@@ -13,7 +13,7 @@ import platform
 import pytest
 import torch
 
-from benchmarks.operations import operations
+from benchmarks.kernel_cases import operations
 from benchmarks.timing import CUDA, clock, copy_bandwidth, flush, graphed
 
 pytestmark = pytest.mark.benchmark(timer=clock)

@@ -167,7 +167,7 @@ def network_traffic(step: Callable[[], object], but: tuple[str, ...] = CONVOLUTI
     """
     from rdmd_fast.kernels import group_norm_silu as norm
     from rdmd_fast.kernels import scaled_residual as residual
-    from rdmd_fast.networks import unet2d, unet_layers
+    from rdmd_fast.networks import diffusers_unet, unet_layers
 
     traffic, attention = Traffic(), torch.nn.functional.scaled_dot_product_attention
 
@@ -195,7 +195,7 @@ def network_traffic(step: Callable[[], object], but: tuple[str, ...] = CONVOLUTI
         (norm, "backend", lambda device: "triton"), (residual, "backend", lambda device: "triton"),
         (norm, "group_norm_silu_forward", forward), (norm, "group_norm_silu_backward", backward),
         (residual, "_sum", scaled_sum), (residual, "_packed", packed),
-        (unet_layers, "attention", attention), (unet2d, "attention", attention),
+        (unet_layers, "attention", attention), (diffusers_unet, "attention", attention),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
         for module, name, replacement in patches:
@@ -280,7 +280,7 @@ def random_images(seed: int, dtype: torch.dtype, batch: int = BATCH, shape: tupl
 def stand_in(weighting: str, meter: Meter):
     """An ``RDMD`` whose networks, data and engines are stand-ins."""
     from rdmd_fast.diffusion import DiffusionOptions, Reading
-    from rdmd_fast.distributed import BatchLayout
+    from rdmd_fast.engine.batch_layout import BatchLayout
     from rdmd_fast.randomness import Philox
     from rdmd_fast.rdmd import RDMD, RDMDOptions
 
@@ -325,7 +325,7 @@ def our_turns() -> dict:
 
 def eager_turns() -> dict:
     """Turns of the plain formulation."""
-    from . import eager
+    from benchmarks import plain_kernels
 
     meter = Meter()
     generator = StandIn(random_images(1, torch.bfloat16), meter.split)
@@ -333,11 +333,11 @@ def eager_turns() -> dict:
     x, y = (random_images(seed, torch.float32) for seed in (4, 5))
     sigma = torch.linspace(0.1, 2.0, BATCH)
     with meter.counting():
-        eager.generator_turn(generator, teacher, fake_score, x, sigma, 0.05)
+        plain_kernels.generator_turn(generator, teacher, fake_score, x, sigma, 0.05)
     turns = {"eager_generator": meter.report(), "eager_generator_input": meter.before_split}
     meter = Meter()
     with meter.counting():
-        eager.fake_turn(fake_score, y, sigma)
+        plain_kernels.fake_turn(fake_score, y, sigma)
     return {**turns, "eager_fake": meter.report()}
 
 

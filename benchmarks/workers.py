@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.test_data import BATCH, FORMATS, SHARDS, encode, write
-from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import SampleStream
 from rdmd_fast.randomness import Philox, Stream
 

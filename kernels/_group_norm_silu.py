@@ -13,7 +13,7 @@ and channels. No sum of squares is ever subtracted from another, and nothing is 
 
 from __future__ import annotations
 
-from ._dispatch import jit, tl
+from rdmd_fast.kernels._dispatch import jit, tl
 
 # Sizes come as counts of constexpr units, so that alignment is known without a variant for each value.
 SIZES = ["channel_units", "pixel_units", "channels", "pixels", "chunks", "group_channels", "samples"]

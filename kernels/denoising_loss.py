@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import backend, jit, tl
-from ._static import StaticCase
-from .coefficients import Coefficients
-from .noise_forward import (
+from rdmd_fast.kernels._dispatch import backend, jit, tl
+from rdmd_fast.kernels._static import StaticCase
+from rdmd_fast.kernels.coefficients import Coefficients
+from rdmd_fast.kernels.noise_forward import (
     NOISE_TYPES,
     STATIC_SAMPLES,
     CounterNoise,

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._dispatch import backend, jit, tl
-from ._static import StaticCase
+from rdmd_fast.kernels._dispatch import backend, jit, tl
+from rdmd_fast.kernels._static import StaticCase
 
 BLOCK = 4096
 _TABLES: OrderedDict[tuple, tuple[Tensor, bool]] = OrderedDict()

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _group_norm_silu as kernels
-from ._dispatch import backend, triton
+from rdmd_fast.kernels import _group_norm_silu as kernels
+from rdmd_fast.kernels._dispatch import backend, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -421,7 +421,7 @@ def branching_group_norm_silu(
 
 def static_cases() -> list:
     """Every branch at shapes of SongUNet and ADM (channels, pixels, groups), in the layout and dtypes of training."""
-    from ._static import StaticCase
+    from rdmd_fast.kernels._static import StaticCase
 
     def case(kernel, plan: Plan, shape: str, dtype: str, modulated: bool, **constants):
         constants = {**plan.tile, **constants}

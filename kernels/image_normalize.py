@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ._dispatch import backend, jit, tl, triton
-from ._static import StaticCase
-from .philox import seed_arguments, seed_of_arguments, seed_tensor, words
+from rdmd_fast.kernels._dispatch import backend, jit, tl, triton
+from rdmd_fast.kernels._static import StaticCase
+from rdmd_fast.kernels.philox import seed_arguments, seed_of_arguments, seed_tensor, words
 
 if TYPE_CHECKING:
-    from .noise_forward import CounterNoise
+    from rdmd_fast.kernels.noise_forward import CounterNoise
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SCALE = 1 / 127.5
@@ -108,7 +108,7 @@ def _normalize(images: Tensor, dtype: torch.dtype, flip: CounterNoise | None) ->
 def _image_normalize_op(
     images: Tensor, dtype: torch.dtype, seed: int, seed_tensor: Tensor | None, stream: int, positions: Tensor | None
 ) -> Tensor:
-    from .noise_forward import CounterNoise
+    from rdmd_fast.kernels.noise_forward import CounterNoise
 
     flip = None if positions is None else CounterNoise(seed_of_arguments(seed, seed_tensor), stream, positions)
     return _normalize(images.contiguous(memory_format=torch.channels_last), dtype, flip)

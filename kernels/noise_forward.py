@@ -20,10 +20,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import backend, jit, tl, triton
-from ._static import StaticCase
-from .coefficients import Coefficients
-from .philox import check_key, interleave4, normal, philox_normal4, seed_arguments, seed_of_arguments, seed_tensor
+from rdmd_fast.kernels._dispatch import backend, jit, tl, triton
+from rdmd_fast.kernels._static import StaticCase
+from rdmd_fast.kernels.coefficients import Coefficients
+from rdmd_fast.kernels.philox import (
+    check_key,
+    interleave4,
+    normal,
+    philox_normal4,
+    seed_arguments,
+    seed_of_arguments,
+    seed_tensor,
+)
 
 CHUNK = 1024  # elements of a sample that one program handles and one partial sum covers
 

@@ -25,8 +25,8 @@ import math
 import torch
 from torch import Tensor
 
-from ._dispatch import INTERPRETED, backend, jit, tl, triton
-from ._static import StaticCase
+from rdmd_fast.kernels._dispatch import INTERPRETED, backend, jit, tl, triton
+from rdmd_fast.kernels._static import StaticCase
 
 _WORD = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57

@@ -27,10 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._dispatch import backend, jit, tl, triton
-from ._static import StaticCase
-from .coefficients import Coefficients
-from .noise_forward import (
+from rdmd_fast.kernels._dispatch import backend, jit, tl, triton
+from rdmd_fast.kernels._static import StaticCase
+from rdmd_fast.kernels.coefficients import Coefficients
+from rdmd_fast.kernels.noise_forward import (
     NOISE_TYPES,
     READING_TYPES,
     STATIC_SAMPLES,

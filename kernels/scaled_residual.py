@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._dispatch import backend, jit, tl, triton
-from ._static import StaticCase
+from rdmd_fast.kernels._dispatch import backend, jit, tl, triton
+from rdmd_fast.kernels._static import StaticCase
 
 BLOCK = 2048
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -6,23 +6,25 @@ import argparse
 import importlib
 import sys
 
-from .errors import InputError, of_the_machine
-from .runtime import EXIT_BAD_INPUT
+from rdmd_fast.errors import EXIT_BAD_INPUT, InputError, of_the_machine
 
 # name -> (module with add_arguments(parser) and run(arguments) -> exit status, one line of help)
 COMMANDS = {
-    "pack": ("rdmd_fast.data.pack", "write digits, an image folder or a toy as WebDataset shards"),
-    "import-edm": ("rdmd_fast.import_edm", "turn an NVIDIA EDM pickle into a teacher's export"),
-    "sample": ("rdmd_fast.sample", "draw samples from a teacher, to look at it before distilling"),
-    "export": ("rdmd_fast.export", "take a network out of any checkpoint of a run, also of a killed one"),
-    "translate": ("rdmd_fast.translate", "translate images with a trained generator"),
+    "pack": ("rdmd_fast.commands.pack", "write digits, an image folder or a toy as WebDataset shards"),
+    "import-edm": ("rdmd_fast.commands.import_edm", "turn an NVIDIA EDM pickle into a teacher's export"),
+    "sample": ("rdmd_fast.commands.sample", "draw samples from a teacher, to look at it before distilling"),
+    "export": ("rdmd_fast.commands.export", "take a network out of any checkpoint of a run, also of a killed one"),
+    "translate": ("rdmd_fast.commands.translate", "translate images with a trained generator"),
     "evaluate": (
-        "rdmd_fast.evaluate",
+        "rdmd_fast.commands.evaluate",
         "measure translated images, or a toy run against its closed form and exact transport",
     ),
-    "baseline": ("rdmd_fast.baselines.command", "translate by SDEdit, ILVR, EGSDE, DDIB or CycleDiffusion"),
-    "figures": ("rdmd_fast.figures.command", "make the paper's figures and their tables from runs"),
-    "sweep": ("rdmd_fast.sweep", "help to choose λ and generator_sigma: short runs, a picture, a recommendation"),
+    "baseline": ("rdmd_fast.commands.baseline", "translate by SDEdit, ILVR, EGSDE, DDIB or CycleDiffusion"),
+    "figures": ("rdmd_fast.commands.figures", "make the paper's figures and their tables from runs"),
+    "sweep": (
+        "rdmd_fast.commands.sweep",
+        "help to choose λ and generator_sigma: short runs, a picture, a recommendation",
+    ),
 }
 
 

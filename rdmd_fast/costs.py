@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from .errors import InputError
-from .kernels.rdmd_gradient import elementwise_cost
-from .networks.features import LPIPS, FeatureNetwork, PerceptualDistance, PixelInput, naming
-from .options import Options
+from rdmd_fast.errors import InputError
+from rdmd_fast.kernels.rdmd_gradient import elementwise_cost
+from rdmd_fast.networks.feature_networks import LPIPS, FeatureNetwork, PerceptualDistance, PixelInput, naming
+from rdmd_fast.options import Options
 
 
 class CostOptions(Options):

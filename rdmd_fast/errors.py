@@ -1,6 +1,8 @@
 """The errors that users cause and can mend."""
 
+import errno
 import os
+import re
 import unicodedata
 
 LONGEST = 800  # characters of a message
@@ -44,3 +46,24 @@ def of_the_machine(error: OSError | MemoryError) -> str:
 
 class WriteError(InputError):
     """A file of the run cannot be written: disk full, quota, read-only, no permission, a failing device."""
+
+
+EXIT_DONE, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 2, 75
+
+
+def write_error(error: Exception, what: str | None = None) -> WriteError | None:
+    """``error`` as a WriteError, one line, if it says that a file could not be written; else None.
+
+    Args:
+        what: names what was to be written; without it the error does.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    foreign = type(error).__name__ == "SafetensorError"  # of its own, also for what the system says
+    if foreign and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(found[1])
+    if number is None and not foreign:
+        return None
+    what = what or getattr(error, "filename", None) or "the run folder"
+    reason = os.strerror(number) if number else " ".join(str(error).split())[:120]
+    remedy = "free some space" if number in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+    return WriteError(f"{what}: cannot be written ({reason}), {remedy} or change run_dir")

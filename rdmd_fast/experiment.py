@@ -7,44 +7,35 @@ from dataclasses import dataclass
 
 import torch
 
-from .conditioning import target_class_row, training_labels
-from .config import Config
-from .costs import FeatureCost
-from .data.device import open_domain
-from .data.faults import StreamReport
-from .data.stream import SampleStream
-from .data.toys import ToyDistribution
-from .diffusion import DiffusionOptions, Reading
-from .distributed import (
-    DTYPES,
-    BatchLayout,
-    OptimizerOptions,
-    World,
-    freeze,
-    initialize_engine,
-    set_learning_rate,
-)
-from .ema import ShardedEMA
-from .errors import InputError
-from .networks import build_network
-from .networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
-from .networks.analytic_score import AnalyticScore
-from .networks.exported import (
-    ExportConfig,
-    check_weights,
-    expected_weights,
-    load_teacher_weights,
-    load_weights,
-)
-from .networks.teachers import read_teacher, read_teacher_config
-from .pictures import Picture, no_picture, rdmd_picture, teacher_picture
-from .randomness import Philox
-from .rdmd import RDMD
-from .teacher import TeacherStage
-from .telemetry import Telemetry
-from .training_state import TrainingState
-from .transport_weight import WeightRange
-from .validation import open_validation
+from rdmd_fast.checkpoints.training_state import TrainingState
+from rdmd_fast.config import Config
+from rdmd_fast.costs import FeatureCost
+from rdmd_fast.data.domain import open_domain
+from rdmd_fast.data.stream import SampleStream
+from rdmd_fast.data.stream_report import StreamReport
+from rdmd_fast.data.toys import ToyDistribution
+from rdmd_fast.diffusion import DiffusionOptions, Reading
+from rdmd_fast.engine.batch_layout import BatchLayout
+from rdmd_fast.engine.ema import ShardedEMA
+from rdmd_fast.engine.engine import freeze, initialize_engine, set_learning_rate
+from rdmd_fast.engine.options import DTYPES, OptimizerOptions
+from rdmd_fast.errors import InputError
+from rdmd_fast.model_files.export_format import ExportConfig
+from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config
+from rdmd_fast.model_files.weights import check_weights, expected_weights, load_teacher_weights, load_weights
+from rdmd_fast.monitoring.run_pictures import Picture, no_picture, rdmd_picture, teacher_picture
+from rdmd_fast.monitoring.telemetry import Telemetry
+from rdmd_fast.monitoring.validation import open_validation
+from rdmd_fast.networks import build_network
+from rdmd_fast.networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
+from rdmd_fast.networks.analytic_score import AnalyticScore
+from rdmd_fast.networks.class_labels import target_class_row, training_labels
+from rdmd_fast.networks.flops import distillation_flops, forward_flops
+from rdmd_fast.processes.world import World
+from rdmd_fast.randomness import Philox
+from rdmd_fast.rdmd import RDMD
+from rdmd_fast.teacher import TeacherStage
+from rdmd_fast.transport_weight import WeightRange
 
 
 @dataclass
@@ -136,7 +127,7 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
     if weights is not None:
         load_weights(network, weights, config.teacher)
     classes, target_class = getattr(network_options, "label_dim", 0), config.data.target_class
-    labels = training_labels(classes, target_class, target, world.device)
+    labels = training_labels(classes, target_class, target.own_labels, target.labels, world.device)
     options = config.teacher_stage
     engine = initialize_engine(network.to(world.device), options.optimizer, layout, config.train, config.deepspeed)
     stage = TeacherStage(
@@ -314,24 +305,3 @@ def _flops_per_sample(config: Config, experiment: Experiment) -> float:
         teacher, score = forward_flops(network, shape), forward_flops(network, shape, conditioned)
     updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0
     return distillation_flops(main, teacher, score, updates)
-
-
-def distillation_flops(generator: float, teacher: float, score: float, fake_updates: int) -> float:
-    """Of an iteration, by those of forward passes: the first fake update shares the generator's rollout."""
-    return 3 * generator + teacher + score + fake_updates * 3 * score + max(fake_updates - 1, 0) * generator
-
-
-def forward_flops(options, sample_shape: tuple[int, ...], condition: bool = False) -> float:
-    """FLOPs of one sample's forward pass, counted on shapes alone."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        network = build_network(options, sample_shape, dropout=False, condition=condition)
-        sample, c_noise = torch.empty(1, *sample_shape), torch.empty(1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(sample, c_noise)
-    return float(counter.get_total_flops())
-
-
-def count_parameters(network: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())

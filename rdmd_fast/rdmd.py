@@ -14,18 +14,20 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from .costs import CostOptions, FeatureCost
-from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, Reading, SigmaOptions
-from .distributed import BatchLayout, OptimizerOptions, loss_scale, take_step
-from .ema import EMAOptions
-from .guard import poison
-from .kernels.denoising_loss import denoising_gradient
-from .kernels.inject import inject_gradient
-from .kernels.noise_forward import generator_noise_forward, noise_forward
-from .kernels.rdmd_gradient import generator_gradient
-from .options import Options
-from .randomness import Philox, Stream
-from .transport_weight import Drawn, TransportWeight, TransportWeights
+from rdmd_fast.costs import CostOptions, FeatureCost
+from rdmd_fast.diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, Reading, SigmaOptions
+from rdmd_fast.engine.batch_layout import BatchLayout
+from rdmd_fast.engine.ema import EMAOptions
+from rdmd_fast.engine.engine import loss_scale, take_step
+from rdmd_fast.engine.options import OptimizerOptions
+from rdmd_fast.engine.update_guard import poison
+from rdmd_fast.kernels.denoising_loss import denoising_gradient
+from rdmd_fast.kernels.inject import inject_gradient
+from rdmd_fast.kernels.noise_forward import generator_noise_forward, noise_forward
+from rdmd_fast.kernels.rdmd_gradient import generator_gradient
+from rdmd_fast.options import Options
+from rdmd_fast.randomness import Philox, Stream
+from rdmd_fast.transport_weight import Drawn, TransportWeight, TransportWeights
 
 
 class RDMDOptions(Options):

@@ -7,15 +7,17 @@ from collections.abc import Callable
 import torch
 from pydantic import Field
 
-from .diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, SigmaOptions
-from .distributed import BatchLayout, OptimizerOptions, loss_scale, take_step
-from .ema import EMAOptions
-from .guard import poison
-from .kernels.denoising_loss import denoising_gradient
-from .kernels.inject import inject_gradient
-from .kernels.noise_forward import noise_forward
-from .options import Options
-from .randomness import Philox, Stream
+from rdmd_fast.diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, SigmaOptions
+from rdmd_fast.engine.batch_layout import BatchLayout
+from rdmd_fast.engine.ema import EMAOptions
+from rdmd_fast.engine.engine import loss_scale, take_step
+from rdmd_fast.engine.options import OptimizerOptions
+from rdmd_fast.engine.update_guard import poison
+from rdmd_fast.kernels.denoising_loss import denoising_gradient
+from rdmd_fast.kernels.inject import inject_gradient
+from rdmd_fast.kernels.noise_forward import noise_forward
+from rdmd_fast.options import Options
+from rdmd_fast.randomness import Philox, Stream
 
 
 class TeacherStageOptions(Options):

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from .distributed import on_main, together
-from .errors import InputError, WriteError, of_the_machine
-from .failures import end_on_bad_input
-from .launchers import adopt_launcher
-from .runtime import EXIT_DONE, EXIT_STOPPED, StopSignal, run_lock
+from rdmd_fast.errors import EXIT_DONE, EXIT_STOPPED, InputError, WriteError, of_the_machine
+from rdmd_fast.processes.failures import end_on_bad_input
+from rdmd_fast.processes.launchers import adopt_launcher
+from rdmd_fast.processes.run_lock import run_lock
+from rdmd_fast.processes.signals import StopSignal
+from rdmd_fast.processes.world import on_main, together
 
 EPILOG = """examples:
   deepspeed --num_gpus 8 rdmd_fast/train.py --config configs/digits/teacher_3.yaml
@@ -57,17 +58,17 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
         if arguments.options:
             return print_options()
         adopt_launcher()
-        from .config import load_config
+        from rdmd_fast.config import load_config
 
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            from .dry_run import dry_run
+            from rdmd_fast.planning.dry_run import dry_run
 
             return dry_run(config, arguments.ranks, arguments.time_iterations)
         if arguments.ranks or arguments.time_iterations:
             raise InputError("--ranks, --time-iterations: are options of --dry-run, add it or leave them out")
         if arguments.profile is not None:
-            from .profiling import profile
+            from rdmd_fast.planning.profiling import profile
 
             return profile(config, arguments.profile)
         return train(config, arguments.resume, stop)
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
 
 
 def print_options() -> int:
-    from .config import option_table
+    from rdmd_fast.config import option_table
 
     for key, default, description in option_table():
         print(f"{key}{f' = {default}' if default else ''}\n    {description}")
@@ -93,8 +94,8 @@ def print_options() -> int:
 
 def train(config, resume: str, stop: StopSignal | None = None) -> int:
     """Run one stage to its end, a signal or bad input; returns the exit status."""
-    from .distributed import join_world
-    from .nodes import check_shared
+    from rdmd_fast.processes.shared_folder import check_shared
+    from rdmd_fast.processes.world import join_world
 
     run_dir = Path(config.run_dir)
     with contextlib.ExitStack() as held:
@@ -121,9 +122,9 @@ class Training:
     """A stage, its telemetry, and what happens at intervals. Every method is a collective call."""
 
     def __init__(self, config, world, run_dir: Path, stop):
-        from .experiment import build_experiment
-        from .guard import Guards
-        from .telemetry import Telemetry
+        from rdmd_fast.engine.update_guard import Guards
+        from rdmd_fast.experiment import build_experiment
+        from rdmd_fast.monitoring.telemetry import Telemetry
 
         self.config, self.world, self.run_dir, self.stop = config, world, run_dir, stop
         self.plain_config = config.model_dump(mode="json")
@@ -138,16 +139,18 @@ class Training:
 
     def bring_back(self, resume: str) -> bool:
         """Go to the checkpoint that ``resume`` means and open the run folder; True if the run had ended already."""
-        from .checkpoint import find_checkpoint, load_checkpoint
-        from .config import dump_config
-        from .manifest import clear_leftovers, set_aside_newer
-        from .runtime import write_atomically
+        from rdmd_fast.checkpoints.checkpoint import find_checkpoint, load_checkpoint
+        from rdmd_fast.checkpoints.manifest import clear_leftovers, read_manifest, set_aside_newer
+        from rdmd_fast.config import check_compatible, dump_config
+        from rdmd_fast.files import write_atomically
 
         world, run_dir, say = self.world, self.run_dir, self.telemetry.say
         on_main(world, lambda: clear_leftovers(run_dir / "checkpoints"))
         checkpoint = find_checkpoint(run_dir, resume, world, say)
         if checkpoint:
-            manifest, tensors = load_checkpoint(checkpoint, self.state, self.plain_config, world)
+            manifest = read_manifest(checkpoint)
+            check_compatible(checkpoint, manifest["config"], self.plain_config)
+            tensors = load_checkpoint(checkpoint, manifest, self.state, world)
             self.step = manifest["step"]
             self.stage.load_counters(self.state.counters)
             if checkpoint.parent.parent.resolve() != run_dir.resolve():
@@ -168,7 +171,7 @@ class Training:
 
     def train(self) -> bool:
         """Iterate to the end; True if a signal came first."""
-        from .distributed import loss_scaling_metrics
+        from rdmd_fast.engine.engine import loss_scaling_metrics
 
         options, engines = self.config, self.state.engines
         stopped = self.stopping()
@@ -236,7 +239,7 @@ class Training:
         return {key: count for key, count in self.state.counters.items() if key == "failed_checkpoints"}
 
     def save(self) -> None:
-        from .checkpoint import save_checkpoint
+        from rdmd_fast.checkpoints.checkpoint import save_checkpoint
 
         self.guards.before_save(self.world)
         self.state.counters |= self.stage.counters()
@@ -253,7 +256,7 @@ class Training:
 
     def exported(self) -> bool:
         """Whether RUN/export is of this step: the run has been here, to its very end."""
-        from .networks.exported import read_export_config
+        from rdmd_fast.model_files.export_format import read_export_config
 
         try:
             return read_export_config(self.run_dir / "export", self.experiment.export.role).step == self.step
@@ -261,8 +264,8 @@ class Training:
             return False
 
     def export(self, weights: dict[str, torch.Tensor], name: str) -> None:
-        from .model_card import Run, model_card
-        from .networks.exported import write_export
+        from rdmd_fast.model_files.export_format import write_export
+        from rdmd_fast.model_files.model_card import Run, model_card
 
         config = self.experiment.export.model_copy(update={"step": self.step})
         folder = self.run_dir / name

@@ -13,9 +13,9 @@ from typing import Annotated, NamedTuple
 import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from .errors import InputError
-from .options import Options
-from .randomness import DrawnAhead, Philox, Stream
+from rdmd_fast.errors import InputError
+from rdmd_fast.options import Options
+from rdmd_fast.randomness import DrawnAhead, Philox, Stream
 
 
 class LogUniformWeight(Options):

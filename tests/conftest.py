@@ -42,7 +42,7 @@ class RankServer:
     """Starts ranks of the trainer, forked from one process: see rank_server.py."""
 
     def __init__(self):
-        script = Path(__file__).with_name("rank_server.py")
+        script = Path(__file__).parent / "processes/rank_server.py"
         self._process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -83,7 +83,7 @@ def rank_server():
 @pytest.fixture
 def computed(monkeypatch):
     """Names of the points that were computed, in this process: starting another takes seconds."""
-    from rdmd_fast import points
+    from rdmd_fast.studies import jobs as points
 
     names = []
 

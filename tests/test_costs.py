@@ -10,10 +10,10 @@ import torch
 
 from rdmd_fast.config import load_config, validate_config
 from rdmd_fast.costs import CostOptions, FeatureCost
-from rdmd_fast.distributed import join_world
-from rdmd_fast.dry_run import dry_run
 from rdmd_fast.errors import InputError
-from rdmd_fast.networks.features import FeatureNetwork
+from rdmd_fast.networks.feature_networks import FeatureNetwork
+from rdmd_fast.planning.dry_run import dry_run
+from rdmd_fast.processes.world import join_world
 from rdmd_fast.trainer import run
 
 

@@ -7,22 +7,19 @@ import torch
 from scipy import stats
 
 from rdmd_fast.diffusion import (
-    Churn,
     DiffusionOptions,
     ForwardProcess,
     KarrasUniformSigma,
     LogNormalSigma,
     LogUniformSigma,
     Reading,
-    churn_noise,
     coefficients,
     denoise,
-    heun_sample,
-    karras_levels,
 )
 from rdmd_fast.kernels.denoising_loss import denoising_loss
 from rdmd_fast.kernels.noise_forward import CounterNoise, noise_forward
 from rdmd_fast.randomness import Philox, Stream
+from rdmd_fast.samplers import Churn, churn_noise, heun_sample, karras_levels
 
 PARAMETERIZATIONS = ["edm", "epsilon", "v", "flow"]
 SIGMAS = torch.tensor([2e-3, 0.05, 0.5, 1.0, 7.0, 80.0], dtype=torch.float64)

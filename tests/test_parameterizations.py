@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rdmd_fast.diffusion import DiffusionOptions, LogNormalSigma, Reading, denoise
-from rdmd_fast.distributed import BatchLayout
+from rdmd_fast.engine.batch_layout import BatchLayout
 from rdmd_fast.networks.song_unet import SongUNet
 from rdmd_fast.randomness import Philox
 from rdmd_fast.rdmd import RDMD, RDMDOptions

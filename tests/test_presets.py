@@ -12,8 +12,9 @@ import yaml
 
 from rdmd_fast.cli import COMMANDS
 from rdmd_fast.config import load_config
-from rdmd_fast.distributed import BatchLayout, World
+from rdmd_fast.engine.batch_layout import BatchLayout
 from rdmd_fast.networks import build_network
+from rdmd_fast.processes.world import World
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml"))

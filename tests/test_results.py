@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rdmd_fast import cli, load_denoiser
-from rdmd_fast.diffusion import heun_sample, karras_levels
 from rdmd_fast.metrics.judges import DigitJudge
 from rdmd_fast.randomness import Philox, Stream
+from rdmd_fast.samplers import heun_sample, karras_levels
 from rdmd_fast.trainer import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"

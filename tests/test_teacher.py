@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rdmd_fast import cli, experiment, load_denoiser
-from rdmd_fast.conditioning import training_labels, varied_labels
-from rdmd_fast.data.device import DeviceStream
+from rdmd_fast.data.domain import DeviceStream
 from rdmd_fast.errors import InputError
+from rdmd_fast.networks.class_labels import training_labels, varied_labels
 from rdmd_fast.trainer import main
 
 CONFIG = str(Path(__file__).parent.parent / "configs/digits/teacher_3.yaml")
@@ -63,8 +63,13 @@ class Labelled:
 # -- class labels ------------------------------------------------------------------------------------------------------
 
 
+def labels_of(stream, classes, target_class=None):
+    target = DeviceStream(stream, CPU)
+    return training_labels(classes, target_class, target.own_labels, target.labels, CPU)
+
+
 def test_own_labels_are_one_hot_rows_by_position():
-    labels = training_labels(4, None, DeviceStream(Labelled(), CPU), CPU)
+    labels = labels_of(Labelled(), 4)
     positions = torch.arange(7, 13)
     rows = labels(positions)
     assert rows.dtype == torch.float32 and rows.shape == (6, 4)
@@ -73,9 +78,9 @@ def test_own_labels_are_one_hot_rows_by_position():
 
 def test_target_class_takes_the_place_of_own_labels():
     stream = Labelled()
-    rows = training_labels(4, 2, DeviceStream(stream, CPU), CPU)(torch.arange(5))
+    rows = labels_of(stream, 4, 2)(torch.arange(5))
     assert torch.equal(rows, torch.tensor([0.0, 0, 1, 0]).expand(5, 4)) and not stream.batches
-    assert training_labels(0, None, DeviceStream(stream, CPU), CPU)(torch.arange(5)) is None
+    assert labels_of(stream, 0)(torch.arange(5)) is None
 
 
 @pytest.mark.parametrize("stream,classes,target_class,words", [
@@ -88,7 +93,7 @@ def test_target_class_takes_the_place_of_own_labels():
 ])  # fmt: skip
 def test_labels_that_do_not_fit_the_network_are_refused(stream, classes, target_class, words):
     with pytest.raises(InputError, match=words):
-        training_labels(classes, target_class, DeviceStream(stream, CPU), CPU)
+        labels_of(stream, classes, target_class)
 
 
 def test_pictures_show_one_class_after_another():

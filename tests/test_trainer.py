@@ -14,10 +14,11 @@ import torch
 import yaml
 from PIL import Image
 
-from rdmd_fast import checkpoint, cli, load_denoiser, load_generator
+from rdmd_fast import cli, load_denoiser, load_generator
+from rdmd_fast.checkpoints import checkpoint
 from rdmd_fast.config import load_config
-from rdmd_fast.distributed import join_world
-from rdmd_fast.runtime import StopRequest
+from rdmd_fast.processes.signals import StopRequest
+from rdmd_fast.processes.world import join_world
 from rdmd_fast.trainer import main, run
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +95,7 @@ def test_translation_is_the_exported_generator(runs, tmp_path):
     assert cli.main(
         ["translate", "--model", str(runs / "rdmd/export"), "--input", str(source), "--output", str(output)]
     ) == 0  # fmt: skip
-    from rdmd_fast.data.shards import ShardSet
+    from rdmd_fast.data.shards.shard_set import ShardSet
 
     shards, generator = ShardSet(source), load_generator(runs / "rdmd/export")
     written = sorted(output.glob("*.png"))

@@ -12,16 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rdmd_fast import cli, load_denoiser, load_generator
+from rdmd_fast.commands.export import _fake_score_config, read_network
 from rdmd_fast.config import load_config
 from rdmd_fast.diffusion import DiffusionOptions, LogNormalSigma, Reading
-from rdmd_fast.distributed import BatchLayout
-from rdmd_fast.drawing import to_uint8
+from rdmd_fast.engine.batch_layout import BatchLayout
 from rdmd_fast.errors import InputError
-from rdmd_fast.export import _fake_score_config, read_network
+from rdmd_fast.model_files.export_format import ExportConfig, read_export_config, write_export
 from rdmd_fast.networks import build_network
-from rdmd_fast.networks.condition import conditioning_weights
-from rdmd_fast.networks.exported import ExportConfig, read_export_config, write_export
+from rdmd_fast.networks.condition_embedding import conditioning_weights
 from rdmd_fast.networks.mlp import MLP
+from rdmd_fast.pixels import to_uint8
 from rdmd_fast.randomness import Philox
 from rdmd_fast.rdmd import RDMD, RDMDOptions
 from rdmd_fast.trainer import main

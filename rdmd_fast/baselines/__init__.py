@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import InputError
-from ..randomness import Philox
-from . import cyclediffusion, ddib, egsde, ilvr, sdedit
-from .options import (
+from rdmd_fast.baselines import cyclediffusion, ddib, egsde, ilvr, sdedit
+from rdmd_fast.baselines.options import (
     METHODS,
     NEEDS_SOURCE_TEACHER,
     BaselineOptions,
@@ -22,7 +20,9 @@ from .options import (
     SDEditOptions,
     parse_options,
 )
-from .solvers import Models, Noise, Translation
+from rdmd_fast.baselines.solvers import Models, Noise, Translation
+from rdmd_fast.errors import InputError
+from rdmd_fast.randomness import Philox
 
 __all__ = [
     "METHODS",

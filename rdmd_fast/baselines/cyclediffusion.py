@@ -21,8 +21,8 @@ import itertools
 
 import torch
 
-from .options import CycleDiffusionOptions
-from .solvers import Counted, Models, Noise, Translation, level_schedule
+from rdmd_fast.baselines.options import CycleDiffusionOptions
+from rdmd_fast.baselines.solvers import Counted, Models, Noise, Translation, level_schedule
 
 
 def translate(options: CycleDiffusionOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from ..diffusion import heun_solve
-from .options import DDIBOptions
-from .solvers import Counted, Models, Noise, Translation, level_schedule
+from rdmd_fast.baselines.options import DDIBOptions
+from rdmd_fast.baselines.solvers import Counted, Models, Noise, Translation, level_schedule
+from rdmd_fast.samplers import heun_solve
 
 
 def translate(options: DDIBOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import torch
 
-from .options import EGSDEOptions
-from .solvers import Counted, Models, Noise, Translation, level_schedule, low_pass, reverse_sde
+from rdmd_fast.baselines.options import EGSDEOptions
+from rdmd_fast.baselines.solvers import Counted, Models, Noise, Translation, level_schedule, low_pass, reverse_sde
 
 
 def translate(options: EGSDEOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:

@@ -16,16 +16,17 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from ..diffusion import LogUniformSigma, SigmaOptions
-from ..errors import InputError
-from ..networks import MOST_CHANNELS, MOST_LEVELS, Multiple
-from ..networks.exported import MOST_BYTES, check_weights, read_tensors
-from ..networks.song_unet import SongUNet
-from ..networks.unet_layers import GroupNormSiLU, Linear
-from ..options import Options
-from ..randomness import Philox, Stream
-from ..runtime import read_text
-from .options import checked
+from rdmd_fast.baselines.options import checked
+from rdmd_fast.diffusion import LogUniformSigma, SigmaOptions
+from rdmd_fast.errors import InputError
+from rdmd_fast.files import read_text
+from rdmd_fast.model_files.export_format import MOST_BYTES, read_tensors
+from rdmd_fast.model_files.weights import check_weights
+from rdmd_fast.networks.options import MOST_CHANNELS, MOST_LEVELS, Multiple
+from rdmd_fast.networks.song_unet import SongUNet
+from rdmd_fast.networks.unet_layers import GroupNormSiLU, Linear
+from rdmd_fast.options import Options
+from rdmd_fast.randomness import Philox, Stream
 
 FORMAT = 1
 SOURCE, TARGET = 0.0, 1.0  # labels
@@ -222,8 +223,8 @@ def train_on_shards(
     options: EnergyTrainingOptions, source: str, target: str, seed: int, device: torch.device, progress=None
 ) -> tuple[Energy, float]:
     """``train_energy`` on the packed sets of two domains, in an order of the seed; on the CPU afterwards."""
-    from ..data.shards import ShardSet
-    from ..data.stream import SampleStream
+    from rdmd_fast.data.shards.shard_set import ShardSet
+    from rdmd_fast.data.stream import SampleStream
 
     philox = Philox(seed)
     streams = [
@@ -248,6 +249,6 @@ def noised_batch(options: EnergyTrainingOptions, source, target, philox: Philox,
 
 def in_data_units(samples: torch.Tensor) -> torch.Tensor:
     """uint8 images as float32 in [-1, 1]; latents as they are."""
-    from ..kernels.image_normalize import image_normalize
+    from rdmd_fast.kernels.image_normalize import image_normalize
 
     return image_normalize(samples, torch.float32) if samples.dtype == torch.uint8 else samples

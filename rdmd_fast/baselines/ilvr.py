@@ -14,8 +14,17 @@ import itertools
 
 import torch
 
-from .options import ILVROptions
-from .solvers import Counted, Models, Noise, Translation, level_schedule, low_pass, reverse_deviation, reverse_mean
+from rdmd_fast.baselines.options import ILVROptions
+from rdmd_fast.baselines.solvers import (
+    Counted,
+    Models,
+    Noise,
+    Translation,
+    level_schedule,
+    low_pass,
+    reverse_deviation,
+    reverse_mean,
+)
 
 
 def translate(options: ILVROptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:

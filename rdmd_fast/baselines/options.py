@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ..errors import InputError
-from ..options import Options
+from rdmd_fast.errors import InputError
+from rdmd_fast.options import Options
 
 
 class LevelOptions(Options):

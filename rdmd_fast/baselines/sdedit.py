@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from ..diffusion import heun_solve
-from .options import SDEditOptions
-from .solvers import Counted, Models, Noise, Translation, level_schedule, reverse_sde
+from rdmd_fast.baselines.options import SDEditOptions
+from rdmd_fast.baselines.solvers import Counted, Models, Noise, Translation, level_schedule, reverse_sde
+from rdmd_fast.samplers import heun_solve
 
 
 def translate(options: SDEditOptions, models: Models, x: torch.Tensor, noise: Noise) -> Translation:

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..diffusion import DiffusionOptions, sampling_levels
-from ..errors import InputError
-from ..randomness import Philox, Stream
-from .options import LevelOptions
+from rdmd_fast.baselines.options import LevelOptions
+from rdmd_fast.diffusion import DiffusionOptions
+from rdmd_fast.errors import InputError
+from rdmd_fast.randomness import Philox, Stream
+from rdmd_fast.samplers import sampling_levels
 
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import InputError
-from ..metrics.inputs import fp64_rows
-from ..metrics.toys import optimal_transport
-from ..randomness import Philox, Stream
+from rdmd_fast.errors import InputError
+from rdmd_fast.metrics.checks import fp64_rows
+from rdmd_fast.metrics.exact_transport import optimal_transport
+from rdmd_fast.randomness import Philox, Stream
 
 
 def exact_map(x, target) -> np.ndarray:

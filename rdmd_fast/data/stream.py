@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from rdmd_fast.data.cache.sample_cache import open_samples
 from rdmd_fast.data.options import DataOptions
 from rdmd_fast.data.order import EpochOrder
-from rdmd_fast.data.reading import BAD, UNKNOWN
-from rdmd_fast.data.samples import open_samples
-from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.shards.sample_reader import BAD, UNKNOWN
+from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.errors import InputError
 from rdmd_fast.randomness import Philox, Stream

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .common import mean_and_error, with_error
+from rdmd_fast.metrics.tables import mean_and_error, with_error
 
 STANDARD_ERRORS = 2.0
 FAITHFULNESS = "l2"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..drawing import replace_file
-from ..errors import InputError
-from ..metrics.inputs import require
-from ..metrics.judges import format_table
-from .common import FigureOptions, mean_and_error, with_error, write_rows
-from .comparison import FAITHFULNESS, STANDARD_ERRORS, Setting, error_of_difference, settings_of
-from .study_runs import RDMD, StudyRuns
-from .tradeoff import frame
+from rdmd_fast.errors import InputError
+from rdmd_fast.extras import require
+from rdmd_fast.figures.comparison import FAITHFULNESS, STANDARD_ERRORS, Setting, error_of_difference, settings_of
+from rdmd_fast.figures.tradeoff import frame
+from rdmd_fast.files import replace_file
+from rdmd_fast.metrics.tables import format_table, mean_and_error, with_error, write_rows
+from rdmd_fast.studies.options import FigureOptions
+from rdmd_fast.studies.study_runs import RDMD, StudyRuns
 
 COMPARED = ("share_3nn", "frechet", "fid", "kid", "l2")
 COLOURS = {"separate": "#5b6b7d", "one": "#d1495b"}

@@ -15,17 +15,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..config import Config, load_config
-from ..diffusion import omega
-from ..errors import InputError
-from ..metrics import theory
-from ..metrics.inputs import require
-from ..metrics.judges import format_table
-from ..metrics.monte_carlo import sample_loss
-from ..points import Point, run_points, train_run
-from ..randomness import Philox
-from ..runtime import sha256_of
-from .common import FigureOptions, mean_and_error, shipped_config, with_error, write_rows
+from rdmd_fast.config import Config, load_config
+from rdmd_fast.diffusion import omega
+from rdmd_fast.errors import InputError
+from rdmd_fast.extras import require
+from rdmd_fast.files import sha256_of
+from rdmd_fast.metrics import closed_forms
+from rdmd_fast.metrics.monte_carlo import sample_loss
+from rdmd_fast.metrics.tables import format_table, mean_and_error, with_error, write_rows
+from rdmd_fast.randomness import Philox
+from rdmd_fast.studies.jobs import Point, run_points, train_run
+from rdmd_fast.studies.options import FigureOptions, shipped_config
 
 CONFIG = "toy/gaussian_to_gaussian.yaml"
 # With the exact fake score only the draws of a batch are noise: a high rate, and no average that would lag behind.
@@ -82,7 +82,7 @@ def make(out: Path, options: FigureOptions, size: SurfaceSize = SIZE) -> dict:
 
 def closed_form(config: Config, weight: float, radius, angle) -> float:
     """The loss at G = radius R(angle in degrees), by quadrature over σ."""
-    return theory.loss(radius, angle, _target_std(config), weight, *_noise_levels(config))
+    return closed_forms.loss(radius, angle, _target_std(config), weight, *_noise_levels(config))
 
 
 def compare(config: Config, weights: Sequence[float], size: SurfaceSize) -> list[dict]:
@@ -129,7 +129,7 @@ def _in_errors(difference: float, error: float) -> float | None:
 
 def optimum(config: Config, weight: float, rows: list[dict], paths: list[dict]) -> dict:
     """The optimum of one λ, how well Monte Carlo agrees, and where the trainings ended."""
-    radius = float(theory.optimal_scales(_target_std(config), weight, *_noise_levels(config))[0])
+    radius = float(closed_forms.optimal_scales(_target_std(config), weight, *_noise_levels(config))[0])
     apart = [row["difference_in_standard_errors"] for row in rows if row["transport_weight"] == weight]
     apart = np.array([difference for difference in apart if difference is not None])
     last = {path["run"]: path for path in paths if path["transport_weight"] == weight}.values()
@@ -238,7 +238,7 @@ SLICES = {0: "#1b4965", 90: "#5fa8a0", 180: "#c8553d"}  # degrees of the drawn p
 
 def draw(path: Path, config: Config, optima, rows, paths, size: SurfaceSize) -> None:
     """A line for each λ: the surface, the same from above with the trainings, and profiles beside Monte Carlo."""
-    from ..drawing import replace_file
+    from rdmd_fast.files import replace_file
 
     figure_class = require("matplotlib.figure", "eval").Figure
     require("matplotlib.backends.backend_agg", "eval")

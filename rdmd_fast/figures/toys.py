@@ -15,15 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..baselines.transport import exact_map, minibatch_map
-from ..config import Config, load_config
-from ..errors import InputError
-from ..metrics.inputs import require
-from ..metrics.judges import format_table
-from ..metrics.toys import monotonicity_violations, squared_w2
-from ..points import Point, run_points, train_run
-from ..runtime import sha256_of
-from .common import FigureOptions, mean_and_error, shipped_config, with_error, write_rows
+from rdmd_fast.baselines.transport import exact_map, minibatch_map
+from rdmd_fast.config import Config, load_config
+from rdmd_fast.errors import InputError
+from rdmd_fast.extras import require
+from rdmd_fast.files import sha256_of
+from rdmd_fast.metrics.exact_transport import monotonicity_violations, squared_w2
+from rdmd_fast.metrics.tables import format_table, mean_and_error, with_error, write_rows
+from rdmd_fast.studies.jobs import Point, run_points, train_run
+from rdmd_fast.studies.options import FigureOptions, shipped_config
 
 NEAR_COST = 0.05  # of exact transport's
 NEAR_FLOORS = 2.0  # squared W2 in noise floors
@@ -147,7 +147,7 @@ def train_map(folder: Path, settings: dict) -> dict:
 
 def validator_of(problem: Problem, seed: int, size: ToysSize):
     """The sets of points that the run of this seed is measured on, which no λ changes."""
-    from ..validation import ToyValidator
+    from rdmd_fast.monitoring.validation import ToyValidator
 
     config: Config = load_config(
         shipped_config(problem.config), run_overrides(problem, problem.transport_weights[0], seed, size)
@@ -268,17 +268,17 @@ DRAWN, SEGMENTS = 1000, 250
 
 def draw(path: Path, size: ToysSize, rows: list[dict], best: dict[str, dict], folders: dict[str, Path]) -> None:
     """A line for each problem: source, a map for each λ (seed 0), exact transport, target."""
-    from ..drawing import (
+    from rdmd_fast.files import replace_file
+    from rdmd_fast.model_files.models import load_generator
+    from rdmd_fast.monitoring.drawing import (
         OUTPUT_COLOUR,
         SOURCE_COLOUR,
         TARGET_COLOUR,
         common_limits,
         draw_transport,
         frame_panels,
-        replace_file,
         scatter,
     )
-    from ..networks.exported import load_generator
 
     figure_class = require("matplotlib.figure", "eval").Figure
     require("matplotlib.backends.backend_agg", "eval")

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..drawing import image_grid, replace_file
-from ..metrics.inputs import require
-from ..metrics.judges import format_table
-from ..study import StudyOptions
-from .common import FigureOptions, write_rows
-from .comparison import FAITHFULNESS, LABELS, Setting, compare, dominates, settings_of
-from .study_runs import BASELINES, IDENTITY, RDMD, StudyRuns
+from rdmd_fast.extras import require
+from rdmd_fast.figures.comparison import FAITHFULNESS, LABELS, Setting, compare, dominates, settings_of
+from rdmd_fast.files import replace_file
+from rdmd_fast.metrics.tables import format_table, write_rows
+from rdmd_fast.monitoring.drawing import image_grid
+from rdmd_fast.studies.options import FigureOptions, StudyOptions
+from rdmd_fast.studies.study_runs import BASELINES, IDENTITY, RDMD, StudyRuns
 
 PICTURED = 10  # columns of the grid of translations
 TABLE = ("share_3nn", "frechet", "fid", "kid", "l2", "mse_per_pixel", "psnr", "ssim")
@@ -217,7 +217,7 @@ def legend(group: Sequence[Setting]) -> str:
 
 def draw_samples(rows: list[dict], settings: list[Setting], study: StudyOptions, points: Path, path: Path) -> None:
     """The same sources by every method at its setting of the best quality, first seed; RDMD at all of its λ."""
-    from ..measuring import SAMPLES, held_out
+    from rdmd_fast.studies.measurement_jobs import SAMPLES, held_out
 
     sources = held_out(study.source.test, study.held_out)
     chosen = torch.linspace(0, len(sources) - 1, min(SAMPLES, len(sources))).long()

@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from rdmd_fast.drawing import replace_file
+from rdmd_fast.files import replace_file
 from rdmd_fast.metrics.features import FeatureExtractor
-from rdmd_fast.metrics.inputs import PixelImages
+from rdmd_fast.pixels import PixelImages
 
 FORMAT = 1
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.metrics.inputs import image_batch
-from rdmd_fast.networks.features import FeatureNetwork, PixelInput, naming
+from rdmd_fast.metrics.checks import image_batch
+from rdmd_fast.networks.feature_networks import FeatureNetwork, PixelInput, naming
 
 
 class FeatureExtractor:

@@ -7,14 +7,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rdmd_fast.data.formats import UNREADABLE
-from rdmd_fast.data.images import default_workers, image_keys, list_images, load_image, load_picture, map_in_order
-from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.image_files import (
+    below,
+    default_workers,
+    image_keys,
+    list_images,
+    load_image,
+    load_picture,
+    map_in_order,
+)
+from rdmd_fast.data.shards.decode_images import UNREADABLE
+from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.feature_cache import images_sha256
-from rdmd_fast.metrics.inputs import PixelImages
+from rdmd_fast.pixels import PixelImages
 from rdmd_fast.randomness import Philox, Stream
-from rdmd_fast.translation.inputs import below
 
 
 class ImageSet(NamedTuple):

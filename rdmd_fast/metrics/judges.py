@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.errors import InputError
-from rdmd_fast.metrics.images import BLOCK, unit_range
-from rdmd_fast.metrics.inputs import expect, image_batch, require
+from rdmd_fast.extras import expect, require
+from rdmd_fast.metrics.checks import image_batch
+from rdmd_fast.metrics.image_distances import BLOCK, unit_range
 
 if TYPE_CHECKING:
     from sklearn.neighbors import KNeighborsClassifier
@@ -128,26 +129,3 @@ class DigitJudge:
         self.check(label)
         fitted = self._fitted
         return float(np.mean(fitted.knn.predict(fitted.test_images[fitted.test_labels == label]) == label))
-
-
-def _cell(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def format_table(rows: list[dict]) -> str:
-    """Aligned plain text, a line of column names and one a row: text left, numbers right, gaps as ``-``.
-
-    Columns come in the order in which the rows first name them; floats have four significant digits.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, *([_cell(row.get(column, "-")) for column in columns] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    is_text = [any(isinstance(row.get(column), str) for row in rows) for column in columns]
-    aligned = (
-        [
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(line, widths, is_text, strict=True)
-        ]
-        for line in lines
-    )
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)

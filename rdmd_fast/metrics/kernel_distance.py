@@ -3,7 +3,7 @@
 import numpy as np
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.metrics.inputs import fp64_rows
+from rdmd_fast.metrics.checks import fp64_rows
 from rdmd_fast.randomness import Philox, Stream
 
 SUBSETS, SUBSET_SIZE = 100, 1000

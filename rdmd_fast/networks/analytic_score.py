@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..diffusion import DiffusionOptions
+from rdmd_fast.diffusion import DiffusionOptions
 
 
 class AnalyticScore(torch.nn.Module):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .condition import ConditionEmbedding
-from .unet_layers import Conv2d, GroupNormSiLU, Linear, NoiseEmbedding, UNet, UNetBlock, require
+from rdmd_fast.networks.condition_embedding import ConditionEmbedding
+from rdmd_fast.networks.unet_layers import Conv2d, GroupNormSiLU, Linear, NoiseEmbedding, UNet, UNetBlock, require
 
 CHANNELS_PER_HEAD = 64
 

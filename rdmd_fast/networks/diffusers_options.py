@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..options import Options
+from rdmd_fast.options import Options
 
 Size = Annotated[int, Field(ge=1, le=2**14)]
 DownBlock = Literal["DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"]

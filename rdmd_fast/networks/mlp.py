@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdmd_fast.errors import InputError
-
-from .condition import ConditionEmbedding
+from rdmd_fast.networks.condition_embedding import ConditionEmbedding
 
 
 class ConditionedLinear(nn.Linear):

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdmd_fast.kernels.scaled_residual import scaled_residual
-
-from .condition import ConditionEmbedding
-from .unet_layers import Conv2d, GroupNormSiLU, Linear, NoiseEmbedding, UNet, UNetBlock, require
+from rdmd_fast.networks.condition_embedding import ConditionEmbedding
+from rdmd_fast.networks.unet_layers import Conv2d, GroupNormSiLU, Linear, NoiseEmbedding, UNet, UNetBlock, require
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 NEAR_ZERO = 1e-5  # initial gain of the layers that end a residual branch

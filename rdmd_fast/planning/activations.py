@@ -15,11 +15,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from ..distributed import DTYPES
-from ..kernels import group_norm_silu as norm_kernels
-from ..kernels import scaled_residual as residual_kernels
-from .live import LiveStorages
-from .networks import PlannedNetwork, PlannedNetworks
+from rdmd_fast.engine.options import DTYPES
+from rdmd_fast.kernels import group_norm_silu as norm_kernels
+from rdmd_fast.kernels import scaled_residual as residual_kernels
+from rdmd_fast.planning.live_memory import LiveStorages
+from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks
 
 
 @dataclass(frozen=True)

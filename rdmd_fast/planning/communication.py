@@ -21,8 +21,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .networks import PlannedNetwork, PlannedNetworks
-from .states import WEIGHT_BYTES, ZeroSettings, shard_size
+from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks
+from rdmd_fast.planning.states import WEIGHT_BYTES, ZeroSettings, shard_size
 
 
 @dataclass(frozen=True)

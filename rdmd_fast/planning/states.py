@@ -1,6 +1,6 @@
 """Bytes that a rank holds in parameters, gradients, optimizer and EMA at each ZeRO stage.
 
-The rules are those of DeepSpeed 0.19 as tests/test_dry_run.py measures them, w bytes a weight and N ranks:
+The rules are those of DeepSpeed 0.19 as tests/planning/test_dry_run.py measures them, w bytes a weight and N ranks:
 
     parameters   w each; at stage 3 a shard of 1/N, and beside it what is gathered at one time
     masters      4 each where weights have 16 bits, and in fp32 too from stage 1 on, where they are a copy; 1/N from 1
@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..distributed import LARGEST_BUCKET
-from .networks import PlannedNetwork, PlannedNetworks
+from rdmd_fast.engine.options import LARGEST_BUCKET
+from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks
 
 PARTS = ("parameters", "gradients", "buckets", "optimizer", "EMA", "update")
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

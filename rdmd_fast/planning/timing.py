@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..config import Config
-from ..distributed import World
+from rdmd_fast.config import Config
+from rdmd_fast.processes.world import World
 
 if TYPE_CHECKING:
-    from ..telemetry import Telemetry
+    from rdmd_fast.monitoring.telemetry import Telemetry
 
 WARM_UP = 3  # kernels are chosen, caches filled, and ZeRO-3 has traced the networks
 
@@ -68,8 +68,8 @@ def throwaway_run(
     Raises:
         InputError: as the run itself would.
     """
-    from ..experiment import build_experiment
-    from ..telemetry import Telemetry
+    from rdmd_fast.experiment import build_experiment
+    from rdmd_fast.monitoring.telemetry import Telemetry
 
     quiet = config.telemetry.model_copy(update={"tensorboard": False, "wandb_project": None})
     with tempfile.TemporaryDirectory(prefix="rdmd-dry-run-") as folder:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rdmd_fast.data.image_files import below
 from rdmd_fast.errors import InputError, is_plain
 
 
@@ -40,8 +41,8 @@ class ImageFiles:
     latents: bool = False
 
     def read(self, index: int) -> np.ndarray:
-        from rdmd_fast.data.formats import UNREADABLE
-        from rdmd_fast.data.images import load_picture
+        from rdmd_fast.data.image_files import load_picture
+        from rdmd_fast.data.shards.decode_images import UNREADABLE
 
         path = self.folder / self.files[index]
         try:
@@ -59,8 +60,8 @@ class ArrayFiles:
     latents: bool = True
 
     def read(self, index: int) -> np.ndarray:
-        from rdmd_fast.data.contents import decode_array
-        from rdmd_fast.data.formats import UNREADABLE
+        from rdmd_fast.data.shards.decode_arrays import decode_array
+        from rdmd_fast.data.shards.decode_images import UNREADABLE
 
         path = self.folder / self.files[index]
         try:
@@ -92,7 +93,7 @@ class Shards:
         return self.__dict__ | {"_shards": None}
 
     def __setstate__(self, state: dict) -> None:
-        from rdmd_fast.data.shards import ShardSet
+        from rdmd_fast.data.shards.shard_set import ShardSet
 
         self.__dict__ = state | {"_shards": ShardSet(state["folder"])}
 
@@ -115,7 +116,7 @@ def open_inputs(
     Raises:
         InputError: nothing there that the network takes.
     """
-    from rdmd_fast.data.images import list_files
+    from rdmd_fast.data.image_files import list_files
 
     path = Path(folder)
     if output is not None and Path(output).resolve() == path.resolve():
@@ -128,12 +129,8 @@ def open_inputs(
     return _open_images(path, image_shape, size, output)
 
 
-def below(file: Path, folder: str | Path | None) -> bool:
-    return folder is not None and file.resolve().is_relative_to(Path(folder).resolve())
-
-
 def _open_shards(path: Path, shape, image_shape, size: str) -> Shards:
-    from rdmd_fast.data.shards import ShardSet
+    from rdmd_fast.data.shards.shard_set import ShardSet
 
     shards = ShardSet(path)
     latents = shards.kind == "array"
@@ -154,7 +151,7 @@ def _open_shards(path: Path, shape, image_shape, size: str) -> Shards:
 
 
 def _open_arrays(path: Path, files: list[str], shape, size: str) -> ArrayFiles:
-    from rdmd_fast.data.images import is_image
+    from rdmd_fast.data.image_files import is_image
 
     image = next(filter(is_image, files), None)
     if image:
@@ -170,7 +167,7 @@ def _no_size_for_latents(path: Path, size: str) -> None:
 
 
 def _open_images(path: Path, shape, size: str, output) -> ImageFiles:
-    from rdmd_fast.data.images import list_images
+    from rdmd_fast.data.image_files import list_images
 
     found = list_images(path)
     files = [file for file in found if not below(path / file, output)]

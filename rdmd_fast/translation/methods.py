@@ -39,7 +39,7 @@ class OneStep(NamedTuple):
     transport_weight: float | None = None
 
     def load(self, device: torch.device) -> Translate:
-        from rdmd_fast.networks.exported import load_generator
+        from rdmd_fast.model_files.models import load_generator
 
         generator = load_generator(self.model).to(device=device, dtype=DTYPES[self.dtype])
         return lambda x, numbers: (generator(x, self.transport_weight), "")

@@ -88,7 +88,7 @@ def _is_whole_array(file, length: int) -> bool:
 
 def _replace(path: Path, save: Callable) -> None:
     """``replace_file``; what stops it is an error of --output."""
-    from rdmd_fast.drawing import replace_file
+    from rdmd_fast.files import replace_file
 
     try:
         replace_file(path, save)

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from rdmd_fast.errors import InputError
-
-from .inputs import Samples, Unreadable
-from .methods import Method
-from .outputs import Outputs
-from .sizes import Crop, Resize, Tiles
+from rdmd_fast.translation.inputs import Samples, Unreadable
+from rdmd_fast.translation.methods import Method
+from rdmd_fast.translation.outputs import Outputs
+from rdmd_fast.translation.sizes import Crop, Resize, Tiles
 
 
 class Job(NamedTuple):
@@ -59,7 +58,7 @@ class Translator:
         self.job, self.device, self.note = job, device, ""
         self.method = job.method.load(device)
         if autoencoder is None and job.autoencoder:
-            from rdmd_fast.latents import Autoencoder
+            from rdmd_fast.model_files.autoencoder import Autoencoder
 
             autoencoder = Autoencoder(job.autoencoder)
         self.autoencoder = autoencoder.to(device) if autoencoder else None
@@ -113,7 +112,7 @@ class Translator:
 
 def _levels(images: torch.Tensor, exact: bool) -> torch.Tensor:
     """[-1, 1] to [0, 255]: the nearest uint8, or float32 if ``exact``."""
-    from rdmd_fast.drawing import to_uint8
+    from rdmd_fast.pixels import to_uint8
 
     if not exact:
         return to_uint8(images)
@@ -142,7 +141,7 @@ def work(
     Raises:
         InputError: no such model, an unreadable sample (unless skipped), or an output that cannot be written.
     """
-    from rdmd_fast.data.images import map_in_order
+    from rdmd_fast.data.image_files import map_in_order
 
     translator = Translator(job, torch.device(device), autoencoder)
     ahead = 2 * max(map(len, chunks), default=1)

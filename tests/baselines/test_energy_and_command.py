@@ -20,10 +20,11 @@ from rdmd_fast.baselines.energy import (
     train_energy,
 )
 from rdmd_fast.diffusion import DiffusionOptions, LogUniformSigma
-from rdmd_fast.drawing import to_uint8
 from rdmd_fast.errors import InputError
-from rdmd_fast.networks import SongUNetOptions, build_network
-from rdmd_fast.networks.exported import ExportConfig, write_export
+from rdmd_fast.model_files.export_format import ExportConfig, write_export
+from rdmd_fast.networks import build_network
+from rdmd_fast.networks.options import SongUNetOptions
+from rdmd_fast.pixels import to_uint8
 from rdmd_fast.randomness import Philox
 
 SHAPE = (3, 4, 4)
@@ -311,7 +312,7 @@ class Halving(torch.nn.Module):
 
 
 def test_autoencoder_stands_before_and_after(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("rdmd_fast.latents.Autoencoder", Halving)
+    monkeypatch.setattr("rdmd_fast.model_files.autoencoder.Autoencoder", Halving)
     photo = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     (tmp_path / "in").mkdir()
     Image.fromarray(photo).save(tmp_path / "in/a.png")

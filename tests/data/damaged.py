@@ -6,9 +6,9 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.packing.shard_writer import ShardWriter
+from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import SampleStream
-from rdmd_fast.data.writer import ShardWriter
 from rdmd_fast.randomness import Philox, Stream
 
 SHARDS, EACH = 4, 5

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rdmd_fast.data.order import EpochOrder
-from rdmd_fast.distributed import BatchLayout
+from rdmd_fast.engine.batch_layout import BatchLayout
 from rdmd_fast.randomness import Philox, Stream
 
 sys.path.insert(0, str(Path(__file__).parent))

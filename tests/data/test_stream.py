@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from rdmd_fast.data.shards import ShardSet
+from rdmd_fast.data.packing.shard_writer import ShardWriter
+from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import SampleStream, ToyStream, open_stream
 from rdmd_fast.data.toys import ToyDistribution
-from rdmd_fast.data.writer import ShardWriter
 from rdmd_fast.errors import InputError
 from rdmd_fast.randomness import Philox, Stream
 

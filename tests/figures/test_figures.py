@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdmd_fast import drawing, points
 from rdmd_fast.cli import main
+from rdmd_fast.commands.figures import run_pack
 from rdmd_fast.errors import InputError
 from rdmd_fast.figures import surface, toys
-from rdmd_fast.figures.common import FigureOptions, mean_and_error, shipped_config, with_error, write_rows
-from rdmd_fast.metrics.toys import squared_w2
+from rdmd_fast.metrics.exact_transport import squared_w2
+from rdmd_fast.metrics.tables import mean_and_error, with_error, write_rows
+from rdmd_fast.monitoring import drawing
+from rdmd_fast.studies import jobs as points
+from rdmd_fast.studies.options import FigureOptions, shipped_config
 
 TINY_SURFACE = surface.SurfaceSize(
     grid=(9, 13), radii=(0.5, 1.5, 2.0), angles=(0, 90, 180), draws=4000, starts=((0.5, 90.0),), steps=4, every=2
@@ -55,7 +58,7 @@ def numbers(rows, key):
 
 
 def test_surface_compares_every_point_and_resumes(tmp_path, in_this_process, capsys):
-    options = FigureOptions(1, 1, None)
+    options = FigureOptions(1, 1, None, run_pack)
     made = surface.make(tmp_path, options, TINY_SURFACE)
     assert len(in_this_process) == 2  # λ = 0 and the config's
     rows, paths = read(tmp_path / "surface.csv"), read(tmp_path / "surface_paths.csv")
@@ -92,7 +95,7 @@ def test_monte_carlo_that_disagrees_is_seen(monkeypatch):
 
 
 def test_toys_table_has_every_map_and_resumes(tmp_path, in_this_process, capsys):
-    options = FigureOptions(2, 1, None)
+    options = FigureOptions(2, 1, None, run_pack)
     made = toys.make(tmp_path, options, TINY_TOYS)
     assert len(in_this_process) == 6
     printed = capsys.readouterr().out.splitlines()
@@ -167,7 +170,7 @@ def test_only_makes_the_named_figures_in_order(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, "make", lambda out, options, name=name: called.append((name, out, options)))
     arguments = ["--out", str(tmp_path), "--only", "toys", "--only", "surface", "--seeds", "2", "--jobs", "1"]
     assert main(["figures", *arguments]) == 0
-    assert called == [(name, tmp_path, FigureOptions(2, 1, None)) for name in ("surface", "toys")]
+    assert called == [(name, tmp_path, FigureOptions(2, 1, None, run_pack)) for name in ("surface", "toys")]
     with pytest.raises(SystemExit) as stop:
         main(["figures", "--out", str(tmp_path), "--only", "nothing"])
     assert stop.value.code == 2

@@ -10,15 +10,15 @@ import torch
 import yaml
 from PIL import Image
 
-from rdmd_fast.data import pack
-from rdmd_fast.data.packing import pack_sets
-from rdmd_fast.data.sources.generated import digit_sets
+from rdmd_fast.commands import pack
+from rdmd_fast.commands.figures import run_pack
+from rdmd_fast.data.packing.pack_sets import pack_sets
+from rdmd_fast.data.packing.sources.generated import digit_sets
 from rdmd_fast.errors import InputError
 from rdmd_fast.figures import conditional, tradeoff
-from rdmd_fast.figures.common import FigureOptions
 from rdmd_fast.figures.comparison import settings_of
-from rdmd_fast.figures.study_runs import StudyRuns
-from rdmd_fast.study import load_study
+from rdmd_fast.studies.options import FigureOptions, load_study
+from rdmd_fast.studies.study_runs import StudyRuns
 
 DIGITS = Path(__file__).parents[2] / "configs/digits"
 NETWORK = "{kind: song_unet, model_channels: 16, channel_mult: [1], num_blocks: 1, attn_resolutions: []}"
@@ -89,7 +89,7 @@ def read_csv(path):
 
 
 def test_both_figures_of_a_study(computed, study_values, out, tmp_path):
-    options = FigureOptions(seeds=1, jobs=1, study=write(tmp_path / "study.yaml", study_values))
+    options = FigureOptions(seeds=1, jobs=1, study=write(tmp_path / "study.yaml", study_values), pack=run_pack)
     made = tradeoff.make(out, options)
     rows = read_csv(out / "tradeoff.csv")
     evaluations = {row["method"]: float(row["evaluations"]) for row in rows}
@@ -135,7 +135,7 @@ def test_both_figures_of_a_study(computed, study_values, out, tmp_path):
 
 
 def test_another_teacher_makes_new_points(study_values, out, tmp_path):
-    runs = StudyRuns(out, FigureOptions(1, 1, write(tmp_path / "study.yaml", study_values)))
+    runs = StudyRuns(out, FigureOptions(1, 1, write(tmp_path / "study.yaml", study_values), run_pack))
     folders = []
     for digest in ("a", "b"):
         runs._teachers = {"target": {"path": "teacher", "sha256": digest}, "source": {"path": "x", "sha256": "y"}}
@@ -162,4 +162,4 @@ def test_bad_studies_are_one_line(computed, study_values, out, tmp_path, change,
     path = write(tmp_path / "study.yaml", study_values | {"conditioned": None} | change)
     figure = conditional if change == {"conditioned": None} else tradeoff
     with pytest.raises(InputError, match=rf"^study {path}: .*{line}"):
-        figure.make(out, FigureOptions(1, 1, path))
+        figure.make(out, FigureOptions(1, 1, path, run_pack))

@@ -148,7 +148,7 @@ def test_counter_of_triton_kernels_sees_masks_and_second_reads(tmp_path):
 
 def test_plain_turns_compute_what_the_kernels_compute(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-    from benchmarks import eager
+    from benchmarks import plain_kernels
     from benchmarks.traffic import BATCH, StandIn, random_images
     from rdmd_fast.diffusion import DiffusionOptions, Reading, coefficients
     from rdmd_fast.kernels.denoising_loss import denoising_gradient
@@ -162,12 +162,12 @@ def test_plain_turns_compute_what_the_kernels_compute(monkeypatch):
     table = coefficients(sigma, DiffusionOptions())
     reading = Reading.of("teacher", DiffusionOptions(), 1.0)
 
-    eager.generator_turn(generator, teacher, fake_score, x, sigma, 0.3, noise.values(x))
+    plain_kernels.generator_turn(generator, teacher, fake_score, x, sigma, 0.3, noise.values(x))
     expected, _ = generator_gradient(
         teacher.output, fake_score.output, generator.output, x, reading.skip, reading.scale, noise, table, 0.3
     )
     torch.testing.assert_close(generator.received[0], expected, rtol=2e-2, atol=2e-2 * float(expected.std()))
 
-    eager.fake_turn(fake_score, x, sigma, noise.values(x))
+    plain_kernels.fake_turn(fake_score, x, sigma, noise.values(x))
     expected, _ = denoising_gradient(fake_score.output, x, noise, table)
     torch.testing.assert_close(fake_score.received[0], expected, rtol=2e-2, atol=2e-2 * float(expected.std()))

@@ -5,7 +5,7 @@ from skimage.metrics import mean_squared_error, peak_signal_noise_ratio
 from torchmetrics.functional.image import peak_signal_noise_ratio as torchmetrics_psnr
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.metrics.images import l2, mean_colour_cosine, mse_per_pixel, psnr, ssim, unit_range
+from rdmd_fast.metrics.image_distances import l2, mean_colour_cosine, mse_per_pixel, psnr, ssim, unit_range
 
 
 @pytest.fixture

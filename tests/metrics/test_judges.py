@@ -11,8 +11,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.frechet import frechet_distance
-from rdmd_fast.metrics.judges import DigitJudge, format_table
-from rdmd_fast.metrics.report import ImageReport
+from rdmd_fast.metrics.image_report import ImageReport
+from rdmd_fast.metrics.judges import DigitJudge
+from rdmd_fast.metrics.tables import format_table
 
 HUES = (0.0, 0.3, 0.7)
 DIGITS = (2, 3, 8)

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from rdmd_fast.metrics.closed_forms import linear_loss
 from rdmd_fast.metrics.monte_carlo import sample_loss
-from rdmd_fast.metrics.theory import linear_loss
 from rdmd_fast.randomness import Philox
 
 COUNT = 50_000

@@ -7,7 +7,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.metrics.toys import (
+from rdmd_fast.metrics.exact_transport import (
     minibatch_ot_cost,
     monotonicity_violations,
     noise_floor,

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.networks import DhariwalUNetOptions, SongUNetOptions, build_network
+from rdmd_fast.networks import build_network
 from rdmd_fast.networks.dhariwal_unet import DhariwalUNet
+from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
 from rdmd_fast.networks.song_unet import SongUNet
 
 SHARED = dict(

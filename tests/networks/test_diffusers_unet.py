@@ -1,220 +1,274 @@
-"""Folders of diffusers in all their layouts, damaged and foreign ones, and a distillation from one."""
+"""UNet2D against outputs of diffusers' own network (stored, and live where diffusers is installed); schedules."""
 
 import json
-import shutil
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from rdmd_fast import load_denoiser
-from rdmd_fast.data.writer import ShardWriter
-from rdmd_fast.diffusion import denoise
-from rdmd_fast.errors import InputError
-from rdmd_fast.experiment import forward_flops
-from rdmd_fast.networks.diffusers_options import FlowSchedule
-from rdmd_fast.networks.diffusers_unet import is_diffusers_folder, read_diffusers, read_diffusers_config
-from rdmd_fast.networks.exported import load_weights, rebuild, write_export
-from rdmd_fast.trainer import main
+from rdmd_fast.diffusion import DiffusionOptions, coefficients, denoise
+from rdmd_fast.model_files.diffusers_folder import read_diffusers
+from rdmd_fast.model_files.weights import rebuild
+from rdmd_fast.networks import build_network
+from rdmd_fast.networks.diffusers_options import DiffusersUNetOptions, FlowSchedule, UNet2DOptions, VPSchedule
+from rdmd_fast.networks.diffusers_unet import TimestepFeatures, log_sigma_table
 
-FOLDER = Path(__file__).parent / "fixtures/diffusers_unet"
-MODEL, SCHEDULER, WEIGHTS = "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A copy that a test may change."""
-    return Path(shutil.copytree(FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns("reference*")))
-
-
-def edit(path: Path, **changes) -> None:
-    """Change keys of a JSON file; None removes one."""
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-
-
-def assert_same(one, other) -> None:
-    assert one[0] == other[0]
-    assert one[1].keys() == other[1].keys() and all(torch.equal(one[1][name], other[1][name]) for name in one[1])
-
-
-def test_config_says_how_to_build_and_read_the_network():
-    config, weights = read_diffusers(FOLDER)
-    assert config == read_diffusers_config(FOLDER)
-    assert (config.role, config.sample_shape, config.network.label_dim) == ("teacher", [3, 8, 8], 3)
-    assert config.diffusion.parameterization == "epsilon"
-    assert config.network.schedule.beta_end == 0.02
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-
-
-def test_pipeline_folder_and_its_unet_read_like_the_bare_folder(folder, tmp_path):
-    pipeline = tmp_path / "pipeline"
-    (pipeline / "scheduler").mkdir(parents=True)
-    shutil.copy(folder / SCHEDULER, pipeline / "scheduler")
-    shutil.copytree(folder, pipeline / "unet", ignore=shutil.ignore_patterns(SCHEDULER))
-    (pipeline / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
-    assert_same(read_diffusers(pipeline), read_diffusers(folder))
-    assert_same(read_diffusers(pipeline / "unet"), read_diffusers(folder))
-    assert is_diffusers_folder(pipeline) and is_diffusers_folder(pipeline / "unet") and is_diffusers_folder(folder)
-
-
-def test_weights_in_several_files_under_an_index(folder):
-    expected = read_diffusers(folder)
-    weights = load_file(folder / WEIGHTS)
-    names = sorted(weights)
-    parts = {"part-1.safetensors": names[:50], "part-2.safetensors": names[50:]}
-    for file, held in parts.items():
-        save_file({name: weights[name] for name in held}, folder / file)
-    (folder / WEIGHTS).unlink()
-    weight_map = {name: file for file, held in parts.items() for name in held}
-    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert_same(read_diffusers(folder), expected)
-
-
-def test_old_names_of_attention_weights(folder):
-    expected = read_diffusers(folder)
-    renamed = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    weights = load_file(folder / WEIGHTS)
-    for new, old in renamed.items():
-        weights = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in weights.items()}
-    assert any(".proj_attn." in name for name in weights)
-    save_file(weights, folder / WEIGHTS)
-    assert_same(read_diffusers(folder), expected)
-
-
-@pytest.mark.parametrize(
-    ("changes", "parameterization", "kind"),
-    [
-        (dict(prediction_type="v_prediction"), "v", "vp"),
-        (dict(prediction_type="sample", _class_name="DDIMScheduler"), "x0", "vp"),
-        (dict(prediction_type=None, _class_name="EulerDiscreteScheduler"), "epsilon", "vp"),
-        (dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=3.0), "flow", "flow"),
-    ],
-)
-def test_scheduler_decides_the_parameterization(folder, changes, parameterization, kind):
-    edit(folder / SCHEDULER, **changes)
-    config = read_diffusers_config(folder)
-    assert (config.diffusion.parameterization, config.network.schedule.kind) == (parameterization, kind)
-
-
-def test_flow_timesteps_scale_with_the_scheduler(folder):
-    edit(folder / SCHEDULER, _class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=500)
-    assert read_diffusers_config(folder).network.schedule == FlowSchedule(num_train_timesteps=500)
-
-
-def remove(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def write(name, text):
-    return lambda folder: (folder / name).write_text(text)
-
-
-def change(name, **changes):
-    return lambda folder: edit(folder / name, **changes)
-
-
-def pickled_weights(folder):
-    (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
-
-
-def index_that_leaves_the_folder(folder):
-    (folder / WEIGHTS).unlink()
-    (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"conv_in.weight": "../secret.safetensors"}}')
-
-
-BAD = {
-    "no config": (remove(MODEL), "no config.json or unet/config.json"),
-    "no scheduler": (remove(SCHEDULER), "scheduler_config.json: missing"),
-    "no weights": (remove(WEIGHTS), f"{WEIGHTS}: missing"),
-    "pickled weights": (pickled_weights, "a pickle, which is not loaded: save the model as safetensors"),
-    "damaged weights": (write(WEIGHTS, "<html>"), "not a whole safetensors file"),
-    "index outside": (index_that_leaves_the_folder, "weight_map: does not list files of this folder"),
-    "damaged config": (write(MODEL, "{"), "not readable as JSON"),
-    "config is a list": (write(MODEL, "[]"), "not a mapping"),
-    "nested to death": (write(MODEL, "[" * 100_000), "not readable as JSON"),
-    "other network": (change(MODEL, _class_name="UNet2DConditionModel"), "_class_name is 'UNet2DConditionModel'"),
-    "no size": (change(MODEL, sample_size=None), "sample_size: missing"),
-    "other block": (change(MODEL, down_block_types=["SkipDownBlock2D"] * 2), "down_block_types.0: input should be"),
-    "other embedding": (change(MODEL, time_embedding_type="fourier"), "time_embedding_type: input should be"),
-    "unknown key": (change(MODEL, gates=True), "gates: is not a key that is known here"),
-    "wrong type": (change(MODEL, layers_per_block="2"), "layers_per_block: input should be a valid integer, found 2"),
-    "levels": (change(MODEL, block_out_channels=[8]), "down_block_types has 2 entries, block_out_channels 1"),
-    "learned variance": (change(MODEL, out_channels=6), "out_channels is 6, in_channels 3"),
-    "groups": (change(MODEL, norm_num_groups=3), "8 does not divide by norm_num_groups = 3"),
-    "heads": (change(MODEL, attention_head_dim=5), "8 does not divide by attention_head_dim = 5"),
-    "other scheduler": (change(SCHEDULER, _class_name="ScoreSdeVeScheduler"), "_class_name is 'ScoreSdeVeScheduler'"),
-    "no scheduler name": (change(SCHEDULER, _class_name=[1]), "_class_name is [1], supported: DDPMScheduler"),
-    "prediction": (change(SCHEDULER, prediction_type="flow_prediction"), "prediction_type 'flow_prediction' is not"),
-    "betas": (change(SCHEDULER, beta_schedule="laplace"), "beta_schedule: input should be 'linear'"),
-    "no betas": (change(SCHEDULER, beta_start=None), "beta_start: missing"),
-    "beta": (change(SCHEDULER, trained_betas=[0.1, 1.5]), "trained_betas.1: input should be less than 1"),
-    "continuous": (change(SCHEDULER, timestep_type="continuous"), "timestep_type 'continuous' is not supported"),
+FOLDER = Path(__file__).parent / "fixtures/diffusers_unet"  # saved, and its outputs computed, by diffusers 0.42.1
+SCHEDULES = {
+    "linear": VPSchedule(),
+    "scaled_linear": VPSchedule(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+    "cosine": VPSchedule(beta_schedule="squaredcos_cap_v2"),
+    "cosine_4000": VPSchedule(beta_schedule="squaredcos_cap_v2", num_train_timesteps=4000),
+    "zero_snr": VPSchedule(rescale_betas_zero_snr=True),
 }
+TINY = dict(
+    sample_size=8,
+    block_out_channels=[8, 16],
+    down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+    up_block_types=["AttnUpBlock2D", "UpBlock2D"],
+    norm_num_groups=4,
+    attention_head_dim=4,
+    layers_per_block=1,
+)
+VARIANTS = {
+    "plain": {},
+    "ddpm": dict(
+        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None, norm_eps=1e-6,
+        layers_per_block=2,
+    ),
+    "scale_shift": dict(resnet_time_scale_shift="scale_shift", mid_block_scale_factor=1.4142, attn_norm_num_groups=2),
+    "resnets": dict(
+        downsample_type="resnet", upsample_type="resnet", resnet_time_scale_shift="scale_shift",
+        block_out_channels=[8, 16, 24], down_block_types=["ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 2],
+        up_block_types=[*["AttnUpBlock2D"] * 2, "ResnetUpsampleBlock2D"],
+    ),
+    "classes": dict(
+        num_class_embeds=3, in_channels=5, out_channels=5, center_input_sample=True, time_embedding_dim=24,
+        sample_size=[8, 16],
+    ),
+    "no_middle": dict(mid_block_type=None),
+    "no_attention": dict(
+        add_attention=False, block_out_channels=[8, 12, 16], down_block_types=["DownBlock2D"] * 3,
+        up_block_types=["UpBlock2D"] * 3,
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_folders_are_one_clear_line(folder, case):
-    damage, expected = BAD[case]
-    damage(folder)
-    with pytest.raises(InputError) as error:
-        read_diffusers(folder)
-    assert expected in str(error.value) and str(folder) in str(error.value)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 900
+def features(schedule) -> TimestepFeatures:
+    return TimestepFeatures(schedule, channels=8, freq_shift=0, cosine_first=True)
 
 
-def test_weights_of_another_network_are_named(folder):
-    edit(folder / MODEL, block_out_channels=[8, 32])
-    config, weights = read_diffusers(folder)
-    with pytest.raises(InputError, match=r"weight \S+ has shape"):
-        rebuild(config, weights, str(folder))
+def c_noise(sigma) -> torch.Tensor:
+    """float32, by the coefficient table, as networks get it."""
+    return coefficients(torch.as_tensor(sigma, dtype=torch.float64), DiffusionOptions()).c_noise
 
 
-def test_other_folders_are_not_diffusers(tmp_path):
-    assert not is_diffusers_folder(tmp_path)
-    (tmp_path / "config.json").write_text('{"format": 1}')
-    assert not is_diffusers_folder(tmp_path)
-
-
-# -- as a teacher ------------------------------------------------------------------------------------------------------
-
-
-def test_export_rebuilds_the_network(tmp_path):
+def reference() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The stored network, in float32, and diffusers' outputs of it."""
     config, weights = read_diffusers(FOLDER)
-    write_export(tmp_path / "teacher", config, weights)
-    denoiser = load_denoiser(tmp_path / "teacher")
-    assert denoiser.config == config
-    x, classes = torch.randn(2, 3, 8, 8), torch.tensor([0, 2])
-    labels = torch.nn.functional.one_hot(classes, 3).float()
+    return rebuild(config, weights, str(FOLDER)), load_file(FOLDER / "reference.safetensors")
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((value - expected).abs().max() / expected.abs().max())
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear"])
+def test_levels_are_products_of_one_minus_beta(name):
+    schedule, steps, survival = SCHEDULES[name], 1000, 1.0
+    root = 0.5 if name == "scaled_linear" else 1
+    for t, level in enumerate(log_sigma_table(schedule)):
+        ends = schedule.beta_start**root, schedule.beta_end**root
+        survival *= 1 - (ends[0] + (ends[1] - ends[0]) * t / (steps - 1)) ** (1 / root)
+        assert level == pytest.approx(0.5 * math.log((1 - survival) / survival), abs=1e-10)
+
+
+def test_cosine_levels_are_the_formulas_until_the_cap():
+    def survival(t):
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+
+    levels = log_sigma_table(SCHEDULES["cosine"])
+    expected = [0.5 * math.log(1 / survival(t + 1) - 1) for t in range(999)]
+    np.testing.assert_allclose(levels[:999], expected, atol=1e-9)
+    assert 1 / (1 + math.exp(2 * levels[999])) == pytest.approx(survival(999) * 0.001, rel=1e-9)
+
+
+def test_trained_betas_replace_the_formula():
+    levels = log_sigma_table(VPSchedule(trained_betas=[0.1, 0.2]))
+    np.testing.assert_allclose(levels, [0.5 * math.log(0.1 / 0.9), 0.5 * math.log(0.28 / 0.72)], atol=1e-12)
+
+
+def test_zero_snr_keeps_the_first_level_and_loses_the_last():
+    plain, rescaled = log_sigma_table(SCHEDULES["linear"]), log_sigma_table(SCHEDULES["zero_snr"])
+    assert len(rescaled) == 999
+    assert rescaled[0] == pytest.approx(plain[0], abs=1e-9)
+    alpha = np.sqrt(1 / (1 + np.exp(2 * plain)))
+    middle = (alpha[500] - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    assert rescaled[500] == pytest.approx(0.5 * math.log(1 / middle**2 - 1), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_timesteps_are_exact_at_every_level(name):
+    table = log_sigma_table(SCHEDULES[name])
+    timesteps = features(SCHEDULES[name]).timestep(c_noise(np.exp(table)))
+    assert timesteps.tolist() == list(range(len(table)))
+
+
+def test_timesteps_between_levels_are_interpolated_and_beyond_them_clamped():
+    schedule = SCHEDULES["linear"]
+    table = log_sigma_table(schedule)
+    between = np.exp(0.75 * table[:-1] + 0.25 * table[1:])
+    expected = torch.arange(999) + 0.25
+    assert torch.allclose(features(schedule).timestep(c_noise(between)), expected.double(), atol=1e-3)
+    assert features(schedule).timestep(c_noise([1e-4, 1e4])).tolist() == [0, 999]
+
+
+def test_flow_timesteps_are_shares_of_the_path():
+    share = torch.tensor([0.001, 0.1, 0.5, 0.9, 0.999], dtype=torch.float64)
+    timesteps = features(FlowSchedule()).timestep(c_noise(share / (1 - share)))
+    assert torch.allclose(timesteps, 1000 * share, rtol=1e-6)
+
+
+def test_casting_rounds_no_table():
+    cast = features(SCHEDULES["linear"]).to(torch.bfloat16)
+    assert cast.log_sigma.dtype == torch.float64 and cast.frequencies.dtype == torch.float32
+    level = c_noise(np.exp(log_sigma_table(SCHEDULES["linear"])))
+    assert torch.equal(cast(level), features(SCHEDULES["linear"])(level))
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+def levels_of(timesteps: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.exp(log_sigma_table(VPSchedule())))[timesteps]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_stored_network_gives_diffusers_outputs(dtype, tolerance):
+    network, stored = reference()
+    labels = F.one_hot(stored["classes"], 3).float()
+    output = network.to(dtype)(stored["x"], c_noise(levels_of(stored["timesteps"])), labels)
+    assert output.dtype == torch.float32
+    assert relative_error(output, stored["output"]) < tolerance
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0", "flow"])
+def test_denoiser_is_the_predicted_clean_sample(prediction):
+    network, stored = reference()
+    x_t, timesteps, labels = stored["x"], stored["timesteps"], F.one_hot(stored["classes"], 3).float()
+    output = stored["output"].double()
+    if prediction == "flow":
+        network.time_features = TimestepFeatures(FlowSchedule(), 8, 0, True)
+        share = ((timesteps.double() + 0.5) / 1000)[:, None, None, None]
+        sigma_tilde, alpha = (share / (1 - share)).flatten(), 1 - share
+        output = network(x_t, c_noise(sigma_tilde), labels).double()
+        expected = x_t - share * output
+    else:
+        sigma_tilde = levels_of(timesteps)
+        survival = (1 / (1 + sigma_tilde**2))[:, None, None, None]
+        alpha, sigma = survival.sqrt(), (1 - survival).sqrt()
+        expected = {
+            "epsilon": (x_t - sigma * output) / alpha, "v": alpha * x_t - sigma * output, "x0": output
+        }[prediction]  # fmt: skip
+    options = DiffusionOptions(parameterization=prediction)
+    denoised = denoise(network, (x_t / alpha).float(), sigma_tilde, options, labels)
+    scale = expected.abs().amax((1, 2, 3))
+    assert ((denoised - expected).abs().amax((1, 2, 3)) / scale).max() < 1e-5
+
+
+def test_no_class_is_a_row_of_zeros():
+    network, stored = reference()
+    arguments = stored["x"], c_noise(levels_of(stored["timesteps"]))
+    without = network(*arguments)
+    assert torch.equal(without, network(*arguments, torch.zeros(8, 3)))
+    assert relative_error(without, stored["output"]) > 1e-3
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    network, stored = reference()
+    network.requires_grad_(True)
+    gradients, calls = [], []
+    network.mid_block.register_forward_pre_hook(lambda *_: calls.append(network.checkpointing))
+    for network.checkpointing in (False, True):
+        network.zero_grad()
+        network(stored["x"], c_noise(levels_of(stored["timesteps"]))).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    assert calls == [False, True, True]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_dropout_is_for_training_alone():
+    options = DiffusersUNetOptions(unet=UNet2DOptions(**TINY, dropout=0.5), schedule=VPSchedule())
+    x, level = torch.randn(2, 3, 8, 8), torch.zeros(2)
+    network = build_network(options, (3, 8, 8))
+    assert not torch.equal(network(x, level), network(x, level))
+    network.eval()
+    assert torch.equal(network(x, level), network(x, level))
+    distilled = build_network(options, (3, 8, 8), dropout=False)
+    assert torch.equal(distilled(x, level), distilled(x, level))
+
+
+# -- beside diffusers itself -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_outputs_and_keys_equal_those_of_diffusers(variant, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DModel(**TINY | VARIANTS[variant]).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    diffusers.DDPMScheduler().save_pretrained(tmp_path)
+    config, weights = read_diffusers(tmp_path)
+    ours = rebuild(config, weights, "here")
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    timesteps = torch.tensor([0, 1, 7, 500, 998, 999])
+    x, classes = torch.randn(6, *config.sample_shape), torch.arange(6) % 3
+    conditional = config.network.label_dim > 0
+    labels = F.one_hot(classes, 3).float() if conditional else None
+    with torch.no_grad():
+        expected = theirs(x, timesteps, class_labels=classes if conditional else None).sample
+    assert relative_error(ours(x, c_noise(levels_of(timesteps)), labels), expected) < 1e-5
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2", "zero_snr", "trained"])
+def test_denoiser_equals_the_schedulers_own_step(prediction, betas, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    keys = {
+        "zero_snr": dict(rescale_betas_zero_snr=True),
+        "trained": dict(trained_betas=[0.01 * i for i in range(1, 21)]),
+    }
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type=prediction, clip_sample=False, set_alpha_to_one=True,
+        **keys.get(betas, dict(beta_schedule=betas)),
+    )  # fmt: skip
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (tmp_path / name).write_bytes((FOLDER / name).read_bytes())
+    scheduler.save_pretrained(tmp_path)
+    config, weights = read_diffusers(tmp_path)
     network = rebuild(config, weights, "here")
-    expected = denoise(network, x, torch.tensor(0.7, dtype=torch.float64), config.diffusion, labels)
-    assert torch.equal(denoiser(x, 0.7, classes), expected)
-
-
-def test_flops_are_counted_without_weights():
-    config = read_diffusers_config(FOLDER)
-    assert forward_flops(config.network, (3, 8, 8)) > 1e6
-    with pytest.raises(InputError, match="sides that divide by 2"):
-        forward_flops(config.network, (3, 7, 7))
-
-
-def test_distillation_from_a_diffusers_network(tmp_path):
-    config, weights = read_diffusers(FOLDER)
-    write_export(tmp_path / "teacher", config, weights)
-    with ShardWriter(tmp_path / "shards", {}, "test", 100) as writer:
-        for index in range(8):
-            writer.write(f"{index}", np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        writer.commit()
-    (tmp_path / "config.yaml").write_text(
-        f"{{stage: rdmd, run_dir: {tmp_path}/run, teacher: {tmp_path}/teacher, "
-        f"data: {{source: {tmp_path}/shards, target_class: 1}}, "
-        "train: {steps: 2, global_batch_size: 2, micro_batch_size: 2, dtype: bf16}, "
-        "telemetry: {tensorboard: false, sample_count: 2, log_every: 1}}"
-    )
-    assert main(["--config", str(tmp_path / "config.yaml")]) == 0
-    trained = load_file(tmp_path / "run/export/generator.safetensors")
-    load_weights(rebuild(config, weights, "here"), trained, "export")
-    moved = [name for name in weights if not torch.equal(trained[name], weights[name])]
-    assert len(moved) == len(weights)
+    theirs = diffusers.UNet2DModel.from_config(json.loads((FOLDER / "config.json").read_text())).eval()
+    theirs.load_state_dict(weights)
+    count = len(scheduler.alphas_cumprod)
+    scheduler.set_timesteps(count)
+    torch.manual_seed(0)
+    for t in [0, 1, count // 3, count // 2, count - 2]:
+        clean, noise = torch.randn(2, 1, 3, 8, 8)
+        state = scheduler.add_noise(clean, noise, torch.tensor([t]))
+        with torch.no_grad():
+            output = theirs(state, t, class_labels=torch.tensor([1])).sample
+        expected = scheduler.step(output, t, state).pred_original_sample
+        survival = scheduler.alphas_cumprod[t].double()
+        label = F.one_hot(torch.tensor([1]), 3).float()
+        own = denoise(network, state / survival.sqrt(), ((1 - survival) / survival).sqrt(), config.diffusion, label)
+        assert relative_error(own, expected) < 1e-5

@@ -291,9 +291,9 @@ def find(resume: str) -> int:
 
     import torch
 
-    from rdmd_fast.checkpoint import find_checkpoint
-    from rdmd_fast.distributed import World
+    from rdmd_fast.checkpoints.checkpoint import find_checkpoint
     from rdmd_fast.errors import InputError
+    from rdmd_fast.processes.world import World
 
     try:
         print(find_checkpoint(Path("run"), resume, World(0, 1, torch.device("cpu"))))

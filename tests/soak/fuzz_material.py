@@ -21,23 +21,24 @@ from fuzz_sandbox import ROOT
 from PIL import Image
 
 from rdmd_fast import trainer
-from rdmd_fast.data.writer import ShardWriter
+from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.diffusion import DiffusionOptions
-from rdmd_fast.experiment import forward_flops
-from rdmd_fast.networks import AffineOptions, DhariwalUNetOptions, MLPOptions, SongUNetOptions, build_network
-from rdmd_fast.networks.exported import ExportConfig, write_export
+from rdmd_fast.model_files.export_format import ExportConfig, write_export
+from rdmd_fast.networks import build_network
+from rdmd_fast.networks.flops import forward_flops
+from rdmd_fast.networks.options import AffineOptions, DhariwalUNetOptions, MLPOptions, SongUNetOptions
 
 # Everything is imported before the forks, once.
 for _name in (
     "cli",
-    "evaluate",
-    "drawing",
-    "import_edm",
-    "sample",
-    "translate",
-    "data.check",
-    "data.pack",
+    "commands.evaluate",
+    "commands.import_edm",
+    "commands.pack",
+    "commands.sample",
+    "commands.translate",
+    "data.packing.check",
     "data.stream",
+    "monitoring.drawing",
 ):
     importlib.import_module(f"rdmd_fast.{_name}")
 Image.init()
@@ -151,7 +152,7 @@ class Material:
 
     def _make_pickles(self, edm: Path | None) -> None:
         self.pickles = []
-        conftest = _load(ROOT / "tests/networks/conftest.py")
+        conftest = _load(ROOT / "tests/model_files/conftest.py")
         with conftest.edm_modules() as writer:
             for name in ("tiny", "ncsnpp", "adm"):
                 self.pickles.append(self.root / f"{name}.pkl")

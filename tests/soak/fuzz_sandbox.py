@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rdmd_fast.data import store
+from rdmd_fast.data.cache import shared_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 EXECUTED = 99  # status of a case that tried to run or write what it must not
@@ -154,7 +154,7 @@ def _live(action, folder: Path, rules: Rules, limits: Limits, out, err, silence:
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         (folder / "tmp").mkdir()
         tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "tmp")
-        store.SHARED_FOLDER = folder / "tmp"
+        shared_memory.SHARED_FOLDER = folder / "tmp"
         _guard(folder, rules)
         try:
             status = action()

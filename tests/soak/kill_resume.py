@@ -107,8 +107,8 @@ def preload() -> None:
     import torch._inductor.compile_fx  # with the first ZeRO optimizer
     import torch.utils.flop_counter
 
-    import rdmd_fast.drawing
     import rdmd_fast.experiment
+    import rdmd_fast.monitoring.drawing
     import rdmd_fast.trainer  # noqa: F401
     from rdmd_fast.diffusion import ForwardProcess
 
@@ -260,7 +260,7 @@ def tail(log: Path) -> str:
 
 def differences(one: Path, other: Path) -> list[str]:
     """What two finished run folders do not have in common, bit for bit, but for times."""
-    from rdmd_fast.manifest import check_hashes, checkpoint_folders, read_manifest
+    from rdmd_fast.checkpoints.manifest import check_hashes, checkpoint_folders, read_manifest
 
     found = []
     for what, read in (("metrics", metrics), ("export", lambda run: tensors(run / "export"))):
@@ -282,7 +282,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def metrics(run_dir: Path) -> list[dict]:
     """Lines of metrics.jsonl without what may differ between two runs of the same bits."""
-    from rdmd_fast.telemetry import TIME_KEYS
+    from rdmd_fast.monitoring.telemetry import TIME_KEYS
 
     lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIME_KEYS} for line in lines]

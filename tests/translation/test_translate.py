@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from rdmd_fast import cli, load_generator
-from rdmd_fast.data.writer import ShardWriter
+from rdmd_fast.data.packing.shard_writer import ShardWriter
+from rdmd_fast.model_files.export_format import ExportConfig, write_export
 from rdmd_fast.networks import build_network
-from rdmd_fast.networks.exported import ExportConfig, write_export
-from rdmd_fast.translate import pick_devices
+from rdmd_fast.processes.devices import pick_devices
 
 NETWORK = {"kind": "song_unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
 
@@ -282,7 +282,7 @@ def test_formats_have_a_longest_side(tmp_path, suffix, longest):
 def test_process_that_is_done_ends_on_a_signal_without_a_word(monkeypatch):
     """An exception of the handler while objects are freed would be printed, and passed over."""
     from rdmd_fast.errors import InputError
-    from rdmd_fast.translation import processes
+    from rdmd_fast.translation import workers
 
     def fail(*_):
         during.append(signal.getsignal(signal.SIGTERM))
@@ -294,9 +294,9 @@ def test_process_that_is_done_ends_on_a_signal_without_a_word(monkeypatch):
 
     during, after = [], []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(processes, "work", fail)
+    monkeypatch.setattr(workers, "work", fail)
     try:
-        processes._main(None, "cuda:0", 2, [], Sender())
+        workers._main(None, "cuda:0", 2, [], Sender())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,0 +1,178 @@
+"""Folders of checkpoints: a manifest that tells whether one is whole, and names that only whole ones bear.
+
+step_00001000/manifest.json   content, every file with size and SHA-256, and a SHA-256 of the manifest itself
+.step_00001000.*.partial      being written, or being removed
+.step_00001000.retired        had the name until its successor got it; the checkpoint itself if that never came
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+from rdmd_fast.errors import InputError
+from rdmd_fast.files import fsync_path, read_text, sha256_of, write_atomically
+
+FORMAT = 2
+FILE = "manifest.json"
+MOST_BYTES = 1 << 26  # of a manifest; thousands of ranks write a few MiB
+_NAME = re.compile(r"step_(\d{8,})$")
+
+
+class Defect(InputError):
+    """Why a folder is no whole checkpoint of this version; the message does not name the folder."""
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Folders with a checkpoint's name, whole or not, newest first."""
+    return sorted((path for path in root.glob("step_*") if _NAME.match(path.name)), key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(_NAME.match(folder.name)[1])
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def seal_files(folder: Path, names: Iterable[str]) -> dict[str, dict]:
+    """Flush files to disk; returns each one's size in bytes and SHA-256, read back from it."""
+    sealed = {}
+    for name in names:
+        fsync_path(folder / name)
+        sealed[name] = {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+    return sealed
+
+
+def write_manifest(folder: Path, content: dict, files: dict[str, dict]) -> None:
+    """Flush the folders below ``folder`` and write its manifest, the last file of a checkpoint."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            fsync_path(path)
+    manifest = {"format": FORMAT, **content, "files": files}
+    manifest["sha256"] = _digest(manifest)
+    write_atomically(folder / FILE, json.dumps(manifest, indent=1))
+
+
+def _digest(manifest: dict) -> str:
+    """SHA-256 of everything in a manifest but this digest itself, whatever its order and layout."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint, itself unharmed.
+
+    Raises:
+        Defect: it is missing, damaged or of another format.
+    """
+    try:
+        manifest = json.loads(read_text(folder / FILE, MOST_BYTES))
+        form = manifest.get("format")
+    except FileNotFoundError:
+        raise Defect(f"{FILE} is missing") from None
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise Defect(f"{FILE} cannot be read") from None
+    if form != FORMAT:
+        older = "older than" if isinstance(form, int) and form < FORMAT else "not"
+        raise Defect(f"the format of {FILE}, {form!r}, is {older} the {FORMAT} of this version")
+    if manifest.get("sha256") != _digest(manifest):
+        raise Defect(f"{FILE} has changed since it was written")
+    return manifest
+
+
+def check_sizes(folder: Path, files: dict[str, dict]) -> None:
+    """Every file of a manifest is there with its size, or else a Defect."""
+    for name, expected in files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except FileNotFoundError:
+            raise Defect(f"{name} is missing") from None
+        except OSError as error:
+            raise Defect(f"{name} cannot be read ({error.strerror})") from None
+        if size != expected["size"]:
+            raise Defect(f"{name} has {size} bytes instead of {expected['size']}")
+
+
+def check_hashes(folder: Path, files: dict[str, dict]) -> None:
+    """Every file has the content that was written, or else a Defect."""
+    for name, expected in files.items():
+        try:
+            actual = sha256_of(folder / name)
+        except OSError as error:
+            raise Defect(f"{name} cannot be read ({error.strerror})") from None
+        if actual != expected["sha256"]:
+            raise Defect(f"{name} is not what was written (its SHA-256 differs)")
+
+
+def read_whole_manifest(folder: Path) -> dict:
+    """``read_manifest`` of a checkpoint whose files are all there with their sizes, or else a Defect."""
+    manifest = read_manifest(folder)
+    check_sizes(folder, manifest["files"])
+    return manifest
+
+
+def looks_whole(folder: Path) -> bool:
+    """By manifest and sizes, without reading the files."""
+    try:
+        read_whole_manifest(folder)
+    except Defect:
+        return False
+    return True
+
+
+# -- housekeeping, by the job that holds the run folder ----------------------------------------------------------------
+
+
+def clear_leftovers(root: Path) -> None:
+    """Remove what killed saves have left; a checkpoint that was about to be replaced gets its name back."""
+    for retired in root.glob(".step_*.retired"):
+        folder = root / retired.name[1:].removesuffix(".retired")
+        if not folder.exists() and looks_whole(retired):
+            os.replace(retired, folder)
+            fsync_path(root)
+        else:
+            shutil.rmtree(retired, ignore_errors=True)
+    for partial in root.glob(".step_*.partial"):
+        # A reader elsewhere, or an orphan rank of a dead job that still writes, may keep some of it: next time, then.
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def prune(root: Path, keep: int, keep_every: int) -> None:
+    """Remove checkpoints older than the ``keep`` newest whole ones, but for steps that ``keep_every`` divides."""
+    folders = checkpoint_folders(root)
+    whole = list(islice(filter(looks_whole, folders), keep))
+    for folder in folders[folders.index(whole[-1]) + 1 :] if whole else ():
+        if not (keep_every and step_of(folder) and step_of(folder) % keep_every == 0):
+            # What is half removed must not bear a checkpoint's name.
+            doomed = root / f".{folder.name}.{secrets.token_hex(4)}.partial"
+            os.replace(folder, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside_newer(run_dir: Path, step: int) -> Path | None:
+    """Move checkpoints of later steps to RUN/checkpoints.old: they are of a course that this run leaves.
+
+    A later ``--resume auto`` would else take them for its own. Returns the folder if anything was moved.
+    """
+    root, aside = run_dir / "checkpoints", run_dir / "checkpoints.old"
+    later = [folder for folder in checkpoint_folders(root) if step_of(folder) > step]
+    for folder in later:
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / folder.name, ignore_errors=True)
+        os.replace(folder, aside / folder.name)
+    return aside if later else None

@@ -1,0 +1,75 @@
+"""The files of a folder that diffusers has saved: JSON and safetensors, nothing that could run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from rdmd_fast.errors import InputError
+from rdmd_fast.files import read_text
+from rdmd_fast.model_files.export_format import read_tensors
+
+MOST_BYTES = 1 << 25  # of a JSON file; an index of weights lists thousands
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Names that attention layers had before diffusers 0.16.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def read_json(path: Path) -> dict:
+    """The mapping in a JSON file.
+
+    Raises:
+        InputError: not readable, or no mapping.
+    """
+    try:
+        values = json.loads(read_text(path, MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        raise InputError(f"{path}: not readable as JSON, copy the folder again") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a mapping of keys to values, copy the folder again")
+    return values
+
+
+def check_class(path: Path, values: dict, *known: str) -> None:
+    """Raise InputError unless ``_class_name`` of a config file is one of ``known``."""
+    name = values.get("_class_name")
+    if name not in known:
+        raise InputError(f"{path}: _class_name is {name!r}, supported: {', '.join(known)}")
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a model folder, float32, under diffusers' present names.
+
+    Raises:
+        InputError: none there, damaged, or pickled.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for path in _weight_files(folder):
+        part = read_tensors(path, "copy it again")
+        weights |= {_present_name(name): tensor for name, tensor in part.items()}
+    return weights
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors file, or those that its index lists."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if not names or not all(Path(name).name == name for name in names):
+            raise InputError(f"{index}: weight_map: does not list files of this folder, copy it again")
+        return [folder / name for name in sorted(names)]
+    if (folder / "diffusion_pytorch_model.bin").is_file():
+        raise InputError(
+            f"{folder}/diffusion_pytorch_model.bin: a pickle, which is not loaded: save the model as safetensors "
+            "(save_pretrained with safe_serialization=True)"
+        )
+    raise InputError(f"{folder / WEIGHTS}: missing, copy the model's weights there")
+
+
+def _present_name(name: str) -> str:
+    return ".".join(OLD_NAMES.get(part, part) for part in name.split(".")) if ".attentions." in name else name

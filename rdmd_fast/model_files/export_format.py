@@ -1,0 +1,182 @@
+"""Exports: safetensors + config.json, enough to rebuild a network with no other file.
+
+DIR/config.json                                network, data shape, parameterisation, how to read it
+DIR/generator.safetensors or teacher.safetensors   EMA weights, fp32, keys as the raw network names them
+DIR/README.md                                  model card
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from rdmd_fast.diffusion import DiffusionOptions
+from rdmd_fast.errors import InputError
+from rdmd_fast.files import fsync_path, read_text, replace_folder, write_atomically
+from rdmd_fast.networks.class_labels import label_rows
+from rdmd_fast.networks.options import ExportedNetworkOptions
+from rdmd_fast.options import Options
+from rdmd_fast.transport_weight import WeightRange
+
+FORMAT = 1
+MOST_BYTES = 1 << 20  # of a config.json
+FILES = re.compile(r"README\.md|config\.json|(teacher|generator)\.safetensors|generator\.(pt2|onnx.*)")
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class ExportConfig(Options):
+    """config.json of an export."""
+
+    format: int = FORMAT
+    role: Literal["teacher", "generator"]
+    network: ExportedNetworkOptions
+    sample_shape: list[Annotated[int, Field(ge=1, le=2**16)]]
+    diffusion: DiffusionOptions
+    reading: Literal["teacher", "mlp", "affine"] | None = None
+    generator_sigma: float | None = Field(None, ge=1e-6, le=1e6)
+    target_class: int | None = Field(None, ge=0)
+    transport_weights: list[Annotated[float, Field(ge=1e-6, le=1e6)]] | None = Field(None, min_length=2, max_length=2)
+    step: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if len(self.sample_shape) not in (1, 3):
+            raise ValueError("sample_shape: give [D] or [C, H, W]")
+        if self.role == "generator" and (self.reading is None or self.generator_sigma is None):
+            raise ValueError("reading and generator_sigma: missing, a generator is read by them")
+        if self.classes and self.target_class is not None and self.target_class >= self.classes:
+            raise ValueError("target_class: the network has no such class")
+        if self.transport_weights and self.transport_weights[0] >= self.transport_weights[1]:
+            raise ValueError("transport_weights: give [low, high] with low below high")
+        return self
+
+    @property
+    def classes(self) -> int:
+        """Of the network, 0 for none."""
+        return getattr(self.network, "label_dim", 0)
+
+    def label_rows(self, class_labels: torch.Tensor | None, count: int, device) -> torch.Tensor | None:
+        """What the network is given for ``class_labels``: see ``class_labels.label_rows``."""
+        return label_rows(self.classes, self.target_class, class_labels, count, device)
+
+    @property
+    def weight_range(self) -> WeightRange | None:
+        """The λ that the network is conditioned on; None for one that is not."""
+        return WeightRange(*self.transport_weights) if self.transport_weights else None
+
+
+def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Tensor], card: str | None = None) -> None:
+    """Write an export so that ``folder`` always holds a whole one: the old until the new is complete.
+
+    Args:
+        card: its README.md.
+    """
+
+    def fill(partial: Path) -> None:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in weights.items()},
+            partial / f"{config.role}.safetensors",
+        )
+        fsync_path(partial / f"{config.role}.safetensors")
+
+    write_folder(folder, config, fill, card)
+
+
+def write_folder(folder: Path, config: ExportConfig, fill: Callable[[Path], None], card: str | None = None) -> None:
+    """A folder with config.json, a README.md and what ``fill`` writes into it, whole or not at all."""
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+        if card is not None:
+            write_atomically(partial / "README.md", card)
+        write_atomically(partial / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    replace_folder(partial, folder)
+
+
+def check_replaceable(folder: Path, flag: str = "--out") -> None:
+    """Whether ``write_folder`` may put its own in the place of what is there: nothing, or an export and no more.
+
+    Raises:
+        InputError: a file, or a folder with anything that is not an export's.
+    """
+    if not folder.exists():
+        return
+    try:
+        read_export_config(folder, None)
+    except InputError:
+        raise InputError(f"{flag} {folder}: exists and is no export, choose another folder") from None
+    foreign = sorted(path.name for path in folder.iterdir() if not FILES.fullmatch(path.name) or not path.is_file())
+    if foreign:
+        raise InputError(f"{flag} {folder}: holds more than an export ({foreign[0]}), choose another folder")
+
+
+def read_export(folder: str | Path, role: str) -> tuple[ExportConfig, dict[str, torch.Tensor]]:
+    """Configuration and weights of an export.
+
+    Raises:
+        InputError: no export there, one of another role, or a damaged file.
+    """
+    config = read_export_config(folder, role)
+    path = Path(folder) / f"{role}.safetensors"
+    if not path.is_file():
+        raise InputError(f"{path}: missing, export the run again")
+    return config, read_tensors(path, "export the run again")
+
+
+def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, float32; ``remedy`` ends the message if it is none.
+
+    Raises:
+        InputError: damaged, or something in it is no finite number of floating point.
+    """
+    try:
+        if not path.is_file():  # a pipe would never end
+            raise ValueError("not a regular file")
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"{path}: not a whole safetensors file ({reason}), {remedy}") from None
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise InputError(f"{path}: weight {name} is of {tensor.dtype}, not of floating point, {remedy}")
+        tensors[name] = tensor.float()
+        if not torch.isfinite(tensors[name]).all():
+            raise InputError(f"{path}: weight {name} holds values that are not finite, {remedy}")
+    return tensors
+
+
+def read_export_config(folder: str | Path, role: str | None) -> ExportConfig:
+    """config.json of an export, of any role if that is None; errors as ``read_export``."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no export there (no config.json), name a RUN/export folder")
+    try:
+        values = json.loads(read_text(folder / "config.json", MOST_BYTES))
+        config = TypeAdapter(ExportConfig).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{folder}/config.json: {where}{message.lower()}, export the run again") from None
+    except (OSError, ValueError, RecursionError):
+        raise InputError(f"{folder}/config.json: not readable as JSON, export the run again") from None
+    if config.format != FORMAT:
+        raise InputError(f"{folder}/config.json: format {config.format} is not the {FORMAT} of this version")
+    if role is not None and config.role != role:
+        raise InputError(f"{folder}: holds a {config.role}, a {role} is needed")
+    return config

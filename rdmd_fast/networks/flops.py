@@ -1,0 +1,28 @@
+"""FLOPs of networks and of a distillation's iteration, counted on shapes alone."""
+
+from __future__ import annotations
+
+import torch
+
+from rdmd_fast.networks import build_network
+
+
+def distillation_flops(generator: float, teacher: float, score: float, fake_updates: int) -> float:
+    """Of an iteration, by those of forward passes: the first fake update shares the generator's rollout."""
+    return 3 * generator + teacher + score + fake_updates * 3 * score + max(fake_updates - 1, 0) * generator
+
+
+def forward_flops(options, sample_shape: tuple[int, ...], condition: bool = False) -> float:
+    """FLOPs of one sample's forward pass, counted on shapes alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        network = build_network(options, sample_shape, dropout=False, condition=condition)
+        sample, c_noise = torch.empty(1, *sample_shape), torch.empty(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(sample, c_noise)
+    return float(counter.get_total_flops())
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())

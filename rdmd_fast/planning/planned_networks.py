@@ -1,0 +1,118 @@
+"""The networks that a configuration holds, built on shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rdmd_fast.config import Config
+from rdmd_fast.data.shards.shard_set import ShardSet
+from rdmd_fast.data.stream import channels_first
+from rdmd_fast.data.toys import ToyDistribution
+from rdmd_fast.model_files.teachers import read_teacher_config
+from rdmd_fast.networks import build_network
+from rdmd_fast.options import Options
+from rdmd_fast.transport_weight import WeightRange
+
+
+@dataclass(frozen=True)
+class PlannedNetwork:
+    """One network of a run.
+
+    Attributes:
+        options: what it is built from.
+        shape: of a sample, (D,) or (C, H, W).
+        dropout: whether the options' dropout is in it.
+        condition: whether it is told each sample's λ.
+        sizes: elements of each parameter, in order.
+        buffers: bytes of the buffers that exports and checkpoints hold, fp32.
+        gathered_again: elements of parameters that activation checkpointing makes ZeRO-3 gather once more: those of
+            the blocks, but for the last layer of each, where the second computation stops and the backward pass begins.
+    """
+
+    options: Options
+    shape: tuple[int, ...]
+    dropout: bool
+    sizes: tuple[int, ...]
+    buffers: int
+    gathered_again: int
+    condition: bool = False
+
+    @classmethod
+    def of(cls, options: Options, shape: tuple[int, ...], dropout: bool, condition: bool = False) -> PlannedNetwork:
+        with torch.device("meta"):
+            network = build_network(options, shape, dropout=dropout, condition=condition)
+        persistent = {name for name in network.state_dict() if name not in dict(network.named_parameters())}
+        buffers = sum(4 * buffer.numel() for name, buffer in network.named_buffers() if name in persistent)
+        sizes = tuple(parameter.numel() for parameter in network.parameters())
+        return cls(options, shape, dropout, sizes, buffers, _gathered_again(network), condition)
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.sizes)
+
+    def build(self, device: str = "meta") -> nn.Module:
+        """The network as initialised, fp32; on the meta device shapes alone."""
+        with torch.device(device):
+            return build_network(self.options, self.shape, dropout=self.dropout, condition=self.condition)
+
+
+@dataclass(frozen=True)
+class PlannedNetworks:
+    """All networks of a stage by role; ``frozen`` is the teacher of the rdmd stage, None where it is analytic."""
+
+    trained: dict[str, PlannedNetwork]
+    frozen: PlannedNetwork | None
+    averaged: str
+
+    def named(self) -> dict[str, PlannedNetwork]:
+        return self.trained | ({"teacher": self.frozen} if self.frozen else {})
+
+
+def planned_networks(config: Config) -> PlannedNetworks:
+    """What ``experiment.build_experiment`` would build; reads headers of data and teacher, no weights of an export.
+
+    Raises:
+        InputError: data or teacher are not there, or do not fit.
+    """
+    shape = sample_shape(config)
+    options = config.network
+    if config.teacher not in (None, "analytic"):
+        options = read_teacher_config(config.teacher).network
+    if config.stage == "teacher":
+        if config.teacher_stage.dropout is not None and hasattr(options, "dropout"):
+            options = options.model_copy(update={"dropout": config.teacher_stage.dropout})
+        return PlannedNetworks({"teacher": PlannedNetwork.of(options, shape, True)}, None, "teacher")
+    conditioned = WeightRange.of(config.rdmd.transport_weight) is not None
+    score = PlannedNetwork.of(options, shape, False, conditioned) if options else None
+    copied = config.generator.kind == "teacher"
+    trained = {"generator": score if copied else PlannedNetwork.of(config.generator, shape, False, conditioned)}
+    if config.rdmd.fake_score == "learned":
+        trained["fake_score"] = score
+    teacher = None if config.teacher == "analytic" else PlannedNetwork.of(options, shape, False)
+    return PlannedNetworks(trained, teacher, "generator")
+
+
+def sample_shape(config: Config) -> tuple[int, ...]:
+    domain = config.data.target if config.stage == "teacher" else config.data.source
+    if isinstance(domain, ToyDistribution):
+        return (2,)
+    return tuple(channels_first(ShardSet(domain, tolerant=True, cache_dir=config.data.cache_dir)))
+
+
+def _gathered_again(network: nn.Module) -> int:
+    from rdmd_fast.networks.diffusers_unet import Level, MidBlock
+    from rdmd_fast.networks.unet_layers import UNetBlock
+
+    def elements(module: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    def last(block: UNetBlock) -> nn.Module:
+        if block.heads:
+            return block.proj
+        return block.conv1 if block.skip is None or block.skip.weight is None else block.skip
+
+    blocks = [module for module in network.modules() if isinstance(module, UNetBlock | Level | MidBlock)]
+    return sum(elements(block) - (elements(last(block)) if isinstance(block, UNetBlock) else 0) for block in blocks)

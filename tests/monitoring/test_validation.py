@@ -1,0 +1,49 @@
+"""Validation on held-out points of shards."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rdmd_fast.cli import main as rdmd
+from rdmd_fast.errors import InputError
+from rdmd_fast.metrics.exact_transport import squared_w2
+from rdmd_fast.monitoring.validation import PointsValidator, ValidationOptions
+from rdmd_fast.trainer import main
+
+
+def test_points_are_compared_with_one_half_of_the_targets_and_the_other():
+    generator = torch.Generator().manual_seed(0)
+    source, target = torch.randn(50, 2, generator=generator), torch.randn(61, 2, generator=generator) + 3
+    validator = PointsValidator(ValidationOptions(), source, target)
+    found = validator.measure(lambda x: x + 1)
+    assert found["samples"] == found["target_samples"] == 30
+    assert found["transport_cost"] == pytest.approx(2.0)
+    assert found["squared_w2"] == pytest.approx(squared_w2(source[:30] + 1, target[:30]))
+    assert found["noise_floor"] == pytest.approx(squared_w2(target[:30], target[30:60]))
+    assert validator.best_by == "squared_w2"
+    with pytest.raises(InputError, match="50 held-out sources and 3 targets"):
+        PointsValidator(ValidationOptions(), source, target[:3])
+
+
+def test_packed_points_train_a_teacher_and_a_map_that_is_measured(tmp_path, monkeypatch):
+    """The presets of the paper's 2-D budget, a few iterations of each, from shards packed as they say."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(__file__).parents[2] / "configs/toy"
+    for name, options, folders in (
+        ("gaussian", [], ("0", "1")),
+        ("8gaussians", ["--scale", "2", "--std", "0.2"], ("2", "3")),
+    ):
+        for split, seed in zip(("train", "test"), folders, strict=True):
+            words = [f"toy:{name}", *options, "--count", "64", "--seed", seed, "--out", f"shards/toy/{name}/{split}"]
+            assert rdmd(["pack", *words]) == 0
+    short = ["train.steps=2", "train.global_batch_size=32", "telemetry.tensorboard=false"]
+    assert main(["--config", f"{folder}/paper_teacher_8gaussians.yaml", *short]) == 0
+    assert main(["--config", f"{folder}/paper_rdmd_8gaussians.yaml", *short]) == 0
+    run = Path("runs/toy/paper_rdmd_8gaussians")
+    found = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["validation"]
+    assert found["samples"] == found["target_samples"] == 32
+    assert np.isfinite(list(found.values())).all() and found["transport_cost"] > 0
+    assert (run / "samples/final.png").is_file()
