@@ -16,6 +16,9 @@ REQUIRED = [
     "pydantic>=2.10",  # typed options; DeepSpeed depends on it too
     "pyyaml>=6.0",  # configs
     "pillow>=11.0",  # images in and out
+    "jinja2>=3.1",  # the model card's template; torch depends on it too
+    "fsspec>=2024.2",  # shards in object stores; torch depends on it too
+    "filelock>=3.30",  # one process at a time fills a cache; torch depends on it too
     "tqdm>=4.66",  # progress bar; DeepSpeed depends on it too
     "ninja>=1.11",  # DeepSpeed builds its CPU and GPU ops with it
     "setuptools>=75",  # torch's extension builder, which DeepSpeed calls, imports it
@@ -62,6 +65,7 @@ setup(
     packages=[*find_packages(include=["rdmd_fast*"]), "rdmd_fast.kernels"],
     # `kernels` alone is the name of another package on PyPI, so ours is importable only inside rdmd_fast.
     package_dir={"rdmd_fast": "rdmd_fast", "rdmd_fast.kernels": "kernels"},
+    package_data={"rdmd_fast.model_files": ["*.j2"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["rdmd=rdmd_fast.cli:main"]},

@@ -14,8 +14,8 @@ class DataOptions(Options):
     source: str | list[str] | ToyDistribution | None = Field(
         None,
         description="source domain: {toy: name}, or shards: a folder, a glob, a brace pattern as "
-        "shards/{000..099}.tar, http(s) URLs of tars or of a packed folder, pipe:COMMAND (a shell command of your own "
-        "that writes a tar), several as a list or joined by ::",
+        "shards/{000..099}.tar, http(s), s3, gs or hf URLs of tars or of a packed folder, pipe:COMMAND (a shell "
+        "command of your own that writes a tar), several as a list or joined by ::",
     )
     target: str | list[str] | ToyDistribution | None = Field(
         None, description="target domain, as source; the rdmd stage only validates against it"

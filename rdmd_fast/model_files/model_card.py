@@ -1,7 +1,8 @@
 """README.md of an export: a model card with Hugging Face's front matter, from the run's config and metrics.
 
-It says what is known and leaves out the rest. Whatever comes from outside (paths, class names, licences) stands as
-code in Markdown, where nothing in it means anything, and goes through a YAML writer in the front matter.
+Its text is in model_card.md.j2; the facts for it are gathered here. It says what is known and leaves out the rest.
+Whatever comes from outside (paths, class names, licences) stands as code in Markdown, where nothing in it means
+anything, and goes through a YAML writer in the front matter.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import yaml
@@ -20,6 +22,9 @@ from rdmd_fast.errors import InputError, one_line
 from rdmd_fast.extras import own_version
 from rdmd_fast.files import read_text, sha256_of
 from rdmd_fast.model_files.export_format import ExportConfig
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 NAME = "README.md"
 MOST_BYTES = 1 << 26  # of a manifest, as data/parts.py has it
@@ -56,36 +61,71 @@ def model_card(config: ExportConfig, run: Run | None = None, license: str | None
         graph: "torch-export" or "onnx" for a generator that is exported as a graph.
     """
     try:
-        return _card(config, run, license, graph)
+        return _template().render(_facts(config, run, license, graph))
     except Exception as error:  # odd facts are no reason for an export, and the training before it, to be lost
-        return _page(license, [f"Exported by rdmd_fast {own_version()}. The facts of its run are not readable: "
-                               f"{code(type(error).__name__)}."])  # fmt: skip
+        fault = f"The facts of its run are not readable: {code(type(error).__name__)}."
+        return f"{_front_matter(license)}\nExported by rdmd_fast {own_version()}. {fault}\n"
 
 
-def _card(config: ExportConfig, run: Run | None, license: str | None, graph: str) -> str:
+@cache
+def _template() -> Template:
+    """Compile model_card.md.j2. Jinja is imported here: only who exports needs it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"code": code, "data_facts": data_facts}
+    return environment.get_template("model_card.md.j2")
+
+
+def _facts(config: ExportConfig, run: Run | None, license: str | None, graph: str) -> dict:
+    """Gather what the template names; None for what is not known."""
     values = run.config if run else {}
     teacher = teacher_facts(values.get("teacher"))
     license = license or values.get("license") or (teacher.license if teacher else None)
-    sections = [
-        _what(config),
-        _table("Training", ("", ""), _training(config, values, teacher)),
-        _table(_metrics_title(run), ("metric", "value"), _metrics(run), _held_out(values)),
-        _licence(license, teacher),
-        _limits(config),
-        _loading(config, graph),
-        f"Made by rdmd_fast {own_version()} with torch {torch.__version__} and Python {platform.python_version()}.",
-    ]
-    return _page(license, filter(None, sections))
+    distilled = values.get("stage") == "rdmd"
+    data, rdmd, train = (values.get(name) or {} for name in ("data", "rdmd", "train"))
+    if not distilled:
+        rdmd = {}
+    weight, cost = rdmd.get("transport_weight"), rdmd.get("cost") or {}
+    if isinstance(weight, Mapping) and weight.get("log_uniform"):
+        weight = f"log-uniform in {weight['log_uniform']}"
+    metrics = run.metrics if run else {}
+    return {
+        "front_matter": _front_matter(license),
+        "config": config,
+        "images": len(config.sample_shape) == 3,
+        "graph": graph,
+        "distilled": distilled,
+        "source": data.get("source"),
+        "target": None if distilled else data.get("target"),  # a distillation is not trained on it
+        "target_class": data.get("target_class"),
+        "teacher": teacher,
+        "transport_weight": weight,
+        "cost": cost.get("kind"),
+        **{name: rdmd.get(name) for name in ("generator_sigma", "weighting", "fake_updates")},
+        "batch_size": train.get("global_batch_size"),
+        "precision": train.get("dtype"),
+        "seed": values.get("seed"),
+        "metrics": [(name, value) for name, value in metrics.items() if isinstance(value, int | float)],
+        "metrics_step": run.metrics_step if run else None,
+        "holdouts": [(key, data[f"{key}_holdout"]) for key in ("source", "target") if data.get(f"{key}_holdout")],
+        "license": license,
+        "EDM_LICENSE": EDM_LICENSE,
+        "version": own_version(),
+        "torch_version": torch.__version__,
+        "python_version": platform.python_version(),
+    }
 
 
-def _page(license: str | None, sections: Iterable[str]) -> str:
+def _front_matter(license: str | None) -> str:
     head: dict = {"library_name": "rdmd_fast", "pipeline_tag": "image-to-image"}
     if license and re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", license):
         head["license"] = license
     elif license:
         head |= {"license": "other", "license_name": one_line(license)}
     head["tags"] = ["diffusion-distillation", "unpaired-image-to-image-translation"]
-    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def code(text: object) -> str:
@@ -93,114 +133,6 @@ def code(text: object) -> str:
     text = one_line(str(text)).replace("|", "¦")  # a bar would end the cell even there
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text or not text.strip() else f"{fence}{text}{fence}"
-
-
-def _table(title: str, head: tuple[str, str], rows: list[tuple[str, str]], note: str = "") -> str:
-    if not rows:
-        return ""
-    lines = [f"| {' | '.join(row)} |" for row in (head, ("---", "---"), *rows)]
-    return "\n".join([f"## {title}", "", *([note, ""] if note else []), *lines])
-
-
-# -- what it is --------------------------------------------------------------------------------------------------------
-
-
-def _what(config: ExportConfig) -> str:
-    shape = "×".join(map(str, config.sample_shape))
-    if config.role == "generator":
-        title = "One-step image-to-image translator"
-        text = (
-            "A generator that turns a sample of a source domain into one of a target domain in a single network "
-            "evaluation. It was trained without pairs by RDMD, Regularized Distribution Matching Distillation "
-            "(arXiv 2406.14762), with rdmd_fast."
-        )
-        if config.transport_weights:
-            low, high = config.transport_weights
-            text += (
-                f" It takes the weight of the transport cost, λ, from {low:g} to {high:g}, at every call: more keeps "
-                "more of the input."
-            )
-    else:
-        title = "Diffusion model"
-        text = "A denoiser of one image domain (EDM, arXiv 2206.00364), a teacher for RDMD (arXiv 2406.14762)."
-    units = ", from -1 to 1" if len(config.sample_shape) == 3 else ""
-    return f"# {title}\n\n{text} Network: {code(config.network.kind)}, samples of shape {shape}{units}."
-
-
-def _limits(config: ExportConfig) -> str:
-    use = (
-        "Meant for images like those of its source domain. Other images, and other resolutions than its own, are "
-        "outside of what it has learned. It invents what the target domain needs and the input lacks: an output is no "
-        "evidence of what its input shows."
-        if config.role == "generator"
-        else "Meant as a teacher of the distillation, and for samples of its domain."
-    )
-    return f"## Use and limits\n\n{use} It carries over what is uneven or unwanted in its training data."
-
-
-def _loading(config: ExportConfig, graph: str) -> str:
-    batch = "[N, C, H, W] in [-1, 1]" if len(config.sample_shape) == 3 else "[N, D] in data units"
-    if graph == "onnx":
-        inputs = '{"images": x, "transport_weight": w}' if config.transport_weights else '{"images": x}'
-        lines = [
-            "import onnxruntime",
-            'session = onnxruntime.InferenceSession("generator.onnx")',
-            f"y = session.run(None, {inputs})[0]  # x: float32 {batch}, a NumPy array",
-        ]
-    elif graph:
-        weight = ", w" if config.transport_weights else ""
-        lines = [
-            "import torch",
-            'generator = torch.export.load("generator.pt2").module()',
-            f"y = generator(x{weight})  # x: float32 {batch}",
-        ]
-    elif config.role == "generator":
-        lines = [
-            "from rdmd_fast import load_generator",
-            'generator = load_generator("DIR")  # this folder',
-            f"y = generator(x)  # x: float32 {batch}",
-        ]
-    else:
-        lines = [
-            "from rdmd_fast import load_denoiser",
-            'denoiser = load_denoiser("DIR")  # this folder',
-            f"y = denoiser(x_noisy, sigma)  # x_noisy: {batch}, and noise of deviation sigma",
-        ]
-    note = "`w`: λ, float32 [N], cut to the range above.\n\n" if graph and config.transport_weights else ""
-    return "## Loading\n\n" + note + "\n".join(["```python", *lines, "```"])
-
-
-# -- training ----------------------------------------------------------------------------------------------------------
-
-
-def _training(config: ExportConfig, values: Mapping, teacher: Teacher | None) -> list[tuple[str, str]]:
-    data, rdmd, train = (values.get(name) or {} for name in ("data", "rdmd", "train"))
-    rows = []
-    distilled = values.get("stage") == "rdmd"
-    for title, key in (("source data", "source"), ("target data", "target")):
-        if data.get(key) is not None and not (distilled and key == "target"):  # it is not trained on
-            rows.append((title, data_facts(data[key])))
-    if teacher:
-        rows.append(("teacher" if distilled else "started from", f"{code(teacher.name)}, {teacher.kind}"))
-        if teacher.data is not None:
-            rows.append(("teacher's data", data_facts(teacher.data)))
-    if data.get("target_class") is not None:
-        rows.append(("target class", code(data["target_class"])))
-    if distilled:
-        weight, cost = rdmd.get("transport_weight"), rdmd.get("cost") or {}
-        if isinstance(weight, Mapping) and weight.get("log_uniform"):
-            weight = f"log-uniform in {weight['log_uniform']}"
-        facts = {
-            "λ, weight of the transport cost": weight,
-            "transport cost": cost.get("kind"),
-            "noise level that the generator reads": rdmd.get("generator_sigma"),
-            "weighting": rdmd.get("weighting"),
-            "fake-score updates an iteration": rdmd.get("fake_updates"),
-        }
-        rows += [(title, code(value)) for title, value in facts.items() if value is not None]
-    rows += [("step", code(config.step))] if config.step is not None else []
-    facts = {"batch size": train.get("global_batch_size"), "precision": train.get("dtype"), "seed": values.get("seed")}
-    return rows + [(title, code(value)) for title, value in facts.items() if value is not None]
 
 
 def data_facts(spec: object) -> str:
@@ -279,44 +211,6 @@ def stated_license(readme: Path) -> str | None:
     name = stated.get("license_name") if stated.get("license") == "other" else stated.get("license")
     name = one_line((name or "").strip("'\"")).strip()
     return name if 0 < len(name) <= 100 else None
-
-
-def _licence(license: str | None, teacher: Teacher | None) -> str:
-    lines = ["## Licence", ""]
-    if license:
-        lines.append(f"{code(license)}.")
-    else:
-        lines.append(
-            "Not stated. Before this is shared, state one: `license` in the config, or `rdmd export --license`."
-        )
-    if teacher and teacher.license == EDM_LICENSE:
-        lines.append(
-            "The networks that NVIDIA published with EDM are under CC BY-NC-SA 4.0, which goes for what is made of "
-            "them: no commercial use, and the same licence."
-        )
-    elif teacher and teacher.license:
-        lines.append(f"Its teacher states {code(teacher.license)}.")
-    elif teacher and teacher.name != "analytic":
-        lines.append("That of its teacher, of which this is a derivative, is not known here.")
-    return "\n".join(lines)
-
-
-# -- metrics -----------------------------------------------------------------------------------------------------------
-
-
-def _metrics_title(run: Run | None) -> str:
-    return f"Metrics at step {run.metrics_step}" if run and run.metrics_step is not None else "Metrics"
-
-
-def _metrics(run: Run | None) -> list[tuple[str, str]]:
-    found = run.metrics if run else {}
-    return [(code(name), f"{value:.4g}") for name, value in found.items() if isinstance(value, int | float)]
-
-
-def _held_out(values: Mapping) -> str:
-    data = values.get("data") or {}
-    sets = [f"{key} {data_facts(data[f'{key}_holdout'])}" for key in ("source", "target") if data.get(f"{key}_holdout")]
-    return f"On held-out data: {'; '.join(sets)}." if sets else ""
 
 
 def last_validation(run_dir: Path, step: int | None) -> tuple[dict, int | None]:

@@ -32,6 +32,7 @@ def locate(spec: str | Path | Sequence[str], tolerant: bool, cache_dir: str | Pa
         DIR/{000..099}.tar      a brace pattern; shards that it names may be missing if ``tolerant``
         http(s)://…/X.tar       a tar, braces too; kept in ``cache_dir``
         http(s)://…/DIR         a packed folder (its manifest.json is looked for); kept in ``cache_dir``
+        s3://…, gs://…, hf://…  both, and whatever else fsspec has a driver for, alike
         pipe:COMMAND            a tar that a shell command writes; run once, what it wrote is kept in ``cache_dir``
 
     Raises:

@@ -1,9 +1,8 @@
-"""Shards from elsewhere, brought to a local cache once for a node: http(s) and what a shell command writes."""
+"""Shards from elsewhere, brought to a local cache once for a node: http(s), fsspec, what a shell command writes."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -15,9 +14,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import quote, urlsplit, urlunsplit
+from typing import BinaryIO
+from urllib.parse import quote
 
 from rdmd_fast.data.shards.parts import INDEX, MANIFEST
 from rdmd_fast.errors import InputError
@@ -25,12 +24,15 @@ from rdmd_fast.errors import InputError
 PIPE = "pipe:"
 _TRIES = 3
 _TIMEOUT = 60.0  # seconds without a byte
-_UNREACHABLE = (urllib.error.URLError, HTTPException, OSError, ValueError)
+
+
+class MissingDriver(InputError):
+    """Nothing of an address's scheme can be read; being tolerant of damaged shards does not help."""
 
 
 def is_remote(spec: str) -> bool:
     """Whether a spec names something that has to be brought here first."""
-    return spec.startswith(("http://", "https://", PIPE))
+    return spec.startswith(PIPE) or re.match(r"[a-z][a-z0-9+.-]+://", spec) is not None
 
 
 @contextlib.contextmanager
@@ -39,14 +41,12 @@ def cache_lock(cache: Path, name: str) -> Iterator[Path | None]:
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:32]
     entry = cache / "indexes" / f"{digest}.json"
     try:
-        descriptor = _locked(entry)
+        lock = _locked(entry)
     except OSError:
         yield None
         return
-    try:
+    with lock:
         yield entry
-    finally:
-        os.close(descriptor)
 
 
 def fetch_shard(spec: str, cache: Path, tolerant: bool) -> Path:
@@ -58,12 +58,12 @@ def fetch_shard(spec: str, cache: Path, tolerant: bool) -> Path:
     digest = hashlib.sha256(spec.encode()).hexdigest()[:16]
     if spec.startswith(PIPE):
         return _once(cache / "pipes" / f"{digest}.tar", lambda partial: _spool(spec.removeprefix(PIPE), partial))
-    name = re.sub(r"[^\w.-]", "_", Path(urlsplit(spec).path).name)
+    name = re.sub(r"[^\w.-]", "_", Path(re.split("[?#]", spec)[0]).name)
     path = cache / "urls" / digest / name
     try:
         return _once(path, lambda partial: _download(spec, partial))
     except InputError as error:
-        if not tolerant:
+        if not tolerant or isinstance(error, MissingDriver):
             raise
         print(f"warning: {error}", file=sys.stderr)
         return path
@@ -96,8 +96,7 @@ def download_folder(url: str, cache: Path, tolerant: bool) -> Path:
 
 
 def _file(base: str, folder: Path, name: str, digest: str | None = None, size: int | None = None) -> Path:
-    parts = urlsplit(base)
-    url = urlunsplit(parts._replace(path=f"{parts.path}/{quote(name)}"))
+    url = re.sub("(?=[?#]|$)", f"/{quote(name)}", base, count=1) if _is_http(base) else f"{base}/{name}"
     return _once(folder / name, lambda partial: _download(url, partial, digest, size))
 
 
@@ -106,14 +105,11 @@ def _once(path: Path, make: Callable[[Path], None]) -> Path:
     try:
         if path.exists():
             return path
-        descriptor = _locked(path)
-        try:
+        with _locked(path):
             if not path.exists():
                 partial = path.with_name(f".{path.name}.partial")
                 make(partial)
                 os.replace(partial, path)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); free some space or change data.cache_dir"
@@ -121,12 +117,11 @@ def _once(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def _locked(path: Path) -> int:
-    """A descriptor whose closing lets the next process have ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
+def _locked(path: Path) -> contextlib.AbstractContextManager:
+    """Wait until no other process has ``path``; raises OSError where its folder can be neither made nor locked."""
+    from filelock import FileLock
+
+    return FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False).acquire()
 
 
 def _download(url: str, partial: Path, digest: str | None = None, size: int | None = None) -> None:
@@ -139,22 +134,44 @@ def _download(url: str, partial: Path, digest: str | None = None, size: int | No
         try:
             _transfer(url, partial, digest, size)
             return
+        except MissingDriver:
+            raise
         except urllib.error.HTTPError as error:
             reason = f"{error.code} {error.reason}"
             if error.code < 500:
                 break
-        except _UNREACHABLE as error:
-            reason = " ".join(str(getattr(error, "reason", error)).split())
+        except Exception as error:  # of whatever class a driver has
+            reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+            if isinstance(error, FileNotFoundError | PermissionError):  # what 404 and 403 are to drivers
+                reason = error.strerror or f"{type(error).__name__}: {reason}"
+                break
         time.sleep(0.2 * 4**attempt)
     partial.unlink(missing_ok=True)
     raise InputError(f"{url}: cannot be downloaded ({reason}); check the address and the connection")
 
 
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _open(url: str) -> BinaryIO:
+    if _is_http(url):  # not by fsspec, which wants aiohttp for it
+        return urllib.request.urlopen(url, timeout=_TIMEOUT)
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(url.partition(":")[0])
+    except (ImportError, ValueError) as error:
+        raise MissingDriver(f"{url}: cannot be read here ({error}); install its driver or check the address") from None
+    return fsspec.open(url).open()
+
+
 def _transfer(url: str, partial: Path, digest: str | None, size: int | None) -> None:
-    with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, open(partial, "wb+") as file:
-        shutil.copyfileobj(response, file, 1 << 20)
-        expected = size if size is not None else int(response.headers.get("Content-Length") or file.tell())
-        if file.tell() != expected:
+    with _open(url) as source, open(partial, "wb+") as file:
+        told = getattr(source, "length" if _is_http(url) else "size", None)
+        shutil.copyfileobj(source, file, 1 << 24)  # a request to an object store brings at least as much
+        expected = told if size is None else size
+        if expected is not None and file.tell() != expected:
             raise ValueError(f"{file.tell()} bytes came of {expected}")
         file.flush()
         os.fsync(file.fileno())
