@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 from benchmarks.host_syncs import count_host
 from benchmarks.networks import build, seconds
-from benchmarks.step import Ours, compile_as, run_config
+from benchmarks.step_cases import compile_as, run_config
+from benchmarks.step_sides import Ours
 from rdmd_fast.engine import engine as distributed
 from rdmd_fast.engine import update_guard
 from rdmd_fast.networks.unet_layers import attention
@@ -143,11 +144,8 @@ def weights() -> None:
 
 def weight_times(ways: dict[str, torch.nn.Module], batch: int) -> dict[str, float]:
     x, c_noise = torch.randn(batch, 3, 64, 64), torch.zeros(batch)
-    times = {name: [] for name in ways}
-    for _ in range(8):
-        for name, way in ways.items():
-            times[name].append(1e3 * seconds(lambda way=way: way(x, c_noise)))
-    return {name: min(column) for name, column in times.items()}
+    rounds = [[1e3 * seconds(lambda way=way: way(x, c_noise)) for way in ways.values()] for _ in range(8)]
+    return {name: min(column) for name, column in zip(ways, zip(*rounds, strict=True), strict=True)}
 
 
 # -- iterations --------------------------------------------------------------------------------------------------------
@@ -155,9 +153,8 @@ def weight_times(ways: dict[str, torch.nn.Module], batch: int) -> dict[str, floa
 
 @contextlib.contextmanager
 def run_of(case: str, dtype: str, compiled: str | None = None) -> Iterator[Ours]:
-    arguments = argparse.Namespace(case=case, batch=None, stage=0)
-    with tempfile.TemporaryDirectory(prefix="rdmd-tried-") as folder:
-        run = Ours(run_config(case, dtype, arguments, Path(folder), compile_as(compiled)), arguments)
+    with tempfile.TemporaryDirectory(prefix="rdmd-ablations-") as folder:
+        run = Ours(run_config(case, dtype, Path(folder), compile_as(compiled)))
         try:
             yield run
         finally:

@@ -138,7 +138,7 @@ class HostSyncs(TorchDispatchMode):
 
 
 def count_host(ours) -> dict:
-    """Host synchronisations and launches of one iteration of ``benchmarks.step.Ours``, without a GPU."""
+    """Host synchronisations and launches of one iteration of ``benchmarks.step_sides.Ours``, without a GPU."""
     from deepspeed.accelerator import get_accelerator
 
     syncs = HostSyncs(ours.on_device())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import plain_kernels
 from benchmarks.timing import CUDA, DEVICE
-from rdmd_fast.diffusion import DiffusionOptions, coefficients
+from rdmd_fast.diffusion import DiffusionOptions, Reading, coefficients
 from rdmd_fast.kernels import philox
 from rdmd_fast.kernels.coefficients import Coefficients
 from rdmd_fast.kernels.denoising_loss import denoising_gradient
@@ -23,7 +23,7 @@ from rdmd_fast.kernels.noise_forward import CounterNoise, generator_noise_forwar
 from rdmd_fast.kernels.rdmd_gradient import generator_gradient
 
 SEED, STREAM = 2**40 + 1, 5
-SKIP, SCALE, WEIGHT = 0.2, 0.4472136, 0.05  # the generator's reading and λ
+READING, WEIGHT = Reading(0.2, 1.0, 0.4472136, 0.0), 0.05  # the generator's reading and λ
 
 # Samples of the loss-side kernels: 2-D points, small images, latents of 512x512, and 302 MB of fp32 at the end.
 SAMPLES = [(1024, 2), (8, 3, 32, 32)]
@@ -120,10 +120,10 @@ def noising(shape: tuple[int, ...]) -> Operation:
         "noise_forward",
         _case(shape),
         6 * y.numel(),
-        lambda: noise_forward(y, noise, table, dtype)[0],
+        lambda: noise_forward(y, noise=noise, table=table, dtype=dtype)[0],
         lambda: plain_kernels.noise_forward(y, alpha, sigma, c_in, torch.randn_like(y), dtype),
         lambda: _close(
-            noise_forward(y, noise, table, dtype)[0],
+            noise_forward(y, noise=noise, table=table, dtype=dtype)[0],
             plain_kernels.noise_forward(y, alpha, sigma, c_in, noise.values(y), torch.float32),
         ),
     )
@@ -136,12 +136,12 @@ def generator_noising(shape: tuple[int, ...]) -> Operation:
     alpha, sigma, c_in = (table.row(name, x) for name in ("alpha", "sigma", "c_in"))
 
     def baseline(epsilon=None, out=dtype):
-        y = SKIP * x + SCALE * f_generator.float()
+        y = READING.skip * x + READING.scale * f_generator.float()
         epsilon = torch.randn_like(y) if epsilon is None else epsilon
         return plain_kernels.noise_forward(y, alpha, sigma, c_in, epsilon, out), y
 
     def ours():
-        return generator_noise_forward(f_generator, x, SKIP, SCALE, noise, table, dtype)
+        return generator_noise_forward(f_generator, x, reading=READING, noise=noise, table=table, dtype=dtype)
 
     def check():
         for result, expected in zip(ours(), baseline(noise.values(x), torch.float32), strict=True):
@@ -155,18 +155,21 @@ def gradient(shape: tuple[int, ...], weighting: str) -> Operation:
     f_real, f_fake, f_generator = (_tensor(shape, seed, torch.bfloat16) for seed in (1, 2, 3))
     x = _tensor(shape, 4)
     dmd = weighting == "dmd"
-    y = SKIP * x + SCALE * f_generator.float()
+    y = READING.skip * x + READING.scale * f_generator.float()
     rows = {name: table.row(name, x) for name in ("score_scale", "c_out", "target_clean", "target_noise")}
     # The plain version is given F*, as if stored by whoever drew the noise.
     target = rows["target_clean"] * y + rows["target_noise"] * noise.values(x) if dmd else None
 
     def ours():
-        return generator_gradient(f_real, f_fake, f_generator, x, SKIP, SCALE, noise, table, WEIGHT, weighting)
+        return generator_gradient(
+            f_real=f_real, f_fake=f_fake, f_generator=f_generator, x=x, reading=READING, noise=noise, table=table,
+            transport_weight=WEIGHT, weighting=weighting,
+        )  # fmt: skip
 
     def baseline():
-        y = SKIP * x + SCALE * f_generator.float()
+        y = READING.skip * x + READING.scale * f_generator.float()
         return plain_kernels.rdmd_gradient(
-            f_real, f_fake, y, x, rows["score_scale"], rows["c_out"], target, WEIGHT, SCALE
+            f_real, f_fake, y, x, rows["score_scale"], rows["c_out"], target, WEIGHT, READING.scale
         )  # fmt: skip
 
     def check():
@@ -187,7 +190,7 @@ def denoising(shape: tuple[int, ...]) -> Operation:
     rows = table.row("target_clean", y), table.row("target_noise", y)
 
     def ours():
-        return denoising_gradient(output, y, noise, table)
+        return denoising_gradient(output, y, noise=noise, table=table)
 
     def baseline(epsilon=None):
         return plain_kernels.denoising_gradient(output, y, *rows, torch.randn_like(y) if epsilon is None else epsilon)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.step import ROOT, distillation
+from benchmarks.step_cases import ROOT, distillation
 from rdmd_fast.config import load_config
 from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
 from rdmd_fast.planning.activations import Activations, activations
@@ -48,12 +48,9 @@ def preset(name: str) -> SongUNetOptions:
 def cases() -> dict[str, Case]:
     # The widths of ADM's network for ImageNet at 256 (arXiv 2105.05233, Table 3).
     adm256 = DhariwalUNetOptions(
-        kind="dhariwal_unet",
-        model_channels=256,
-        channel_mult=[1, 1, 2, 2, 4, 4],
-        num_blocks=2,
+        kind="dhariwal_unet", model_channels=256, channel_mult=[1, 1, 2, 2, 4, 4], num_blocks=2,
         attn_resolutions=[32, 16, 8],
-    )
+    )  # fmt: skip
     return {
         "64": Case("SongUNet 64²", SongUNetOptions(kind="song_unet", channel_mult=[1, 2, 2, 2]), (3, 64, 64), 32),
         "adm64": Case("ADM 64²", DhariwalUNetOptions(kind="dhariwal_unet"), (3, 64, 64), 32),

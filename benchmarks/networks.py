@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_networks import PlainUNet
+from benchmarks.timing import CUDA, DEVICE
 from benchmarks.traffic import network_traffic
 from rdmd_fast.networks.dhariwal_unet import DhariwalUNet
 from rdmd_fast.networks.song_unet import SongUNet
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative, of the output; gradients get ten times it.
 TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
@@ -127,21 +126,27 @@ def seconds(step: Callable[[], object]) -> float:
 
 
 def peak_bytes(step: Step) -> int:
-    """Memory that a step needs at its height beyond weights and inputs: allocator on a GPU, resident set on Linux."""
+    """Memory that a step needs at its height beyond weights and inputs."""
     for parameter in step.parameters:
         parameter.grad = None
+    return peak_of(step)
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Measure a call's memory at its height beyond what was held: the allocator's on a GPU, resident set on Linux."""
     gc.collect()
     if CUDA:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        call()
         return torch.cuda.max_memory_allocated() - before
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets the peak of the resident set
     before = resident("VmRSS")
-    step()
+    call()
     return resident("VmHWM") - before
 
 

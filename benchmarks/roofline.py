@@ -23,7 +23,9 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.networks import DTYPES, matmul_peak
-from benchmarks.step import MIB, ROOT, Ours, network_options, run_config
+from benchmarks.step_cases import ROOT, network_options, run_config
+from benchmarks.step_sides import Ours
+from benchmarks.step_tables import MIB
 from benchmarks.timing import copy_bandwidth
 from benchmarks.traffic import MATMULS, network_traffic
 from rdmd_fast.config import load_config
@@ -37,8 +39,8 @@ SHAPES = {
 }  # fmt: skip
 
 
-class Costs(NamedTuple):
-    """Of an iteration.
+class Roofline(NamedTuple):
+    """FLOPs and bytes of an iteration.
 
     Attributes:
         parameters: of one network.
@@ -51,11 +53,11 @@ class Costs(NamedTuple):
     fixed: float
 
     def moved(self, batch: int) -> float:
-        """Bytes."""
+        """Count bytes."""
         return batch * self.bytes_a_sample + self.fixed
 
     def floor(self, batch: int, flops_rate: float, bytes_rate: float) -> float:
-        """Seconds."""
+        """Give seconds."""
         return batch * self.flops_a_sample / flops_rate + self.moved(batch) / bytes_rate
 
 
@@ -65,7 +67,7 @@ def sample_shape(path: Path) -> tuple[int, ...]:
 
 
 def networks_of(config) -> tuple:
-    """(options of G's and of the scores' networks, is the teacher a network)."""
+    """Give (options of G's and of the scores' networks, is the teacher a network)."""
     if config.teacher == "analytic":
         return config.generator, config.network, False
     for path in sorted((ROOT / "configs").glob("*/*teacher*.yaml")):
@@ -78,7 +80,7 @@ def networks_of(config) -> tuple:
 
 @functools.cache
 def _passes(options: str, shape: tuple[int, ...], dtype: str, kind: type) -> tuple[float, float, int]:
-    """Bytes by sample of a network's forward pass, of forward and backward; its parameters."""
+    """Count bytes by sample of a network's forward pass, of forward and backward; its parameters."""
     torch.manual_seed(0)
     network = build_network(kind.model_validate_json(options), shape, dropout=False).to(DTYPES[dtype])
     moved = {}
@@ -116,11 +118,9 @@ def bytes_a_parameter(dtype: str) -> tuple[float, float]:
 
 
 def _digits_traffic(dtype: str, batch: int, updates: int) -> int:
-    """Bytes of an iteration of the digits."""
-    arguments = argparse.Namespace(case="digits", batch=batch, stage=0)
-    with tempfile.TemporaryDirectory(prefix="rdmd-costs-") as folder:
-        config = run_config("digits", dtype, arguments, Path(folder), [f"rdmd.fake_updates={updates}"])
-        run = Ours(config, arguments)
+    """Count bytes of an iteration of the digits."""
+    with tempfile.TemporaryDirectory(prefix="rdmd-roofline-") as folder:
+        run = Ours(run_config("digits", dtype, Path(folder), [f"rdmd.fake_updates={updates}"], batch))
         try:
             run.iteration()  # what is made once is made
             return network_traffic(run.iteration, MATMULS)
@@ -128,8 +128,8 @@ def _digits_traffic(dtype: str, batch: int, updates: int) -> int:
             run.experiment.close()
 
 
-def costs(config, shape: tuple[int, ...]) -> Costs:
-    """Of an iteration as configured, fake updates before the first one left out."""
+def roofline(config, shape: tuple[int, ...]) -> Roofline:
+    """Count an iteration as configured, fake updates before the first one left out."""
     options, score_options, has_teacher = networks_of(config)
     dtype = config.train.dtype
     updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0
@@ -139,7 +139,7 @@ def costs(config, shape: tuple[int, ...]) -> Costs:
     )
     rollouts = max(updates - 1, 0)
     generator_update, fake_update = bytes_a_parameter(dtype)
-    return Costs(
+    return Roofline(
         parameters,
         distillation_flops(main, forward_flops(score_options, shape) if has_teacher else 0.0, score, updates),
         both + (has_teacher + (updates > 0)) * score_forward + updates * score_both + rollouts * forward,
@@ -150,13 +150,8 @@ def costs(config, shape: tuple[int, ...]) -> Costs:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", type=Path, help="(all of the distillation)")
-    parser.add_argument(
-        "--tflops",
-        type=float,
-        nargs=2,
-        metavar=("FP32", "BF16"),
-        help="10^12 FLOP/s of products (this machine's)",
-    )
+    rates = {"type": float, "nargs": 2, "metavar": ("FP32", "BF16")}
+    parser.add_argument("--tflops", **rates, help="10^12 FLOP/s of products (this machine's)")
     parser.add_argument("--tbps", type=float, help="10^12 bytes/s of the memory (this machine's)")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
     arguments = parser.parse_args()
@@ -169,23 +164,20 @@ def main() -> int:
         config = load_config(str(path))
         if config.stage != "rdmd":
             continue
-        cost, batch = costs(config, sample_shape(path.resolve())), config.train.global_batch_size
-        rates = (
-            1e12 * arguments.tflops[config.train.dtype != "fp32"]
-            if arguments.tflops
-            else matmul_peak(config.train.dtype),
-            1e12 * arguments.tbps if arguments.tbps else copy_bandwidth(),
-        )
+        counted, batch = roofline(config, sample_shape(path.resolve())), config.train.global_batch_size
+        tflops = arguments.tflops and arguments.tflops[config.train.dtype != "fp32"]
+        flops_rate = 1e12 * tflops if arguments.tflops else matmul_peak(config.train.dtype)
+        bytes_rate = 1e12 * arguments.tbps if arguments.tbps else copy_bandwidth()
         entry = {
             "config": "/".join(path.parts[-2:]), "dtype": config.train.dtype, "batch": batch,
-            "fake_updates": config.rdmd.fake_updates, **cost._asdict(),
-            "flops_a_byte": batch * cost.flops_a_sample / cost.moved(batch), "flops_rate": rates[0],
-            "bytes_rate": rates[1], "floor_seconds": cost.floor(batch, *rates),
+            "fake_updates": config.rdmd.fake_updates, **counted._asdict(),
+            "flops_a_byte": batch * counted.flops_a_sample / counted.moved(batch), "flops_rate": flops_rate,
+            "bytes_rate": bytes_rate, "floor_seconds": counted.floor(batch, flops_rate, bytes_rate),
         }  # fmt: skip
         entries.append(entry)
         print(
-            f"{'/'.join(path.parts[-2:]):<36}{cost.parameters / 1e6:>7.2f}{entry['fake_updates']:>8}"
-            f"{cost.flops_a_sample / 1e9:>9.3g}{cost.bytes_a_sample / MIB:>9.3g}{cost.fixed / MIB:>10.3g}"
+            f"{'/'.join(path.parts[-2:]):<36}{counted.parameters / 1e6:>7.2f}{entry['fake_updates']:>8}"
+            f"{counted.flops_a_sample / 1e9:>9.3g}{counted.bytes_a_sample / MIB:>9.3g}{counted.fixed / MIB:>10.3g}"
             f"{entry['flops_a_byte']:>8.0f}{1e3 * entry['floor_seconds']:>10.3g}",
             flush=True,
         )

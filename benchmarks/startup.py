@@ -25,7 +25,8 @@ import psutil  # DeepSpeed needs it, too
 import torch
 
 from benchmarks.communication import prepare_digits
-from benchmarks.step import ROOT, processor
+from benchmarks.step_cases import ROOT
+from benchmarks.step_measurements import processor
 from rdmd_fast import cli
 
 BIN = Path(sys.executable).parent
@@ -58,10 +59,7 @@ def to_first_iteration(launcher: list[str], overrides: list[str], run_dir: Path)
     Raises:
         RuntimeError: no such line came within PATIENCE seconds.
     """
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    }  # torchrun and deepspeed ask for python
+    environment = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}  # the launchers ask for python
     command = [*launcher, *TRAIN, *overrides, f"run_dir={run_dir}", "--resume", "never"]
     start, said = time.perf_counter(), []
     with subprocess.Popen(

@@ -2,9 +2,9 @@
 
     python -m benchmarks.static [--json FILE] [--markdown] [--kernels FILE.py] [--jobs N]
 
-Every ``StaticCase`` of every kernel file is compiled ahead of time for five architectures; ptxas reports registers
-and spills, the PTX tells the width of each argument's accesses. Launches and bytes of a training turn are counted
-by benchmarks/traffic.py. Exit status 1 if a limit is broken: spills, access width, registers, bytes or launches.
+Every ``StaticCase`` of tests/kernels/static_cases.py is compiled ahead of time for five architectures; ptxas reports
+registers and spills, the PTX tells the width of each argument's accesses. Launches and bytes of a training turn are
+counted by benchmarks/traffic.py. Exit status 1 if a limit is broken: spills, access width, registers, bytes, launches.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+CASES = ROOT / "tests/kernels/static_cases.py"
 ARCHITECTURES = (80, 89, 90, 100, 120)
 MAX_REGISTERS = 128  # at 128 threads a block four blocks fit an SM, enough to hide the latency of streaming
 VECTOR_BYTES = 16
@@ -122,18 +124,18 @@ def kernel_modules() -> list:
 
 
 def static_cases(file: Path | None = None) -> list:
-    """The cases of all files of ``rdmd_fast.kernels``, or of the one file given."""
-    if file is not None and file.resolve().parent == Path(__file__).resolve().parent.parent / "kernels":
-        return importlib.import_module(f"rdmd_fast.kernels.{file.stem}").static_cases()
-    if file is not None:
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[file.stem] = module
-        spec.loader.exec_module(module)
-        return module.static_cases()
-    # An operation may pass on the cases of the file that holds its kernels.
-    listings = dict.fromkeys(module.static_cases for module in kernel_modules() if hasattr(module, "static_cases"))
-    return [case for listing in listings for case in listing()]
+    """All cases, those of the kernels in one file of kernels/, or those that another file's ``static_cases`` lists."""
+    of_kernels = file is not None and file.resolve().parent == ROOT / "kernels"
+    source = CASES if file is None or of_kernels else file
+    spec = importlib.util.spec_from_file_location(source.stem, source)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[source.stem] = module
+    spec.loader.exec_module(module)
+    cases = module.static_cases()
+    if not of_kernels:
+        return cases
+    # An operation's kernels may lie in a file of their own: _group_norm_silu.py.
+    return [case for case in cases if case.kernel.__module__.split(".")[-1].strip("_") == file.stem.strip("_")]
 
 
 def uncovered_kernels(cases: list) -> list[str]:
@@ -241,7 +243,9 @@ def print_turns(turns: dict) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write all numbers to this file")
-    parser.add_argument("--kernels", type=Path, help="check the static cases of this Python file only")
+    parser.add_argument(
+        "--kernels", type=Path, help="check the kernels of this file of kernels/, or its own cases, only"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the short table of docs/kernels.md")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiling processes (default: all cores)")
     options = parser.parse_args(arguments)

@@ -21,14 +21,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
+from benchmarks.images import BATCH, FORMATS, SHARDS, encode, write
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import SampleStream
 from rdmd_fast.randomness import Philox, Stream
 
-BATCH, SIDE, SHARDS = 64, 64, 8
-FORMATS = {"jpeg": ("jpg", {"quality": 90}), "png": ("png", {})}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -41,31 +40,6 @@ def sets(tmp_path_factory, request):
         files = [encode(number, name, options) for number in range(count)]
         write(root / name, suffix, files)
     return root, count
-
-
-def encode(number: int, form: str, options: dict) -> bytes:
-    """A smooth picture with some grain: about the bytes of a photograph of that size."""
-    random = np.random.default_rng(number)
-    image = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((SIDE, SIDE), Image.BICUBIC)
-    image = image.filter(ImageFilter.GaussianBlur(1))
-    grain = np.asarray(image, dtype=np.int16) + random.integers(-5, 6, (SIDE, SIDE, 3))
-    buffer = io.BytesIO()
-    Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(buffer, form, **options)
-    return buffer.getvalue()
-
-
-def write(folder: Path, suffix: str, files: list[bytes]) -> None:
-    from webdataset import TarWriter
-
-    for name in ("files", "tars"):
-        (folder / name).mkdir(parents=True)
-    for number, data in enumerate(files):
-        (folder / "files" / f"{number:06d}.{suffix}").write_bytes(data)
-    each = len(files) // SHARDS
-    for shard in range(SHARDS):
-        with TarWriter(str(folder / f"tars/{shard:02d}.tar"), encoder=False) as tar:
-            for number in range(shard * each, (shard + 1) * each):
-                tar.write({"__key__": f"{number:06d}", suffix: files[number]})
 
 
 def rgb(data: bytes | str) -> np.ndarray:
@@ -176,13 +150,8 @@ def memory() -> float:
 
 
 def note(benchmark, request, form: str, pipeline: str, workers: int, count: int, added: float) -> None:
-    row = {
-        "format": form,
-        "pipeline": pipeline,
-        "workers": workers,
-        "samples_per_second": count / benchmark.stats.stats.min,
-        "added_MiB": added,
-    }
+    rate = count / benchmark.stats.stats.min
+    row = {"format": form, "pipeline": pipeline, "workers": workers, "samples_per_second": rate, "added_MiB": added}
     benchmark.extra_info.update(row)
     request.config.data_rows.append(row)
 

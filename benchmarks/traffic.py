@@ -281,8 +281,9 @@ def stand_in(weighting: str, meter: Meter):
     """An ``RDMD`` whose networks, data and engines are stand-ins."""
     from rdmd_fast.diffusion import DiffusionOptions, Reading
     from rdmd_fast.engine.batch_layout import BatchLayout
+    from rdmd_fast.engine.stage_context import StageContext
     from rdmd_fast.randomness import Philox
-    from rdmd_fast.rdmd import RDMD, RDMDOptions
+    from rdmd_fast.rdmd import RDMD, Networks, RDMDOptions
 
     diffusion = DiffusionOptions()
     generator, fake_score, teacher = (
@@ -294,12 +295,14 @@ def stand_in(weighting: str, meter: Meter):
     telemetry = SimpleNamespace(phase=lambda name: contextlib.nullcontext(), add=lambda *_: None)
     rdmd = RDMD(
         RDMDOptions(weighting=weighting), diffusion, Reading.of("teacher", diffusion, 1.0),
-        generator, fake_score, teacher, source, Philox(2**40 + 1), BatchLayout(BATCH, BATCH, 1, 0, 1),
-        torch.device("cpu"), torch.bfloat16, telemetry,
+        Networks(generator, fake_score, teacher), source,
+        StageContext(
+            Philox(2**40 + 1), BatchLayout(BATCH, BATCH, 1, 0, 1), torch.device("cpu"), torch.bfloat16, telemetry
+        ),
     )  # fmt: skip
     for process in (rdmd.generator_process, rdmd.fake_process):
         # On the CPU noise is drawn ahead, in large blocks; here the kernels shall draw it, as on a GPU.
-        table, noise = process.draw(rdmd.layout.positions(0, 0))
+        table, noise = process.draw(rdmd.context.layout.positions(0, 0))
         process.draw = functools.partial(lambda drawn, *_: drawn, (table, noise._replace(drawn=None)))
     return rdmd
 
@@ -311,14 +314,14 @@ def our_turns() -> dict:
         meter = Meter()
         rdmd = stand_in(weighting, meter)
         with meter.counting():
-            outputs = rdmd._generator_update(0)
+            outputs = rdmd.update_generator(0)
         turns[name] = meter.report()
         turns["generator_input"] = meter.before_split
     meter = Meter()
     rdmd = stand_in("uniform", meter)
     outputs = [(y.contiguous(memory_format=torch.channels_last), weight) for y, weight in outputs]
     with meter.counting():
-        rdmd._fake_update(outputs)
+        rdmd.update_fake_score(outputs)
     turns["fake"] = meter.report()
     return turns
 

@@ -11,6 +11,7 @@ that waited for data, and seconds for all batches, the best of --rounds. No more
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import tempfile
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.test_data import BATCH, FORMATS, SHARDS, encode, write
+from benchmarks.images import BATCH, FORMATS, SHARDS, encode, write
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import SampleStream
 from rdmd_fast.randomness import Philox, Stream
@@ -36,7 +37,7 @@ def compute(seconds: float, busy: bool) -> None:
 
 
 def loop(shards: ShardSet, cached: bool, workers: int, prefetch: int, seconds: float, busy: bool, epochs: int):
-    """(seconds, share of them in ``batch``) of ``epochs`` epochs."""
+    """Time (seconds, share of them in ``batch``) of ``epochs`` epochs."""
     stream = SampleStream(shards, Philox(0), Stream.SOURCE_ORDER, (4 << 30) * cached, workers, prefetch)
     begin = time.perf_counter()
     for first in range(0, epochs * len(shards), BATCH):
@@ -62,18 +63,14 @@ def main() -> None:
         shards = ShardSet(Path(scratch) / "set/tars", tolerant=True, cache_dir=scratch)
         print(f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, {count} images")
         print(f"{'step':7} {'set':9} {'workers':>7} {'prefetch':>8} {'seconds':>8} {'waiting':>8}")
-        for busy in (True, False):
-            for cached, epochs in ((False, 1), (True, 3)):
-                for workers in args.workers:
-                    for prefetch in args.prefetch if workers else [1]:
-                        rounds = [
-                            loop(shards, cached, workers, prefetch, args.step / 1000, busy, epochs)
-                            for _ in range(args.rounds)
-                        ]
-                        spent, waited = min(rounds)
-                        row = f"{'host' if busy else 'device':7} {'cached' if cached else 'uncached':9}"
-                        row += f" {workers:>7} {prefetch if workers else '-':>8} {spent:>8.2f} {waited:>8.1%}"
-                        print(row, flush=True)
+        sets = (False, 1), (True, 3)
+        for busy, (cached, epochs), workers in itertools.product((True, False), sets, args.workers):
+            for prefetch in args.prefetch if workers else [1]:
+                setting = shards, cached, workers, prefetch, args.step / 1000, busy, epochs
+                spent, waited = min(loop(*setting) for _ in range(args.rounds))
+                row = f"{'host' if busy else 'device':7} {'cached' if cached else 'uncached':9}"
+                row += f" {workers:>7} {prefetch if workers else '-':>8} {spent:>8.2f} {waited:>8.1%}"
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

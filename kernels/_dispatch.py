@@ -1,10 +1,13 @@
 """Which implementation of a kernel runs: Triton on a GPU, the torch reference elsewhere.
 
 ``RDMD_KERNELS`` decides: ``auto`` (default), ``triton`` or ``reference``. What is asked for and not there is
-an error, never a silent fallback.
+an error, never a silent fallback. A third, ``shapes``, is had through ``using`` alone: it makes an operation's results
+and computes nothing, which plans memory on the meta device.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +17,7 @@ try:
     import triton.language as tl
 except ImportError:  # the references need no Triton
     triton = None
-    tl = SimpleNamespace(constexpr=None)  # what the signatures of kernels mention
+    tl = SimpleNamespace(constexpr=int)  # what modules mention outside the bodies of kernels
 
 # Triton chooses the interpreter when a kernel is defined, so the setting is read once, at import.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
@@ -27,8 +30,27 @@ def jit(function=None, **options):
     return function if triton is None else triton.jit(function, **options)
 
 
+_used: str | None = None  # what ``using`` asks for
+
+
+@contextlib.contextmanager
+def using(implementation: str) -> Iterator[None]:
+    """Have ``reference`` or ``shapes`` stand for every operation, on any device and whatever ``RDMD_KERNELS`` says."""
+    global _used
+    before, _used = _used, implementation
+    try:
+        yield
+    finally:
+        _used = before
+
+
+def computes() -> bool:
+    """Tell whether results are wanted, and not their shapes alone: the cheap question of each launch."""
+    return _used != "shapes"
+
+
 def backend(device: torch.device | str) -> str:
-    """Name the implementation for tensors on ``device``: ``"triton"`` or ``"reference"``.
+    """Name the implementation for tensors on ``device``: ``"triton"``, ``"reference"`` or ``"shapes"``.
 
     The interpreter (``TRITON_INTERPRET=1``) runs on CPU tensors, but only if ``RDMD_KERNELS=triton`` asks for
     it.
@@ -36,6 +58,8 @@ def backend(device: torch.device | str) -> str:
     Raises:
         RuntimeError: ``RDMD_KERNELS`` has an unknown value, or Triton is wanted where it cannot run.
     """
+    if _used is not None:
+        return _used
     choice = os.environ.get("RDMD_KERNELS", "auto").strip().lower()
     if choice not in ("auto", "triton", "reference"):
         raise RuntimeError(f"RDMD_KERNELS={choice!r} is unknown; set it to auto, triton or reference")

@@ -17,9 +17,11 @@ The last row, score_scale = ω (α²/σ²) c_out, turns F_fake - F_real into the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+
+from rdmd_fast.kernels._dispatch import tl
 
 ROWS = (
     "alpha",
@@ -32,6 +34,20 @@ ROWS = (
     "target_noise",
     "score_scale",
 )
+# The rows by name for kernels, which read no globals but constexprs.
+ALPHA, SIGMA, C_OUT, C_IN = (tl.constexpr(ROWS.index(name)) for name in ("alpha", "sigma", "c_out", "c_in"))
+TARGET_CLEAN, TARGET_NOISE = tl.constexpr(ROWS.index("target_clean")), tl.constexpr(ROWS.index("target_noise"))
+SCORE_SCALE = tl.constexpr(ROWS.index("score_scale"))
+
+
+class Reading(Protocol):
+    """How the raw output F_G of a generator's network is read: y = skip x + scale F_G."""
+
+    @property
+    def skip(self) -> float: ...
+
+    @property
+    def scale(self) -> float: ...
 
 
 class Coefficients(NamedTuple):
@@ -65,4 +81,4 @@ class Coefficients(NamedTuple):
     @property
     def c_noise(self) -> torch.Tensor:
         """float32 [N]: what the network receives as its noise level."""
-        return self.rows[5]
+        return self.row("c_noise")

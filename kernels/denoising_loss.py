@@ -11,15 +11,14 @@ loss is read.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from rdmd_fast.kernels._dispatch import backend, jit, tl
-from rdmd_fast.kernels._static import StaticCase
-from rdmd_fast.kernels.coefficients import Coefficients
+from rdmd_fast.kernels._dispatch import jit, tl
+from rdmd_fast.kernels.coefficients import TARGET_CLEAN, TARGET_NOISE, Coefficients
 from rdmd_fast.kernels.noise_forward import (
-    NOISE_TYPES,
-    STATIC_SAMPLES,
     CounterNoise,
     add_chunks,
     check_shapes,
@@ -32,14 +31,23 @@ from rdmd_fast.kernels.noise_forward import (
     load_samples,
     noise_pointers,
     noise_tile,
-    static_case,
+    noised_operation,
     tile_pointers,
 )
 
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
-def _reference(output, clean, table, noise, factor) -> tuple[Tensor, Tensor]:
+class _Operands(NamedTuple):
+    output: Tensor
+    clean: Tensor
+    factor: float  # of F - F*: the derivative's 2, 1/B and the loss scale
+    table: Coefficients
+    noise: CounterNoise
+
+
+def _reference(given: _Operands) -> tuple[Tensor, Tensor]:
+    output, clean, factor, table, noise = given
     target = table.row("target_clean", clean) * clean.float()
     target.addcmul_(table.row("target_noise", clean), noise.values(clean))
     difference = output.float() - target
@@ -58,19 +66,26 @@ def _denoising_kernel(
     prediction = load_samples(output, offsets, mask)
     y = load_samples(clean, offsets, mask)
     epsilon = noise_tile(seed, stream, positions, drawn, row, chunk, offsets, mask, n, ROWS, WIDTH)
-    target = load_coefficient(table, 6, row, n) * y + load_coefficient(table, 7, row, n) * epsilon
+    target = load_coefficient(table, TARGET_CLEAN, row, n) * y + load_coefficient(table, TARGET_NOISE, row, n) * epsilon
     difference = tl.where(mask, prediction - target, 0.0)
     tl.store(gradient + offsets, (difference * factor).to(gradient.dtype.element_ty), mask=mask)
     tl.store(losses + row * chunks + chunk, tl.sum(difference * difference, axis=1), mask=row < n)
 
 
-# -- launcher ----------------------------------------------------------------------------------------------------------
+# -- operation ---------------------------------------------------------------------------------------------------------
 
 
-def _triton(output, clean, table, noise, factor) -> tuple[Tensor, Tensor]:
+def _shapes(given: _Operands) -> tuple[Tensor, Tensor]:
+    output = given.output
+    losses = output.new_empty((output.shape[0], chunk_count(output[0].numel())), dtype=torch.float32)
+    return empty_in_element_order(output, output.dtype), losses
+
+
+def _triton(given: _Operands) -> tuple[Tensor, Tensor]:
+    output, clean, factor, table, noise = given
     check_shapes(output, table, noise, clean)
     output, clean = in_element_order(output), in_element_order(clean)
-    gradient, losses = _empty_outputs(output)
+    gradient, losses = _shapes(given)
     launch(
         _denoising_kernel, output, gradient, losses, output, clean, table.rows.contiguous(),
         *noise_pointers(noise, output.device), factor,
@@ -78,52 +93,16 @@ def _triton(output, clean, table, noise, factor) -> tuple[Tensor, Tensor]:
     return gradient, losses
 
 
-# -- operation ---------------------------------------------------------------------------------------------------------
-
-
-def _empty_outputs(output) -> tuple[Tensor, Tensor]:
-    losses = output.new_empty((output.shape[0], chunk_count(output[0].numel())), dtype=torch.float32)
-    return empty_in_element_order(output, output.dtype), losses
-
-
-def _loss(output, clean, table, noise, factor) -> tuple[Tensor, Tensor]:
-    implementation = _triton if backend(output.device) == "triton" else _reference
-    return implementation(output, clean, table, noise, factor)
-
-
-# Opaque to torch.compile on purpose: a compiler that fuses multiply and add would change the noise.
-@torch.library.custom_op("rdmd_fast::denoising_loss", mutates_args=())
-def _loss_op(
-    output: Tensor,
-    clean: Tensor,
-    table: Tensor,
-    seed: int,
-    seed_tensor: Tensor | None,
-    stream: int,
-    positions: Tensor,
-    drawn: Tensor | None,
-    factor: float,
-) -> tuple[Tensor, Tensor]:
-    noise = CounterNoise.of_arguments(seed, seed_tensor, stream, positions, drawn)
-    return _loss(output, clean, Coefficients(table), noise, factor)
-
-
-@_loss_op.register_fake
-def _(output, *arguments):
-    return _empty_outputs(output)
-
-
-@torch.no_grad()
-def _dispatch(output, clean, table, noise, factor) -> tuple[Tensor, Tensor]:
-    """(factor (F - F*) in the dtype of F, loss by chunk float32 [N, chunks])."""
-    if torch.compiler.is_compiling():
-        return _loss_op(output, clean, table.rows, *noise.arguments(), factor)
-    return _loss(output, clean, table, noise, factor)
+# (factor (F - F*) in the dtype of F, loss by chunk float32 [N, chunks])
+_denoising_loss = noised_operation(
+    "denoising_loss", _Operands, "(Tensor, Tensor)", triton=_triton, reference=_reference, shapes=_shapes
+)
 
 
 def denoising_gradient(
     output: Tensor,
     clean: Tensor,
+    *,
     noise: CounterNoise,
     table: Coefficients,
     batch_size: int | None = None,
@@ -143,14 +122,15 @@ def denoising_gradient(
     Returns:
         (loss_scale dL/dF [N, ...] in the dtype of F, images in channels_last; losses float32 [N], sums over elements).
     """
-    gradient, losses = _dispatch(output, clean, table, noise, 2.0 * loss_scale / (batch_size or output.shape[0]))
+    factor = 2.0 * loss_scale / (batch_size or output.shape[0])
+    gradient, losses = _denoising_loss(_Operands(output, clean, factor, table, noise))
     return gradient, add_chunks(losses)
 
 
 class _DenoisingLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, clean, table, noise):
-        gradient, losses = _dispatch(output, clean, Coefficients(table), noise, 2.0)
+        gradient, losses = _denoising_loss(_Operands(output, clean, 2.0, Coefficients(table), noise))
         ctx.save_for_backward(gradient)
         return add_chunks(losses)
 
@@ -161,7 +141,7 @@ class _DenoisingLoss(torch.autograd.Function):
         return (gradient * upstream).to(gradient.dtype), None, None, None
 
 
-def denoising_loss(output: Tensor, clean: Tensor, noise: CounterNoise, table: Coefficients) -> Tensor:
+def denoising_loss(output: Tensor, clean: Tensor, *, noise: CounterNoise, table: Coefficients) -> Tensor:
     """Each sample's loss, differentiable in the network's output; for the mean, ``denoising_gradient`` saves a pass.
 
     Arguments as ``denoising_gradient``.
@@ -170,18 +150,3 @@ def denoising_loss(output: Tensor, clean: Tensor, noise: CounterNoise, table: Co
         float32 [N]: sums over each sample's elements.
     """
     return _DenoisingLoss.apply(output, clean.detach(), table.rows, noise)
-
-
-# -- ahead-of-time cases -----------------------------------------------------------------------------------------------
-
-
-def static_cases() -> list[StaticCase]:
-    """Each sample size and dtype of the network."""
-    common = {"losses": "*fp32", "clean": "*fp32", "table": "*fp32", **NOISE_TYPES, "factor": "fp32"}
-    cases = []
-    for shape, elements in STATIC_SAMPLES.items():
-        for kind in ("fp32", "bf16", "fp16"):
-            if shape == "3x64x64" or kind == "bf16":
-                types = {**common, "gradient": f"*{kind}", "output": f"*{kind}"}
-                cases.append(static_case(f"denoising_loss/{kind}/{shape}", _denoising_kernel, elements, types, {}))
-    return cases

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdmd_fast.kernels import _group_norm_silu as kernels
-from rdmd_fast.kernels._dispatch import backend, triton
+from rdmd_fast.kernels._dispatch import backend, computes, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -188,11 +188,17 @@ def _rows(values: Tensor | None) -> tuple[Tensor | None, int]:
     return values, values.stride(0)
 
 
+def _forward_results(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
+
+
 def group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, silu) -> tuple[Tensor, Tensor]:
     """By Triton: y and the table [4, N, C] of the docstring above. ``x`` is ``dense``."""
-    _check(x, weight, bias, groups, (scale, shift, addend))
     n, channels = x.shape[:2]
-    y, table = torch.empty_like(x), x.new_empty((4, n, channels), dtype=torch.float32)
+    y, table = _forward_results(x)
+    if not computes():
+        return y, table
+    _check(x, weight, bias, groups, (scale, shift, addend))
     if not x.numel():
         return y, table.zero_()
     pixels, channels_last = x[0, 0].numel(), _is_channels_last(x)
@@ -217,19 +223,27 @@ def group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, 
     return y, table
 
 
+def _backward_results(x: Tensor, wants_parameters: bool, modulation_dtype: torch.dtype) -> tuple[Tensor, ...]:
+    n, channels = x.shape[:2]
+    parameters = x.new_empty((2, channels if wants_parameters else 0), dtype=torch.float32)
+    return torch.empty_like(x), parameters, x.new_empty((3, n, channels), dtype=modulation_dtype)
+
+
 def group_norm_silu_backward(
     dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, branch=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By Triton: dx (+ branch), (dweight, dbias) fp32 [2, C] or [2, 0], (dscale, dshift, daddend) [3, N, C]."""
+    dx, parameter_gradients, modulation = _backward_results(x, wants_parameters, modulation_dtype)
+    if not computes():
+        return dx, parameter_gradients, modulation
+    if not x.numel():
+        return dx, parameter_gradients.zero_(), modulation.zero_()
     n, channels = x.shape[:2]
     channels_last = _is_channels_last(x)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     dy = dy.contiguous(memory_format=layout)
     branch = None if branch is None else branch.contiguous(memory_format=layout)
-    dx, contributions = torch.empty_like(x), table.new_empty((2, n, channels))
-    modulation = table.new_empty((3, n, channels), dtype=modulation_dtype)
-    if not x.numel():
-        return dx, table.new_zeros((2, channels if wants_parameters else 0)), modulation.zero_()
+    contributions = table.new_empty((2, n, channels))
     pixels = x[0, 0].numel()
     shape = n, channels, pixels
     scale, stride = _rows(scale)
@@ -252,7 +266,9 @@ def group_norm_silu_backward(
             _launch(kernels.gradient_table_kernel, merge, *arguments, channels // groups, stride)
             arguments = x, dy, branch, dx, table, slopes, n, *units, chunks
             _launch(kernels.gradient_apply_kernel, plan, *arguments, SILU=silu)
-    return dx, contributions.sum(1) if wants_parameters else table.new_empty((2, 0)), modulation
+    if wants_parameters:
+        torch.sum(contributions, 1, out=parameter_gradients)
+    return dx, parameter_gradients, modulation
 
 
 def _units(plan: Plan, shape: tuple) -> tuple[int, int]:
@@ -330,9 +346,7 @@ def _forward_op(
     return group_norm_silu_forward(dense(x), weight, bias, groups, eps, scale, shift, addend, silu)
 
 
-@_forward_op.register_fake
-def _(x, weight, bias, groups, eps, scale, shift, addend, silu):
-    return torch.empty_like(dense(x)), x.new_empty((4, x.shape[0], x.shape[1]), dtype=torch.float32)
+_forward_op.register_fake(lambda x, *arguments: _forward_results(dense(x)))
 
 
 @torch.library.custom_op("rdmd_fast::group_norm_silu_backward", mutates_args=())
@@ -353,12 +367,7 @@ def _backward_op(
     )
 
 
-@_backward_op.register_fake
-def _(dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype):
-    n, channels = x.shape[:2]
-    parameters = x.new_empty((2, channels if wants_parameters else 0), dtype=torch.float32)
-    samples = x.new_empty((3, n, channels), dtype=modulation_dtype)
-    return torch.empty_like(dense(x)), parameters, samples
+_backward_op.register_fake(lambda dy, x, *arguments: _backward_results(dense(x), *arguments[-2:]))
 
 
 def _setup_context(ctx, inputs, output):
@@ -417,57 +426,3 @@ def branching_group_norm_silu(
     if backend(x.device) == "reference" or torch.compiler.is_compiling():
         return group_norm_silu(x, weight, bias, groups, eps), x
     return _BranchingGroupNormSiLU.apply(x, weight, bias, groups, eps, None, None, None, True)
-
-
-def static_cases() -> list:
-    """Every branch at shapes of SongUNet and ADM (channels, pixels, groups), in the layout and dtypes of training."""
-    from rdmd_fast.kernels._static import StaticCase
-
-    def case(kernel, plan: Plan, shape: str, dtype: str, modulated: bool, **constants):
-        constants = {**plan.tile, **constants}
-        pointers = {"x": dtype, "y": dtype, "dy": dtype, "branch": dtype, "dx": dtype}
-        modulation = dict.fromkeys(("weight", "bias", "scale", "shift", "addend", "modulation"), dtype)
-        floats = dict.fromkeys(("table", "partials", "contributions", "slopes"), "fp32")
-        pointers = {name: f"*{of}" for name, of in {**pointers, **modulation, **floats}.items()}
-        absent = ("addend", "branch") if modulated else ("scale", "shift")
-        signature = {}
-        for name in kernel.arg_names:
-            if name in absent or name in constants or name.isupper():
-                signature[name] = "constexpr"
-                constants.setdefault(name, None)
-            else:
-                signature[name] = pointers.get(name, "fp32" if name == "eps" else "i32")
-        aligned = tuple(name for name, of in signature.items() if of.startswith("*"))
-        name = f"group_norm_silu/{kernel.__name__.removesuffix('_kernel')}/{dtype}/{shape}"
-        wide = "table_kernel" not in kernel.__name__
-        return StaticCase(name, kernel, signature, constants, aligned, plan.warps, wide, enable_fp_fusion=True)
-
-    cases = []
-    sizes = {"bf16": 2, "fp32": 4}
-    resident = [(256, 256, 32, True, "bf16"), (256, 1024, 32, True, "bf16"), (128, 64, 32, True, "fp32")]
-    resident += [(512, 64, 32, True, "bf16"), (256, 256, 32, False, "bf16")]
-    for channels, pixels, groups, last, dtype in resident:
-        shape = f"{channels}x{pixels}{'' if last else '/contiguous'}"
-        sharing = 2 if channels == 128 else sizes[dtype]  # the modulated norm has no other branch
-        for tensors, kernel in ((1, kernels.resident_forward_kernel), (sharing, kernels.resident_backward_kernel)):
-            plan = plan_resident((8, channels, pixels), groups, sizes[dtype], last, tensors)
-            cases.append(case(kernel, plan, shape, dtype, channels == 128, SILU=True))
-    chunked = [(128, 4096, 32, True, "bf16"), (384, 65536, 32, True, "bf16"), (192, 4096, 32, True, "fp32")]
-    chunked += [(128, 4096, 32, False, "bf16")]
-    for channels, pixels, groups, last, dtype in chunked:
-        shape = f"{channels}x{pixels}{'' if last else '/contiguous'}"
-        forward, backward = (plan_chunks((8, channels, pixels), last, elements) for elements in (2048, 1024))
-        chunks = forward.grid[0] // 8
-        tile, warps = plan_merge(channels // groups, chunks)
-        merge, modulated = Plan(tile, (8, groups), warps), channels == 192
-        chunk = forward.tile["TILE_P"] * forward.tile["STEPS"]
-        cases += [
-            case(kernels.moments_kernel, forward, shape, dtype, modulated),
-            case(kernels.apply_kernel, forward, shape, dtype, modulated, SILU=True),
-            case(kernels.gradient_sums_kernel, backward, shape, dtype, modulated, SILU=True),
-            case(kernels.gradient_apply_kernel, backward, shape, dtype, modulated, SILU=True),
-        ]
-        if last:
-            cases.append(case(kernels.table_kernel, merge, shape, dtype, modulated, CHUNK=chunk))
-            cases.append(case(kernels.gradient_table_kernel, merge, shape, dtype, modulated))
-    return cases

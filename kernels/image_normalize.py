@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rdmd_fast.kernels._dispatch import backend, jit, tl, triton
-from rdmd_fast.kernels._static import StaticCase
 from rdmd_fast.kernels.philox import seed_arguments, seed_of_arguments, seed_tensor, words
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def image_normalize_triton(images: Tensor, dtype: torch.dtype, flip: CounterNois
     """``image_normalize`` by Triton; ``images`` is channels_last."""
     if dtype not in DTYPES:
         raise TypeError(f"dtype {dtype}: the kernel writes one of {list(DTYPES)}; set RDMD_KERNELS=reference")
-    out = torch.empty_like(images, dtype=dtype)
+    out = _shape(images, dtype)
     if not out.numel():
         return out
     constants, rows, size = _constants(images.shape, flip is not None)
@@ -100,8 +99,12 @@ def image_normalize_triton(images: Tensor, dtype: torch.dtype, flip: CounterNois
 
 
 def _normalize(images: Tensor, dtype: torch.dtype, flip: CounterNoise | None) -> Tensor:
-    run = image_normalize_triton if backend(images.device) == "triton" else image_normalize_reference
-    return run(images, dtype, flip)
+    implementations = {"triton": image_normalize_triton, "reference": image_normalize_reference, "shapes": _shape}
+    return implementations[backend(images.device)](images, dtype, flip)
+
+
+def _shape(images: Tensor, dtype: torch.dtype, *flip) -> Tensor:
+    return torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)
 
 
 @torch.library.custom_op("rdmd_fast::image_normalize", mutates_args=())
@@ -114,9 +117,7 @@ def _image_normalize_op(
     return _normalize(images.contiguous(memory_format=torch.channels_last), dtype, flip)
 
 
-@_image_normalize_op.register_fake
-def _(images, dtype, seed, seed_tensor, stream, positions):
-    return torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)
+_image_normalize_op.register_fake(_shape)
 
 
 def image_normalize(images: Tensor, dtype: torch.dtype = torch.float32, flip: CounterNoise | None = None) -> Tensor:
@@ -145,21 +146,3 @@ def image_normalize(images: Tensor, dtype: torch.dtype = torch.float32, flip: Co
         counters = (0, None, 0, None) if flip is None else (*seed_arguments(flip.seed, flip.stream), flip.positions)
         return _image_normalize_op(images, dtype, *counters)
     return _normalize(images, dtype, flip)
-
-
-def static_cases() -> list[StaticCase]:
-    """Training batches at 64x64 in each dtype, with and without flips."""
-    names = ("images", "out", "seed", "positions", "stream", "units", "chunks")
-    cases = []
-    for dtype, flip in (("fp32", False), ("bf16", False), ("bf16", True)):
-        types = ("*u8", f"*{dtype}", "*i64", "*i64", "i32", "i32", "i32")
-        signature = dict(zip(names, types, strict=True))
-        constants, _, _ = _constants((8, 3, 64, 64), flip)
-        if not flip:
-            signature |= {"seed": "constexpr", "positions": "constexpr"}
-            constants |= {"seed": None, "positions": None}
-        signature |= {name: "constexpr" for name in constants}
-        aligned = tuple(name for name in signature if signature[name].startswith("*"))
-        name = f"image_normalize/{dtype}{'/flip' if flip else ''}"
-        cases.append(StaticCase(name, _image_normalize_kernel, signature, constants, aligned))
-    return cases

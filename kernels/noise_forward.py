@@ -15,14 +15,14 @@ not depend on the batch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from rdmd_fast.kernels._dispatch import backend, jit, tl, triton
-from rdmd_fast.kernels._static import StaticCase
-from rdmd_fast.kernels.coefficients import Coefficients
+from rdmd_fast.kernels.coefficients import ALPHA, C_IN, SIGMA, Coefficients, Reading
 from rdmd_fast.kernels.philox import (
     check_key,
     interleave4,
@@ -123,14 +123,14 @@ def generator_output(f_generator: Tensor, x: Tensor, skip: float, scale: float) 
     return torch.add(skip * x.float(), f_generator.float(), alpha=scale)
 
 
-def _reference(clean, x, table, noise, skip, scale, dtype, return_state) -> list[Tensor]:
-    y = clean.float() if x is None else generator_output(clean, x, skip, scale)
-    epsilon = noise.values(y)
-    c_in, alpha, sigma = (table.row(name, y) for name in ("c_in", "alpha", "sigma"))
-    outputs = [(c_in * alpha * y).addcmul_(c_in * sigma, epsilon).to(dtype)]
-    if x is not None:
+def _reference(given: _Operands) -> list[Tensor]:
+    y = given.clean.float() if given.x is None else generator_output(given.clean, given.x, given.skip, given.scale)
+    epsilon = given.noise.values(y)
+    c_in, alpha, sigma = (given.table.row(name, y) for name in ("c_in", "alpha", "sigma"))
+    outputs = [(c_in * alpha * y).addcmul_(c_in * sigma, epsilon).to(given.dtype)]
+    if given.x is not None:
         outputs.append(y)
-    if return_state:
+    if given.return_state:
         outputs.append((alpha * y).addcmul_(sigma, epsilon))
     return [in_element_order(output) for output in outputs]
 
@@ -140,7 +140,7 @@ def _reference(clean, x, table, noise, skip, scale, dtype, return_state) -> list
 
 @jit
 def load_coefficient(table, INDEX: tl.constexpr, row, n):
-    """Row INDEX of the table (order of coefficients.ROWS) for the samples ``row``: [rows, 1]."""
+    """Row INDEX of the table, one of coefficients.py's constants, for the samples ``row``: [rows, 1]."""
     return tl.load(table + INDEX * n + row, mask=row < n, other=0.0)[:, None]
 
 
@@ -193,8 +193,8 @@ def _noise_forward_kernel(
     if y is not None:
         tl.store(y + offsets, value, mask=mask)
     epsilon = noise_tile(seed, stream, positions, drawn, row, chunk, offsets, mask, n, ROWS, WIDTH)
-    alpha, sigma = load_coefficient(table, 0, row, n), load_coefficient(table, 1, row, n)
-    c_in = load_coefficient(table, 4, row, n)
+    alpha, sigma = load_coefficient(table, ALPHA, row, n), load_coefficient(table, SIGMA, row, n)
+    c_in = load_coefficient(table, C_IN, row, n)
     scaled = c_in * alpha * value + c_in * sigma * epsilon
     tl.store(network_input + offsets, scaled.to(network_input.dtype.element_ty), mask=mask)
     if state is not None:
@@ -242,70 +242,88 @@ def noise_pointers(noise: CounterNoise, device: torch.device) -> tuple:
     return seed_tensor(noise.seed, device), positions, in_element_order(noise.drawn), noise.stream
 
 
-def _triton(clean, x, table, noise, skip, scale, dtype, return_state) -> list[Tensor]:
-    check_shapes(clean, table, noise, x)
-    clean, x = in_element_order(clean), in_element_order(x)
-    outputs = _empty_outputs(clean, x, dtype, return_state)
+# -- operation ---------------------------------------------------------------------------------------------------------
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", torch.dtype: "ScalarType", float: "float", bool: "bool", str: "str",
+}  # fmt: skip
+_TABLE_AND_NOISE = "Tensor table, SymInt seed, Tensor? seed_tensor, SymInt stream, Tensor positions, Tensor? drawn"
+
+
+def noised_operation(name: str, operands: type, returns: str, **implementations: Callable) -> Callable:
+    """Make an operation that draws its noise anew, and that torch.compile sees as one opaque node.
+
+    Opaque on purpose: a compiler that fuses multiply and add would change the noise.
+
+    Args:
+        name: of the node, in the namespace ``rdmd_fast``.
+        operands: a NamedTuple that begins with the samples whose device decides, and ends in ``table`` and ``noise``.
+        returns: what comes back, in the language of operators' schemas.
+        implementations: ``triton``, ``reference`` and ``shapes``, functions of the operands; the last makes the results
+            and leaves them as they are, and reads neither table nor noise.
+
+    Returns:
+        A function of the operands. No gradient flows.
+    """
+    fields = [f"{_SCHEMA_TYPES[kind]} {field}" for field, kind in list(get_type_hints(operands).items())[:-2]]
+
+    def run(given):
+        return implementations[backend(given[0].device)](given)
+
+    def run_flat(*flat):
+        rest, (table, *noise) = flat[:-6], flat[-6:]
+        return run(operands(*rest, Coefficients(table), CounterNoise.of_arguments(*noise)))
+
+    schema = f"({', '.join(fields)}, {_TABLE_AND_NOISE}) -> {returns}"
+    node = torch.library.custom_op(f"rdmd_fast::{name}", run_flat, mutates_args=(), schema=schema)
+    node.register_fake(lambda *flat: implementations["shapes"](operands(*flat[:-6], None, None)))
+
+    @torch.no_grad()
+    def operation(given):
+        if torch.compiler.is_compiling():
+            return node(*given[:-2], given.table.rows, *given.noise.arguments())
+        return run(given)
+
+    return operation
+
+
+class _Operands(NamedTuple):
+    """Operands of ``noise_forward``; with sources x, ``clean`` is the raw output of a generator's network."""
+
+    clean: Tensor
+    x: Tensor | None
+    skip: float
+    scale: float
+    dtype: torch.dtype
+    return_state: bool
+    table: Coefficients
+    noise: CounterNoise
+
+
+def _shapes(given: _Operands) -> list[Tensor]:
+    dtypes = [given.dtype] + [torch.float32] * ((given.x is not None) + given.return_state)
+    return [empty_in_element_order(given.clean, each) for each in dtypes]
+
+
+def _triton(given: _Operands) -> list[Tensor]:
+    check_shapes(given.clean, given.table, given.noise, given.x)
+    clean, x, outputs = in_element_order(given.clean), in_element_order(given.x), _shapes(given)
     y = outputs[1] if x is not None else None
-    state = outputs[-1] if return_state else None
+    state = outputs[-1] if given.return_state else None
     launch(
-        _noise_forward_kernel, clean, outputs[0], y, state, clean, x, table.rows.contiguous(),
-        *noise_pointers(noise, clean.device), skip, scale,
+        _noise_forward_kernel, clean, outputs[0], y, state, clean, x, given.table.rows.contiguous(),
+        *noise_pointers(given.noise, clean.device), given.skip, given.scale,
     )  # fmt: skip
     return outputs
 
 
-# -- operation ---------------------------------------------------------------------------------------------------------
-
-
-def _empty_outputs(clean, x, dtype, return_state) -> list[Tensor]:
-    dtypes = [dtype] + [torch.float32] * ((x is not None) + return_state)
-    return [empty_in_element_order(clean, each) for each in dtypes]
-
-
-def _forward(clean, x, table, noise, skip, scale, dtype, return_state) -> list[Tensor]:
-    implementation = _triton if backend(clean.device) == "triton" else _reference
-    return implementation(clean, x, table, noise, skip, scale, dtype, return_state)
-
-
-# Opaque to torch.compile on purpose: a compiler that fuses multiply and add would change the noise.
-@torch.library.custom_op("rdmd_fast::noise_forward", mutates_args=())
-def _noise_forward_op(
-    clean: Tensor,
-    x: Tensor | None,
-    table: Tensor,
-    seed: int,
-    seed_tensor: Tensor | None,
-    stream: int,
-    positions: Tensor,
-    drawn: Tensor | None,
-    skip: float,
-    scale: float,
-    dtype: torch.dtype,
-    return_state: bool,
-) -> list[Tensor]:
-    noise = CounterNoise.of_arguments(seed, seed_tensor, stream, positions, drawn)
-    return _forward(clean, x, Coefficients(table), noise, skip, scale, dtype, return_state)
-
-
-@_noise_forward_op.register_fake
-def _(clean, x, table, seed, seed_tensor, stream, positions, drawn, skip, scale, dtype, return_state):
-    return _empty_outputs(clean, x, dtype, return_state)
-
-
-@torch.no_grad()
-def _dispatch(clean, x, table, noise, skip, scale, dtype, return_state) -> list[Tensor]:
-    if torch.compiler.is_compiling():
-        return _noise_forward_op(clean, x, table.rows, *noise.arguments(), skip, scale, dtype, return_state)
-    return _forward(clean, x, table, noise, skip, scale, dtype, return_state)
+_noise_forward = noised_operation(
+    "noise_forward", _Operands, "Tensor[]", triton=_triton, reference=_reference, shapes=_shapes
+)
 
 
 def noise_forward(
-    y: Tensor,
-    noise: CounterNoise,
-    table: Coefficients,
-    dtype: torch.dtype | None = None,
-    return_state: bool = False,
+    y: Tensor, *, noise: CounterNoise, table: Coefficients, dtype: torch.dtype | None = None, return_state: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Noise ``y`` and scale it for the network. No gradient flows.
 
@@ -319,25 +337,25 @@ def noise_forward(
     Returns:
         (network input [N, ...] in ``dtype``, x_t or None); images in channels_last.
     """
-    outputs = _dispatch(y, None, table, noise, 0.0, 1.0, dtype or y.dtype, return_state)
+    outputs = _noise_forward(_Operands(y, None, 0.0, 1.0, dtype or y.dtype, return_state, table, noise))
     return outputs[0], outputs[1] if return_state else None
 
 
 def generator_noise_forward(
     f_generator: Tensor,
     x: Tensor,
-    skip: float,
-    scale: float,
+    *,
+    reading: Reading,
     noise: CounterNoise,
     table: Coefficients,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = skip x + scale F_G, noised and scaled for the network, in one pass. No gradient flows.
+    """Form y = skip x + scale F_G, noise it and scale it for the network, in one pass. No gradient flows.
 
     Args:
         f_generator: raw output of the generator's network [N, ...], any floating dtype.
         x: the sources it was made from [N, ...], data units.
-        skip, scale: how that network is read as a generator.
+        reading: how that network is read as a generator.
         noise: where ε comes from.
         table: coefficients of the N samples.
         dtype: dtype of the network input; that of ``f_generator`` if None.
@@ -345,57 +363,8 @@ def generator_noise_forward(
     Returns:
         (network input [N, ...] in ``dtype``, y float32 [N, ...]); images in channels_last.
     """
-    network_input, y = _dispatch(f_generator, x, table, noise, skip, scale, dtype or f_generator.dtype, False)
-    return network_input, y
-
-
-# -- ahead-of-time cases -----------------------------------------------------------------------------------------------
-
-# Samples that reach every branch of tile_of: a point, an image of 8x8, one of 64x64.
-STATIC_SAMPLES = {"2": 2, "3x8x8": 192, "3x64x64": 12288}
-
-
-def static_case(name: str, kernel, elements: int, types: dict[str, str], constants: dict, vectors=True) -> StaticCase:
-    """A kernel that ``launch`` runs, at samples of ``elements``; an argument typed None is absent."""
-    rows, width = tile_of(elements)
-    signature = {argument: kind or "constexpr" for argument, kind in types.items()}
-    signature |= {"n": "i32", "count": "i32", "chunks": "i32", "ROWS": "constexpr", "WIDTH": "constexpr"}
-    signature |= {argument: "constexpr" for argument in constants}
-    absent = {argument: None for argument, kind in types.items() if kind is None}
-    aligned = [argument for argument, kind in types.items() if kind and kind.startswith("*")]
-    if elements % 16 == 0:
-        aligned.append("count")
-    return StaticCase(
-        name,
-        kernel,
-        {argument: signature[argument] for argument in kernel.arg_names},
-        {"ROWS": rows, "WIDTH": width, **absent, **constants},
-        tuple(aligned),
-        num_warps=4,
-        vector_pointers=vectors and elements % 16 == 0,
+    dtype = dtype or f_generator.dtype
+    network_input, y = _noise_forward(
+        _Operands(f_generator, x, reading.skip, reading.scale, dtype, False, table, noise)
     )
-
-
-NOISE_TYPES = {"seed": "*i64", "positions": "*i64", "drawn": None, "stream": "i32"}
-READING_TYPES = {"skip": "fp32", "scale": "fp32"}
-
-
-def static_cases() -> list[StaticCase]:
-    """Each sample size, from y and from F_G, in fp32, bf16 and fp16; once with x_t, once with noise drawn ahead."""
-    common = {"table": "*fp32", **NOISE_TYPES, **READING_TYPES, "y": None, "state": None, "x": None}
-    variants = {
-        "fp32": {"clean": "*fp32", "network_input": "*fp32"},
-        "bf16": {"clean": "*fp32", "network_input": "*bf16"},
-        "fp16": {"clean": "*fp32", "network_input": "*fp16"},
-        "bf16-state": {"clean": "*fp32", "network_input": "*bf16", "state": "*fp32"},
-        "bf16-drawn": {"clean": "*fp32", "network_input": "*bf16", "drawn": "*fp32"},
-        "generator-fp32": {"clean": "*fp32", "network_input": "*fp32", "x": "*fp32", "y": "*fp32"},
-        "generator-bf16": {"clean": "*bf16", "network_input": "*bf16", "x": "*fp32", "y": "*fp32"},
-    }
-    cases = []
-    for shape, elements in STATIC_SAMPLES.items():
-        for variant, types in variants.items():
-            if shape == "3x64x64" or variant in ("bf16", "generator-bf16"):
-                name = f"noise_forward/{variant}/{shape}"
-                cases.append(static_case(name, _noise_forward_kernel, elements, {**common, **types}, {}))
-    return cases
+    return network_input, y

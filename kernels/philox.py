@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from rdmd_fast.kernels._dispatch import INTERPRETED, backend, jit, tl, triton
-from rdmd_fast.kernels._static import StaticCase
 
 _WORD = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
@@ -289,7 +288,7 @@ def normal_triton(seed: int | Tensor, stream: int, positions: Tensor, count: int
     """``normal`` by Triton, on a GPU or, under the interpreter, on the CPU."""
     check_key(seed, stream)
     n = positions.numel()
-    out = positions.new_empty((n, count), dtype=torch.float32)
+    out = _normal_shape(seed, stream, positions, count)
     if not out.numel():
         return out
     rows, blocks = _normal_tile(count)
@@ -305,8 +304,12 @@ def normal_triton(seed: int | Tensor, stream: int, positions: Tensor, count: int
 
 def _normal(seed: int | Tensor, stream: int, positions: Tensor, count: int) -> Tensor:
     check_key(seed, stream)
-    draw = normal_triton if backend(positions.device) == "triton" else normal_reference
+    draw = {"triton": normal_triton, "reference": normal_reference, "shapes": _normal_shape}[backend(positions.device)]
     return draw(seed, stream, positions, count)
+
+
+def _normal_shape(seed, stream, positions: Tensor, count: int) -> Tensor:
+    return positions.new_empty((positions.numel(), count), dtype=torch.float32)
 
 
 # Opaque to torch.compile on purpose: a compiler that fuses multiply and add would change the bits.
@@ -315,9 +318,7 @@ def _normal_op(seed: int, seed_tensor: Tensor | None, stream: int, positions: Te
     return _normal(seed_of_arguments(seed, seed_tensor), stream, positions, count)
 
 
-@_normal_op.register_fake
-def _(seed, seed_tensor, stream, positions, count):
-    return positions.new_empty((positions.numel(), count), dtype=torch.float32)
+_normal_op.register_fake(lambda seed, seed_tensor, *arguments: _normal_shape(seed, *arguments))
 
 
 def normal(seed: int | Tensor, stream: int, positions: Tensor, count: int) -> Tensor:
@@ -340,24 +341,3 @@ def normal(seed: int | Tensor, stream: int, positions: Tensor, count: int) -> Te
     if torch.compiler.is_compiling():
         return _normal_op(*seed_arguments(seed, stream), positions, count)
     return _normal(seed, stream, positions, count)
-
-
-def static_cases() -> list[StaticCase]:
-    """A point, an image of 8x8 and one of 64x64: every branch of the tile's shape."""
-    signature = {"out": "*fp32", "positions": "*i64", "seed": "*i64", "stream": "i32", "n": "i32", "count": "i32"}
-    signature |= {"ROWS": "constexpr", "BLOCKS": "constexpr"}
-    cases = []
-    for count in (2, 192, 12288):
-        rows, blocks = _normal_tile(count)
-        aligned = ("out", "positions", "seed") + (("count",) if count % 16 == 0 else ())
-        cases.append(
-            StaticCase(
-                f"philox_normal/{count}",
-                _normal_kernel,
-                signature,
-                {"ROWS": rows, "BLOCKS": blocks},
-                aligned,
-                vector_pointers=count % 16 == 0,
-            )
-        )
-    return cases

@@ -27,13 +27,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rdmd_fast.kernels._dispatch import backend, jit, tl, triton
-from rdmd_fast.kernels._static import StaticCase
-from rdmd_fast.kernels.coefficients import Coefficients
+from rdmd_fast.kernels._dispatch import jit, tl, triton
+from rdmd_fast.kernels.coefficients import C_OUT, SCORE_SCALE, TARGET_CLEAN, TARGET_NOISE, Coefficients, Reading
 from rdmd_fast.kernels.noise_forward import (
-    NOISE_TYPES,
-    READING_TYPES,
-    STATIC_SAMPLES,
     CounterNoise,
     add_chunks,
     check_shapes,
@@ -48,7 +44,7 @@ from rdmd_fast.kernels.noise_forward import (
     load_samples,
     noise_pointers,
     noise_tile,
-    static_case,
+    noised_operation,
     tile_pointers,
 )
 
@@ -80,6 +76,36 @@ class GradientStatistics(NamedTuple):
         return add_chunks(self.cost_partials)
 
 
+class _Operands(NamedTuple):
+    """Operands of the gradient, as the operator's schema can hold them but for table and noise.
+
+    Attributes:
+        clean: y, or F_G where ``from_generator``: then y = skip x + scale F_G, given too where it is at hand.
+        weights: λ of each sample, float32 [N], in the place of the number ``transport_weight``.
+        factor: of the whole: 1/B, the generator's scale and the loss scale.
+        dtype: of the gradient.
+    """
+
+    clean: Tensor
+    x: Tensor
+    y: Tensor | None
+    f_real: Tensor
+    f_fake: Tensor
+    extra: Tensor | None
+    weights: Tensor | None
+    transport_weight: float
+    weighting: str
+    cost: str
+    delta: float
+    factor: float
+    from_generator: bool
+    skip: float
+    scale: float
+    dtype: torch.dtype
+    table: Coefficients
+    noise: CounterNoise
+
+
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
@@ -100,30 +126,31 @@ def elementwise_cost(displacement: Tensor, cost: str, delta: float) -> tuple[Ten
     raise ValueError(f"transport cost {cost!r}: one of {', '.join(COSTS)}")
 
 
-def _reference(
-    f_real, f_fake, clean, x, y, extra, weights, table, noise, reading, options, dtype
-) -> tuple[Tensor, ...]:
-    if y is None:
-        y = clean.float() if reading is None else generator_output(clean, x, *reading)
-    f_real = f_real.float()
-    difference = f_fake.float() - f_real
-    if options.weighting == "dmd":
-        target = table.row("target_clean", y) * y + table.row("target_noise", y) * noise.values(y)
+def _reference(given: _Operands) -> tuple[Tensor, Tensor, Tensor]:
+    table, y = given.table, given.y
+    if y is None and given.from_generator:
+        y = generator_output(given.clean, given.x, given.skip, given.scale)
+    elif y is None:
+        y = given.clean.float()
+    f_real = given.f_real.float()
+    difference = given.f_fake.float() - f_real
+    if given.weighting == "dmd":
+        target = table.row("target_clean", y) * y + table.row("target_noise", y) * given.noise.values(y)
         residual = (target - f_real).abs().flatten(1).mean(1).clamp_min(NORMALIZER_FLOOR)
         scale = table.row("c_out").sign() / residual
     else:
         scale = table.row("score_scale")
     scale = scale.view(-1, *(1,) * (y.ndim - 1))
     score_gradient = difference * scale
-    cost, cost_gradient = elementwise_cost(y - x.float(), options.cost, options.delta)
-    if extra is not None:
-        cost_gradient = cost_gradient + extra.float()
-    if weights is None:
-        gradient = score_gradient.add(cost_gradient, alpha=options.transport_weight)
+    cost, cost_gradient = elementwise_cost(y - given.x.float(), given.cost, given.delta)
+    if given.extra is not None:
+        cost_gradient = cost_gradient + given.extra.float()
+    if given.weights is None:
+        gradient = score_gradient.add(cost_gradient, alpha=given.transport_weight)
     else:
-        gradient = score_gradient.addcmul(cost_gradient, weights.view(scale.shape))  # with the bits of add
-    gradient.mul_(options.factor)
-    return in_element_order(gradient.to(dtype)), chunk_sums(score_gradient.square()), chunk_sums(cost)
+        gradient = score_gradient.addcmul(cost_gradient, given.weights.view(scale.shape))  # with the bits of add
+    gradient.mul_(given.factor)
+    return in_element_order(gradient.to(given.dtype)), chunk_sums(score_gradient.square()), chunk_sums(cost)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -139,7 +166,7 @@ def _residual_kernel(
     f_real_tile = load_samples(f_real, offsets, mask)
     y = load_clean(clean, reading_x, skip, scale, offsets, mask)
     epsilon = noise_tile(seed, stream, positions, drawn, row, chunk, offsets, mask, n, ROWS, WIDTH)
-    target = load_coefficient(table, 6, row, n) * y + load_coefficient(table, 7, row, n) * epsilon
+    target = load_coefficient(table, TARGET_CLEAN, row, n) * y + load_coefficient(table, TARGET_NOISE, row, n) * epsilon
     residual = tl.where(mask, tl.abs(target - f_real_tile), 0.0)
     tl.store(residuals + row * chunks + chunk, tl.sum(residual, axis=1), mask=row < n)
 
@@ -148,7 +175,7 @@ def _residual_kernel(
 def _score_scale(residuals, table, floor, row, n, count, chunks, ROWS: tl.constexpr, PARTIALS: tl.constexpr):
     """The number [ROWS, 1] that makes F_fake - F_real the score gradient."""
     if residuals is None:
-        scale = load_coefficient(table, 8, row, n)
+        scale = load_coefficient(table, SCORE_SCALE, row, n)
     else:
         total = tl.zeros([ROWS, PARTIALS], tl.float32)
         for first in range(0, chunks, PARTIALS):
@@ -157,7 +184,7 @@ def _score_scale(residuals, table, floor, row, n, count, chunks, ROWS: tl.conste
             total += tl.load(residuals + (row * chunks)[:, None] + index[None, :], mask=mask, other=0.0)
         mean = tl.sum(total, axis=1)[:, None] / count
         mean = tl.where(mean < floor, floor, mean)  # unlike a maximum, this keeps NaN
-        c_out = load_coefficient(table, 3, row, n)
+        c_out = load_coefficient(table, C_OUT, row, n)
         scale = tl.where(c_out > 0, 1.0, tl.where(c_out < 0, -1.0, 0.0)) / mean
     return scale
 
@@ -196,7 +223,7 @@ def _gradient_kernel(
     if extra is not None:
         cost_gradient += load_samples(extra, offsets, mask)
     if weights is not None:
-        transport_weight = load_coefficient(weights, 0, row, n)
+        transport_weight = load_coefficient(weights, 0, row, n)  # as of a table of one row
     total = (score_gradient + transport_weight * cost_gradient) * factor
     tl.store(gradient + offsets, total.to(gradient.dtype.element_ty), mask=mask)
     partial = row * chunks + chunk
@@ -204,7 +231,7 @@ def _gradient_kernel(
     tl.store(cost_partials + partial, tl.sum(cost, axis=1), mask=row < n)
 
 
-# -- launcher ----------------------------------------------------------------------------------------------------------
+# -- operation ---------------------------------------------------------------------------------------------------------
 
 
 def _partials_width(chunks: int) -> int:
@@ -213,102 +240,65 @@ def _partials_width(chunks: int) -> int:
     return max(2, min(1024, triton.next_power_of_2(chunks)))
 
 
-def _triton(f_real, f_fake, clean, x, y, extra, weights, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:
-    dmd = options.weighting == "dmd"
-    check_shapes(clean, table, noise if dmd else None, f_real, f_fake, x, y, extra)
-    f_real, f_fake, clean, x, y, extra = map(in_element_order, (f_real, f_fake, clean, x, y, extra))
-    gradient, score_partials, cost_partials = _empty_outputs(clean, dtype)
-    rows = table.rows.contiguous()
-    skip, scale = reading or (0.0, 1.0)
-    residuals = None
+def _shapes(given: _Operands) -> tuple[Tensor, Tensor, Tensor]:
+    clean = given.clean
+    partials = (clean.shape[0], chunk_count(clean[0].numel()))
+    score, cost = (clean.new_empty(partials, dtype=torch.float32) for _ in range(2))
+    return empty_in_element_order(clean, given.dtype), score, cost
+
+
+def _triton(given: _Operands) -> tuple[Tensor, Tensor, Tensor]:
+    dmd, samples = given.weighting == "dmd", (given.clean, given.x, given.y, given.f_real, given.f_fake, given.extra)
+    check_shapes(given.clean, given.table, given.noise if dmd else None, *samples)
+    clean, x, y, f_real, f_fake, extra = map(in_element_order, samples)
+    gradient, score_partials, cost_partials = _shapes(given)
+    rows, residuals = given.table.rows.contiguous(), None
     if dmd:
         residuals = torch.empty_like(score_partials)
-        first = (clean, None if reading is None else x) if y is None else (y, None)
+        first = (clean, x if given.from_generator else None) if y is None else (y, None)
         launch(
             _residual_kernel, clean, residuals, f_real, *first, rows,
-            *noise_pointers(noise, clean.device), skip, scale,
+            *noise_pointers(given.noise, clean.device), given.skip, given.scale,
         )  # fmt: skip
     launch(
         _gradient_kernel, clean, gradient, score_partials, cost_partials, f_real, f_fake, clean, x, extra,
-        weights, residuals, rows,
-        skip, scale, options.transport_weight, options.factor, options.delta, NORMALIZER_FLOOR,
-        COST=options.cost, FROM_GENERATOR=reading is not None,
+        given.weights, residuals, rows,
+        given.skip, given.scale, given.transport_weight, given.factor, given.delta, NORMALIZER_FLOOR,
+        COST=given.cost, FROM_GENERATOR=given.from_generator,
         PARTIALS=_partials_width(score_partials.shape[1]) if dmd else 1,
     )  # fmt: skip
     return gradient, score_partials, cost_partials
 
 
-# -- operation ---------------------------------------------------------------------------------------------------------
+_rdmd_gradient = noised_operation(
+    "rdmd_gradient", _Operands, "(Tensor, Tensor, Tensor)", triton=_triton, reference=_reference, shapes=_shapes
+)
 
 
-class _Options(NamedTuple):
-    transport_weight: float | Tensor
-    weighting: str
-    cost: str
-    delta: float
-    factor: float  # of the whole: 1/B, the generator's scale and the loss scale
-
-
-def _empty_outputs(clean, dtype) -> tuple[Tensor, Tensor, Tensor]:
-    partials = (clean.shape[0], chunk_count(clean[0].numel()))
-    score, cost = (clean.new_empty(partials, dtype=torch.float32) for _ in range(2))
-    return empty_in_element_order(clean, dtype), score, cost
-
-
-def _gradient(f_real, f_fake, clean, x, y, extra, weights, table, noise, reading, options, dtype) -> tuple[Tensor, ...]:
-    implementation = _triton if backend(clean.device) == "triton" else _reference
-    return implementation(f_real, f_fake, clean, x, y, extra, weights, table, noise, reading, options, dtype)
-
-
-# Opaque to torch.compile on purpose: a compiler that fuses multiply and add would change the noise.
-@torch.library.custom_op("rdmd_fast::rdmd_gradient", mutates_args=())
-def _gradient_op(
-    f_real: Tensor, f_fake: Tensor, clean: Tensor, x: Tensor, y: Tensor | None, extra: Tensor | None,
-    weights: Tensor | None, table: Tensor, seed: int, seed_tensor: Tensor | None, stream: int, positions: Tensor,
-    drawn: Tensor | None,
-    reading: list[float] | None, transport_weight: float, weighting: str, cost: str, delta: float, factor: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    noise = CounterNoise.of_arguments(seed, seed_tensor, stream, positions, drawn)
-    options = _Options(transport_weight, weighting, cost, delta, factor)
-    return _gradient(f_real, f_fake, clean, x, y, extra, weights, Coefficients(table), noise, reading, options, dtype)
-
-
-@_gradient_op.register_fake
-def _(f_real, f_fake, clean, *arguments):
-    return _empty_outputs(clean, arguments[-1])
-
-
-def _by_sample(options: _Options, clean: Tensor) -> tuple[_Options, Tensor | None]:
-    """Options whose λ is a number, and λ of each sample, float32 [N], where there is one."""
-    weights = options.transport_weight
-    if not isinstance(weights, Tensor):
-        return options, None
-    if weights.shape != clean.shape[:1] or weights.dtype != torch.float32 or weights.device != clean.device:
-        raise ValueError(
-            f"transport_weight: {weights.dtype} {list(weights.shape)} on {weights.device}, give float32 "
-            f"[{clean.shape[0]}] on {clean.device}"
+def _gradient(clean, x, transport_weight, weighting, cost, **rest) -> tuple[Tensor, GradientStatistics]:
+    """Check the choices, tell a λ of each sample from a number, and run the operation."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r}: one of {', '.join(WEIGHTINGS)}")
+    if cost not in COSTS:
+        raise ValueError(f"transport cost {cost!r}: one of {', '.join(COSTS)}")
+    weights = None
+    if isinstance(transport_weight, Tensor):
+        weights, transport_weight = transport_weight.contiguous(), 0.0
+        if (weights.shape, weights.dtype, weights.device) != (clean.shape[:1], torch.float32, clean.device):
+            raise ValueError(
+                f"transport_weight: {weights.dtype} {list(weights.shape)} on {weights.device}, give float32 "
+                f"[{clean.shape[0]}] on {clean.device}"
+            )
+    gradient, *partials = _rdmd_gradient(
+        _Operands(
+            clean=clean, x=x, weights=weights, transport_weight=transport_weight, weighting=weighting, cost=cost, **rest
         )
-    return options._replace(transport_weight=0.0), weights.contiguous()
-
-
-@torch.no_grad()
-def _dispatch(f_real, f_fake, clean, x, y, extra, table, noise, reading, options, dtype):
-    options, weights = _by_sample(options, clean)
-    if options.weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting {options.weighting!r}: one of {', '.join(WEIGHTINGS)}")
-    if options.cost not in COSTS:
-        raise ValueError(f"transport cost {options.cost!r}: one of {', '.join(COSTS)}")
-    if torch.compiler.is_compiling():
-        outputs = _gradient_op(
-            f_real, f_fake, clean, x, y, extra, weights, table.rows, *noise.arguments(), reading, *options, dtype
-        )  # fmt: skip
-    else:
-        outputs = _gradient(f_real, f_fake, clean, x, y, extra, weights, table, noise, reading, options, dtype)
-    return outputs[0], GradientStatistics(*outputs[1:])
+    )
+    return gradient, GradientStatistics(*partials)
 
 
 def rdmd_gradient(
+    *,
     f_real: Tensor,
     f_fake: Tensor,
     y: Tensor,
@@ -322,7 +312,7 @@ def rdmd_gradient(
     extra: Tensor | None = None,
     batch_size: int | None = None,
 ) -> tuple[Tensor, GradientStatistics]:
-    """dL/dy of one batch, averaged over its samples. No gradient flows.
+    """Compute dL/dy of one batch, averaged over its samples. No gradient flows.
 
     Args:
         f_real, f_fake: raw outputs of teacher and fake score at y_t, [N, ...], any floating dtype.
@@ -343,17 +333,21 @@ def rdmd_gradient(
     Raises:
         ValueError: unknown weighting or cost, or a λ of another shape, dtype or device.
     """
-    options = _Options(transport_weight, weighting, cost, delta, 1.0 / (batch_size or y.shape[0]))
-    return _dispatch(f_real, f_fake, y, x, None, extra, table, noise, None, options, torch.float32)
+    return _gradient(
+        y, x, transport_weight, weighting, cost, y=None, f_real=f_real, f_fake=f_fake, extra=extra, delta=delta,
+        factor=1.0 / (batch_size or y.shape[0]), from_generator=False, skip=0.0, scale=1.0, dtype=torch.float32,
+        table=table, noise=noise,
+    )  # fmt: skip
 
 
 def generator_gradient(
+    *,
     f_real: Tensor,
     f_fake: Tensor,
     f_generator: Tensor,
     x: Tensor,
-    skip: float,
-    scale: float,
+    y: Tensor | None = None,
+    reading: Reading,
     noise: CounterNoise,
     table: Coefficients,
     transport_weight: float | Tensor,
@@ -362,71 +356,19 @@ def generator_gradient(
     delta: float = 0.1,
     extra: Tensor | None = None,
     batch_size: int | None = None,
-    y: Tensor | None = None,
     loss_scale: float = 1.0,
 ) -> tuple[Tensor, GradientStatistics]:
-    """dL/dF_G = scale dL/dy for the generator y = skip x + scale F_G, in the dtype of F_G.
+    """Compute dL/dF_G = scale dL/dy for the generator y = skip x + scale F_G, in the dtype of F_G.
 
     Args:
         f_generator: raw output of the generator's network [N, ...]; y is formed again from it and x.
         y: the generator's output, if it is at hand: the first launch of ``dmd`` reads it with fewer bytes.
-        skip, scale: how that network is read as a generator.
+        reading: how that network is read as a generator.
         loss_scale: factor of the gradient, applied in fp32 before it is rounded to the dtype of F_G.
         others: as ``rdmd_gradient``.
     """
-    options = _Options(transport_weight, weighting, cost, delta, scale * loss_scale / (batch_size or x.shape[0]))
-    return _dispatch(f_real, f_fake, f_generator, x, y, extra, table, noise, [skip, scale], options, f_generator.dtype)
-
-
-# -- ahead-of-time cases -----------------------------------------------------------------------------------------------
-
-
-def static_cases() -> list[StaticCase]:
-    """Each sample size, dtype, cost and optional input; ``dmd`` at 16 to 3,072 partial sums of a sample."""
-    cases = []
-    residual = {"residuals": "*fp32", "table": "*fp32", "reading_x": None, **NOISE_TYPES, **READING_TYPES}
-    variants = {
-        "fp32": {"f_real": "*fp32", "clean": "*fp32"},
-        "bf16": {"f_real": "*bf16", "clean": "*fp32"},
-        "generator-bf16": {"f_real": "*bf16", "clean": "*bf16", "reading_x": "*fp32"},
-    }
-    for shape, elements in STATIC_SAMPLES.items():
-        for variant, types in variants.items():
-            name = f"rdmd_residual/{variant}/{shape}"
-            # A sum is all that it stores: no 16-byte stores to demand.
-            cases.append(static_case(name, _residual_kernel, elements, {**residual, **types}, {}, vectors=False))
-    scalars = dict.fromkeys(("skip", "scale", "transport_weight", "factor", "delta", "floor"), "fp32")
-    common = {
-        "score_partials": "*fp32",
-        "cost_partials": "*fp32",
-        "x": "*fp32",
-        "extra": None,
-        "weights": None,
-        "residuals": None,
-        "table": "*fp32",
-        **scalars,
-    }
-
-    def networks(kind: str, clean: str) -> dict[str, str | None]:
-        return {"f_real": kind, "f_fake": kind, "clean": clean, "gradient": kind if clean == kind else "*fp32"}
-
-    def case(name: str, elements: int, types: dict, cost: str = "squared_l2") -> None:
-        partials = _partials_width(chunk_count(elements)) if types.get("residuals") else 1
-        constants = {"COST": cost, "PARTIALS": partials, "FROM_GENERATOR": types["clean"] == types["f_real"]}
-        cases.append(static_case(f"rdmd_gradient/{name}", _gradient_kernel, elements, {**common, **types}, constants))
-
-    bf16 = networks("*bf16", "*bf16")
-    for shape, elements in {**STATIC_SAMPLES, "3x512x512": 786432, "3x1024x1024": 3145728}.items():
-        case(f"dmd/{shape}", elements, {**bf16, "residuals": "*fp32"})
-    for shape, elements in STATIC_SAMPLES.items():
-        case(f"uniform/{shape}", elements, bf16)
-    case("uniform/from-y", 12288, networks("*bf16", "*fp32"))
-    case("uniform/fp32", 12288, networks("*fp32", "*fp32"))
-    case("uniform/fp16", 12288, networks("*fp16", "*fp16"))
-    case("dmd/extra", 12288, {**bf16, "residuals": "*fp32", "extra": "*fp32"})
-    for shape, elements in STATIC_SAMPLES.items():
-        case(f"dmd/weights/{shape}", elements, {**bf16, "residuals": "*fp32", "weights": "*fp32"})
-    case("uniform/weights", 12288, {**bf16, "weights": "*fp32"})
-    for cost in COSTS[1:]:
-        case(f"uniform/{cost}", 12288, {**bf16, "extra": "*fp32"} if cost == "none" else bf16, cost)
-    return cases
+    return _gradient(
+        f_generator, x, transport_weight, weighting, cost, y=y, f_real=f_real, f_fake=f_fake, extra=extra, delta=delta,
+        factor=reading.scale * loss_scale / (batch_size or x.shape[0]), from_generator=True, skip=reading.skip,
+        scale=reading.scale, dtype=f_generator.dtype, table=table, noise=noise,
+    )  # fmt: skip

@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rdmd_fast.kernels._dispatch import backend, jit, tl, triton
-from rdmd_fast.kernels._static import StaticCase
+from rdmd_fast.kernels._dispatch import backend, computes, jit, tl, triton
 
 BLOCK = 2048
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -46,7 +45,7 @@ def _scaled_rows_kernel(dy, dx, scale, rows, columns, stride, TILE_R: tl.constex
 
 def _sum(h: Tensor, x: Tensor | None, y: Tensor, scale: float) -> Tensor:
     """y = scale (h + x) by Triton; all dense, in one memory order."""
-    if h.numel():
+    if h.numel() and computes():
         with torch.cuda.device_of(h):
             _scaled_sum_kernel[(triton.cdiv(h.numel(), BLOCK),)](
                 h, x, y, scale, h.numel(), x is not None, BLOCK, num_warps=4, enable_fp_fusion=False
@@ -56,6 +55,8 @@ def _sum(h: Tensor, x: Tensor | None, y: Tensor, scale: float) -> Tensor:
 
 def _packed(dy: Tensor, dx: Tensor, scale: float) -> Tensor:
     """dx = scale dy by Triton, for channels of a larger channels_last tensor."""
+    if not computes():
+        return dx
     rows, columns = dy.numel() // dy.shape[1], dy.shape[1]
     tile_c = min(128, triton.next_power_of_2(columns))
     tile_r = BLOCK // tile_c
@@ -130,24 +131,3 @@ def scaled_residual(h: Tensor, x: Tensor, scale: float) -> Tensor:
             "and no gaps in memory"
         )
     return _ScaledResidual.apply(h, x, scale)
-
-
-def static_cases() -> list[StaticCase]:
-    """Forward, backward and the backward of a slice in each dtype."""
-    cases = []
-    sizes = {"scale": "fp32", "rows": "i32", "columns": "i32", "stride": "i32"}
-    for dtype in DTYPES.values():
-        signature = {"dy": f"*{dtype}", "dx": f"*{dtype}", **sizes, "TILE_R": "constexpr", "TILE_C": "constexpr"}
-        divisible = ("dy", "dx", "rows", "columns", "stride")
-        constants = {"TILE_R": BLOCK // 128, "TILE_C": 128}
-        cases.append(StaticCase(f"scaled_residual/slice/{dtype}", _scaled_rows_kernel, signature, constants, divisible))
-    for dtype in DTYPES.values():
-        for name, has_x in (("forward", True), ("backward", False)):
-            pointers = {"h": f"*{dtype}", "x": f"*{dtype}" if has_x else "constexpr", "y": f"*{dtype}"}
-            signature = pointers | {"scale": "fp32", "count": "i32", "HAS_X": "constexpr", "BLOCK": "constexpr"}
-            constants = {"HAS_X": has_x, "BLOCK": BLOCK} | ({} if has_x else {"x": None})
-            divisible = ("h", *(("x",) if has_x else ()), "y", "count")
-            cases.append(
-                StaticCase(f"scaled_residual/{name}/{dtype}", _scaled_sum_kernel, signature, constants, divisible)
-            )
-    return cases

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import types
-import typing
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from rdmd_fast.checkpoints.options import CheckpointOptions
 from rdmd_fast.data.options import DataOptions
@@ -22,11 +19,11 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.monitoring.telemetry import TelemetryOptions
 from rdmd_fast.monitoring.validation import ValidationOptions
 from rdmd_fast.networks.options import GeneratorOptions, NetworkOptions, TeacherCopyOptions
-from rdmd_fast.options import Options
+from rdmd_fast.options import Options, options_of
 from rdmd_fast.rdmd import RDMDOptions
 from rdmd_fast.teacher import TeacherStageOptions
 from rdmd_fast.transport_weight import LogUniformWeight
-from rdmd_fast.yaml_values import _brief, read_values
+from rdmd_fast.yaml_values import read_values
 
 
 class Config(Options):
@@ -174,80 +171,12 @@ def load_config(path: str, overrides: list[str] = ()) -> Config:
 
 def validate_config(values: dict, origin: str) -> Config:
     """Check plain values (from YAML) against the typed options; ``origin`` names them in the error."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"config {origin}: {_explain(error.errors()[0])}") from None
-
-
-def _explain(error: dict) -> str:
-    keys = [name for name, _, _ in option_table()]
-    # Members of a union put their own name into the location; keys that exist nowhere in the table are those.
-    parts = [str(part) for part in error["loc"]]
-    tags = {
-        "mlp",
-        "affine",
-        "song_unet",
-        "dhariwal_unet",
-        "teacher",
-        "lognormal",
-        "karras_uniform",
-        "log_uniform",
-        "ToyDistribution",
-        "str",
-        "number",
-        "range",
-    }
-    kept: list[str] = []
-    for part in parts:
-        if not kept or part not in tags or ".".join([*kept, part]) in keys:  # a member's name can be a key elsewhere
-            kept.append(part)
-    located = ".".join(kept)
-    if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(located, keys, n=1, cutoff=0.5)
-        leaf = located.rsplit(".", 1)[-1]
-        near = near or [key for key in keys if key.rsplit(".", 1)[-1] == leaf][:1]
-        return f"unknown key {located}" + (f", did you mean {near[0]}?" if near else "")
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "missing":
-        return f"{located}: missing" if located else message
-    if error["type"] == "value_error" and not located:
-        return message
-    found = f", found {_brief(error['input'])}" if not isinstance(error["input"], dict | BaseModel) else ""
-    return f"{located}: {message[0].lower() + message[1:]}{found}"
+    return Config.parse(values, f"config {origin}")
 
 
 def option_table() -> list[tuple[str, str, str]]:
     """Every option as (dotted key, default, description with unit and origin)."""
-    return list(options_of(Config, ""))
-
-
-def options_of(model: type[BaseModel], prefix: str):
-    """(dotted key, default, description) of every option of a section; ``prefix`` goes before each key."""
-    seen = set()
-    for name, field in model.model_fields.items():
-        sections = [kind for kind in _members(field.annotation) if _is_section(kind)]
-        default = "" if field.is_required() else repr(field.get_default(call_default_factory=True))
-        if not sections or field.description:
-            plain = not sections or isinstance(field.default, int | float)
-            yield f"{prefix}{name}", default if plain else "", field.description or ""
-        for section in sections:
-            for key, value, description in options_of(section, f"{prefix}{name}."):
-                if key not in seen:
-                    seen.add(key)
-                    yield key, value, description
-
-
-def _is_section(annotation) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _members(annotation):
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
-        for member in typing.get_args(annotation):
-            yield from _members(member)
-    else:
-        yield annotation
+    return list(options_of(Config))
 
 
 def dump_config(config: Config) -> str:

@@ -1,6 +1,7 @@
 """The errors that users cause and can mend."""
 
 import errno
+import functools
 import os
 import re
 import unicodedata
@@ -31,9 +32,19 @@ def one_line(text: str) -> str:
     return f"{text[: LONGEST - end - 3]} … {text[-end:]}"
 
 
+@functools.lru_cache(1 << 14)  # aliases of a configuration can repeat a long text thousands of times
 def is_plain(text: str, besides: str = "") -> bool:
     """Whether ``text`` may be a name: no control characters but those in ``besides``, nothing that is not Unicode."""
     return all(unicodedata.category(each) not in ("Cc", "Cs") for each in text if each not in besides)
+
+
+def quoted(value: object) -> str:
+    """A value from outside as a message shows it, a long one without its middle."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        return "a huge number"
+    return text if len(text) <= 100 else f"{text[:60]} … {text[-30:]}"
 
 
 def of_the_machine(error: OSError | MemoryError) -> str:

@@ -19,6 +19,7 @@ from rdmd_fast.engine.batch_layout import BatchLayout
 from rdmd_fast.engine.ema import ShardedEMA
 from rdmd_fast.engine.engine import freeze, initialize_engine, set_learning_rate
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions
+from rdmd_fast.engine.stage_context import StageContext
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.export_format import ExportConfig
 from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config
@@ -33,9 +34,9 @@ from rdmd_fast.networks.class_labels import target_class_row, training_labels
 from rdmd_fast.networks.flops import distillation_flops, forward_flops
 from rdmd_fast.processes.world import World
 from rdmd_fast.randomness import Philox
-from rdmd_fast.rdmd import RDMD
+from rdmd_fast.rdmd import RDMD, Networks
 from rdmd_fast.teacher import TeacherStage
-from rdmd_fast.transport_weight import WeightRange
+from rdmd_fast.transport_weight import bounds_of
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Experiment:
     """A stage ready to run.
 
     Attributes:
-        stage: has ``iteration(step)``.
+        stage: has ``iteration(step)``: one update of each network on fresh data, of the fake score several.
         state: engines and EMA, what a checkpoint holds.
         optimizers: options of each engine in ``state``, by name.
         export: config.json of the export; the EMA's weights go with it.
@@ -62,18 +63,22 @@ class Experiment:
     best_by: str | None = None
     compiled: bool = False
 
-    def iteration(self, step: int, total: int, telemetry: Telemetry) -> dict[str, float]:
-        """Iteration number ``step`` of ``total``: learning rates, the stage's updates, EMA; returns the rates."""
-        rates = {
+    def set_learning_rates(self, step: int, total: int) -> dict[str, float]:
+        """Set each engine's rate for iteration ``step`` of ``total``; returns them as metrics."""
+        return {
             f"lr/{name}": set_learning_rate(engine, self.optimizers[name], step, total)
             for name, engine in self.state.engines.items()
         }
+
+    def update_networks(self, step: int) -> None:
+        """Run the stage's iteration number ``step``."""
         if self.compiled:  # what CUDA graphs have put out until now may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
         self.stage.iteration(step)
-        with telemetry.phase("ema"):
+
+    def update_ema(self, step: int) -> None:
+        with self.stage.context.phase("ema"):
             self.state.ema.update(step)
-        return rates
 
     def close(self) -> None:
         """End the workers that read data and give their memory back."""
@@ -86,7 +91,8 @@ def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Expe
     """Everything that a run needs, freshly initialised."""
     torch.manual_seed(config.seed)
     build = _build_teacher_stage if config.stage == "teacher" else _build_rdmd_stage
-    experiment = build(config, world, telemetry, Philox(config.seed), BatchLayout.of(config.train, world))
+    layout, dtype = BatchLayout.of(config.train, world), DTYPES[config.train.dtype]
+    experiment = build(config, world, StageContext(Philox(config.seed), layout, world.device, dtype, telemetry))
     # Dropout is the one use of torch's own generator; ranks must not drop the same units.
     torch.manual_seed((config.seed + 1 + world.rank) % 2**63)
     experiment.compiled = config.train.compile is not None
@@ -112,8 +118,8 @@ def _stream_reports(config: Config, stage, world: World) -> list[StreamReport]:
 # -- teacher stage -----------------------------------------------------------------------------------------------------
 
 
-def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment:
-    target = open_domain(config.data, "target", philox, world.device)
+def _build_teacher_stage(config: Config, world: World, context: StageContext) -> Experiment:
+    target = open_domain(config.data, "target", context.philox, world.device)
     if config.teacher is not None:
         start, weights = read_teacher(config.teacher)
         _check_teacher(config.teacher, start, target.shape, "data.target")
@@ -128,31 +134,20 @@ def _build_teacher_stage(config, world, telemetry, philox, layout) -> Experiment
         load_weights(network, weights, config.teacher)
     classes, target_class = getattr(network_options, "label_dim", 0), config.data.target_class
     labels = training_labels(classes, target_class, target.own_labels, target.labels, world.device)
-    options = config.teacher_stage
-    engine = initialize_engine(network.to(world.device), options.optimizer, layout, config.train, config.deepspeed)
-    stage = TeacherStage(
-        options,
-        diffusion,
-        engine,
-        target,
-        philox,
-        layout,
-        world.device,
-        DTYPES[config.train.dtype],
-        telemetry,
-        labels,
-    )
     export = ExportConfig(
         role="teacher", network=network_options, sample_shape=list(target.shape), diffusion=diffusion,
         target_class=config.data.target_class,
     )  # fmt: skip
-    ema = ShardedEMA(engine, options.ema, layout.global_batch)
+    options = config.teacher_stage
+    engine = _engine(network, options.optimizer, config, context)
+    stage = TeacherStage(options, diffusion, engine, target, labels, context)
+    ema = ShardedEMA(engine, options.ema, context.layout.global_batch)
     return Experiment(
         stage,
         TrainingState({"teacher": engine}, ema, export.model_dump(mode="json")),
         {"teacher": options.optimizer},
         export,
-        teacher_picture(config, world, export, philox, target),
+        teacher_picture(config, world, export, context.philox, target),
     )
 
 
@@ -168,50 +163,41 @@ def _with_dropout(network_options, dropout: float | None):
 # -- rdmd stage --------------------------------------------------------------------------------------------------------
 
 
-def _build_rdmd_stage(config, world, telemetry, philox, layout) -> Experiment:
+def _build_rdmd_stage(config: Config, world: World, context: StageContext) -> Experiment:
     options = config.rdmd
-    source = open_domain(config.data, "source", philox, world.device)
+    source = open_domain(config.data, "source", context.philox, world.device)
     feature_cost = FeatureCost.of(options.cost, source.shape, world.device)
     if config.teacher == "analytic":
-        networks = _analytic_networks(config, source, world)
+        networks, export = _analytic_networks(config, source, world)
     else:
-        networks = _distilled_networks(config, source, layout, world)
-    teacher, fake_network, generator_network, export = networks
-    generator = initialize_engine(
-        generator_network.to(world.device),
-        options.generator_optimizer,
-        layout,
-        config.train,
-        config.deepspeed,
-    )
+        networks, export = _distilled_networks(config, source, context.layout, world)
+    generator = _engine(networks.generator, options.generator_optimizer, config, context)
     engines, optimizers = {"generator": generator}, {"generator": options.generator_optimizer}
     if options.fake_score == "learned":
-        fake_score = initialize_engine(
-            fake_network.to(world.device), options.fake_optimizer, layout, config.train, config.deepspeed
-        )
+        fake_score = _engine(networks.fake_score, options.fake_optimizer, config, context)
         engines["fake_score"], optimizers["fake_score"] = fake_score, options.fake_optimizer
     else:
         fake_score = _closed_form_fake_score(generator.module, config.data.source, export.diffusion)
-    label = target_class_row(getattr(export.network, "label_dim", 0), config.data.target_class, world.device)
-    reading = Reading.of(export.reading, export.diffusion, options.generator_sigma)
+    class_label = target_class_row(export.classes, config.data.target_class, world.device)
     stage = RDMD(
-        options, export.diffusion, reading, generator, fake_score, teacher, source, philox, layout,
-        world.device, DTYPES[config.train.dtype], telemetry, label, feature_cost,
+        options, export.diffusion, Reading.of(export.reading, export.diffusion, options.generator_sigma),
+        Networks(generator, fake_score, networks.teacher), source, context,
+        class_label=class_label, feature_cost=feature_cost,
     )  # fmt: skip
-    ema = ShardedEMA(generator, options.ema, layout.global_batch)
-    measure, best_by, held_out = open_validation(config, world, export, source)
+    ema = ShardedEMA(generator, options.ema, context.layout.global_batch)
+    validation = open_validation(config, world, export, source)
     return Experiment(
         stage,
         TrainingState(engines, ema, export.model_dump(mode="json")),
         optimizers,
         export,
-        rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label),
-        measure,
-        best_by,
+        rdmd_picture(config, world, export, context.philox, validation, networks.teacher, fake_score, class_label),
+        validation.measure,
+        validation.best_by,
     )
 
 
-def _analytic_networks(config: Config, source, world: World):
+def _analytic_networks(config: Config, source, world: World) -> tuple[Networks, ExportConfig]:
     """Exact teacher of a toy target; G and fake score start from their own initialisation (G near the identity)."""
     diffusion = config.diffusion or DiffusionOptions()
     if diffusion.parameterization != "edm":
@@ -221,7 +207,7 @@ def _analytic_networks(config: Config, source, world: World):
     if torch.equal(covariances, variances[:, None, None] * torch.eye(means.shape[1], dtype=covariances.dtype)):
         covariances = variances
     teacher = AnalyticScore(GaussianMixtureDenoiser(means, covariances, weights), diffusion).to(world.device)
-    conditioned = _bounds(config) is not None
+    conditioned = bounds_of(config.rdmd.transport_weight) is not None
     generator = build_network(config.generator, source.shape, condition=conditioned)
     fake = None
     if config.rdmd.fake_score == "learned":
@@ -229,19 +215,19 @@ def _analytic_networks(config: Config, source, world: World):
     export = ExportConfig(
         role="generator", network=config.generator, sample_shape=list(source.shape), diffusion=diffusion,
         reading=config.generator.kind, generator_sigma=config.rdmd.generator_sigma,
-        transport_weights=_bounds(config),
+        transport_weights=bounds_of(config.rdmd.transport_weight),
     )  # fmt: skip
-    return teacher, fake, generator, export
+    return Networks(generator, fake, teacher), export
 
 
-def _distilled_networks(config: Config, source, layout, world: World):
+def _distilled_networks(config: Config, source, layout, world: World) -> tuple[Networks, ExportConfig]:
     """Teacher from its export; G and fake score start from its weights."""
     start, weights = read_teacher(config.teacher)
     _check_teacher(config.teacher, start, source.shape, "data.source")
     network_options = start.network if config.generator.kind == "teacher" else config.generator
     target_class_row(getattr(network_options, "label_dim", 0), config.data.target_class, world.device)  # names the key
     check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
-    conditioned = _bounds(config) is not None
+    conditioned = bounds_of(config.rdmd.transport_weight) is not None
     teacher = build_network(start.network, source.shape, dropout=False)
     fake = build_network(start.network, source.shape, dropout=False, condition=conditioned)
     load_weights(teacher, weights, config.teacher)
@@ -252,15 +238,10 @@ def _distilled_networks(config: Config, source, layout, world: World):
     export = ExportConfig(
         role="generator", network=network_options, sample_shape=list(source.shape), diffusion=start.diffusion,
         reading=config.generator.kind, generator_sigma=config.rdmd.generator_sigma,
-        target_class=config.data.target_class, transport_weights=_bounds(config),
+        target_class=config.data.target_class, transport_weights=bounds_of(config.rdmd.transport_weight),
     )  # fmt: skip
-    return freeze(teacher, layout, config.train, config.deepspeed, world.device), fake, generator, export
-
-
-def _bounds(config: Config) -> list[float] | None:
-    """[low, high] of the λ that networks are conditioned on; None where λ is a number."""
-    bounds = WeightRange.of(config.rdmd.transport_weight)
-    return list(bounds) if bounds else None
+    teacher = freeze(teacher, layout, config.train, config.deepspeed, world.device)
+    return Networks(generator, fake, teacher), export
 
 
 def _closed_form_fake_score(generator: torch.nn.Module, source: ToyDistribution, diffusion) -> AnalyticScore:
@@ -276,6 +257,10 @@ def _closed_form_fake_score(generator: torch.nn.Module, source: ToyDistribution,
 
 
 # -- shared ------------------------------------------------------------------------------------------------------------
+
+
+def _engine(network: torch.nn.Module, optimizer: OptimizerOptions, config: Config, context: StageContext):
+    return initialize_engine(network.to(context.device), optimizer, context.layout, config.train, config.deepspeed)
 
 
 def _check_teacher(folder: str, export: ExportConfig, shape: tuple[int, ...], key: str) -> None:

@@ -1,8 +1,15 @@
 """The base of every typed option. Each component defines its own options beside its code; config.py composes them."""
 
-from typing import ClassVar
+from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, field_validator
+import difflib
+import typing
+from collections.abc import Iterator
+from typing import ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from rdmd_fast.errors import InputError, quoted
 
 LARGEST, SMALLEST = 1e12, 1e-30
 """No option means a number beyond these; squares and products of what lies between them stay finite."""
@@ -25,3 +32,90 @@ class Options(BaseModel):
                 if isinstance(number, int | float) and number and not SMALLEST <= abs(number) <= LARGEST:
                     raise ValueError(f"must be 0 or from {SMALLEST:g} to {LARGEST:g} in size")
         return value
+
+    @classmethod
+    def parse(cls, values: object, where: str, unknown: str | None = None, remedy: str = "") -> Self:
+        """Read plain ``values``.
+
+        Raises:
+            InputError: ``where``, then what ``explain`` says (``unknown`` is handed on), then ``remedy``.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError(f"{where}: {explain(error, cls, unknown)}{remedy}") from None
+
+
+def explain(error: ValidationError, model: type[BaseModel] | None = None, unknown: str | None = None) -> str:
+    """Say in one line which key is wrong, and how.
+
+    Args:
+        model: what was validated, whose keys are known: the nearest is named in place of an unknown one.
+        unknown: what to say of an unknown key instead; ``{}`` stands for it.
+    """
+    first = max(error.errors(), key=lambda each: len(each["loc"]))  # of a union, what got furthest
+    is_unknown, given = first["type"] == "extra_forbidden", first["input"]
+    key = _dotted(first["loc"], model, is_unknown)
+    if is_unknown:
+        return unknown.format(key) if unknown else f"unknown key {key}{_nearest(key, model)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        message = "missing"
+    elif message == first["msg"]:  # pydantic's own words, not a validator's
+        message = message[0].lower() + message[1:]
+    # A pickle's lists can hold one another, more values than could ever be written out.
+    if _is_scalar(given) or (isinstance(given, list | tuple) and all(map(_is_scalar, given))):
+        message += f", found {quoted(given)}"
+    return f"{key}: {message}" if key else message
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, str | int | float | None)
+
+
+def _dotted(location: tuple[str | int, ...], model: type[BaseModel] | None, is_unknown: bool) -> str:
+    """Join a location without the names of unions' members, which pydantic puts among the keys."""
+    if model is None:
+        return ".".join(map(str, location))
+    sections, parts = [model], []
+    for depth, part in enumerate(location, 1):
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        if fields:
+            sections = [each for field in fields for each in sections_of(field.annotation)]
+        if fields or isinstance(part, int) or (is_unknown and depth == len(location)):
+            parts.append(str(part))
+    return ".".join(parts)
+
+
+def _nearest(key: str, model: type[BaseModel] | None) -> str:
+    known = [each for each, _, _ in options_of(model)] if model else []
+    if key in known:
+        return " for this kind"  # another member of the union has it
+    leaf = key.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near += [each for each in known if each.rsplit(".", 1)[-1] == leaf]
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def options_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """List (dotted key, default, description) of every option of a section; ``prefix`` goes before each key."""
+    seen = set()
+    for name, field in model.model_fields.items():
+        sections = list(sections_of(field.annotation))
+        default = "" if field.is_required() else repr(field.get_default(call_default_factory=True))
+        if not sections or field.description:
+            plain = not sections or isinstance(field.default, int | float)
+            yield f"{prefix}{name}", default if plain else "", field.description or ""
+        for section in sections:
+            for key, value, description in options_of(section, f"{prefix}{name}."):
+                if key not in seen:
+                    seen.add(key)
+                    yield key, value, description
+
+
+def sections_of(annotation: object) -> Iterator[type[BaseModel]]:
+    """List the models that a field's annotation names, those of unions and lists too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from sections_of(part)

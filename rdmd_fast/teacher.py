@@ -7,17 +7,15 @@ from collections.abc import Callable
 import torch
 from pydantic import Field
 
-from rdmd_fast.diffusion import DiffusionOptions, ForwardProcess, LogNormalSigma, SigmaOptions
-from rdmd_fast.engine.batch_layout import BatchLayout
+from rdmd_fast.diffusion import DiffusionOptions, LogNormalSigma, SigmaOptions
 from rdmd_fast.engine.ema import EMAOptions
 from rdmd_fast.engine.engine import loss_scale, take_step
 from rdmd_fast.engine.options import OptimizerOptions
-from rdmd_fast.engine.update_guard import poison
+from rdmd_fast.engine.stage_context import StageContext, backpropagate, timed
 from rdmd_fast.kernels.denoising_loss import denoising_gradient
-from rdmd_fast.kernels.inject import inject_gradient
 from rdmd_fast.kernels.noise_forward import noise_forward
 from rdmd_fast.options import Options
-from rdmd_fast.randomness import Philox, Stream
+from rdmd_fast.randomness import Stream
 
 
 class TeacherStageOptions(Options):
@@ -36,7 +34,13 @@ class TeacherStageOptions(Options):
 
 
 class TeacherStage:
-    """One network and one update of it at a time; ``network`` is a DeepSpeed engine of a raw network."""
+    """One network and one update of it at a time.
+
+    Args:
+        network: DeepSpeed engine of a raw network.
+        target: has ``batch(positions)`` and ``shape``.
+        labels: maps positions, int64 [N], to one-hot rows [N, classes]; None for a network without classes.
+    """
 
     def __init__(
         self,
@@ -44,43 +48,48 @@ class TeacherStage:
         diffusion: DiffusionOptions,
         network,
         target,
-        philox: Philox,
-        layout: BatchLayout,
-        device,
-        dtype,
-        telemetry,
         labels: Callable[[torch.Tensor], torch.Tensor | None],
+        context: StageContext,
     ):
-        """``labels`` maps positions, int64 [N], to one-hot rows [N, classes]; None for a network without classes."""
-        self.network, self.target, self.layout = network, target, layout
-        self.dtype, self.telemetry, self.labels = dtype, telemetry, labels
-        self.process = ForwardProcess(
-            philox, options.sigma, diffusion, "uniform",
-            (Stream.TEACHER_SIGMA, Stream.TEACHER_NOISE), target.shape, layout.global_batch, device,
-        )  # fmt: skip
+        self.network, self.target, self.labels, self.context = network, target, labels, context
+        self.process = context.forward_process(
+            options.sigma, diffusion, target.shape, streams=(Stream.TEACHER_SIGMA, Stream.TEACHER_NOISE)
+        )
 
     def iteration(self, step: int) -> None:
-        """One update on the targets at positions step · batch …; ``step`` counts from 0."""
-        for micro in range(self.layout.accumulation):
-            with self.telemetry.phase("data"):
-                positions = self.layout.positions(step * self.layout.global_batch, micro)
-                y, class_labels = self.target.batch(positions), self.labels(positions)
-                table, noise = self.process.draw(positions, micro)
-            with self.telemetry.phase("losses"):
-                network_input, _ = noise_forward(y, noise, table, self.dtype)
-            with self.telemetry.phase("forward"):
-                output = self.network(network_input, table.c_noise, class_labels)
-            with self.telemetry.phase("losses"):
-                rank_batch = self.layout.micro_batch * self.layout.accumulation
-                scale = loss_scale(self.network)
-                gradient, losses = denoising_gradient(output, y, noise, table, rank_batch, scale)
-            with self.telemetry.phase("backward"):
-                poison(gradient, losses)
-                # The gradient is of the mean over the rank's batch, and holds the loss scale.
-                self.network.backward(inject_gradient(output, gradient, scale), scale_wrt_gas=False)
-            self.telemetry.add("loss", losses)
-            with self.telemetry.phase("optimizer"):
-                take_step(self.network, "teacher")
+        """Denoise the targets at positions step · batch …; ``step`` counts from 0."""
+        for micro in range(self.context.layout.accumulation):
+            y, class_labels, table, noise = self._draw(step, micro)
+            with self.context.phase("losses"):
+                network_input, _ = noise_forward(y, noise=noise, table=table, dtype=self.context.dtype)
+            output = self._forward(network_input, table.c_noise, class_labels)
+            with self.context.phase("losses"):
+                # of (1/c_out²) ‖D(y_t) - y‖² / B with respect to F
+                gradient, losses = denoising_gradient(
+                    output, y, noise=noise, table=table,
+                    batch_size=self.context.rank_batch, loss_scale=loss_scale(self.network),
+                )  # fmt: skip
+            self._backward(output, gradient, losses)
+            self.context.telemetry.add("loss", losses)
+            self._step()
+
+    @timed("data")
+    def _draw(self, step: int, micro: int) -> tuple:
+        """(y, one-hot rows or None, table at t, ε) of a micro-batch."""
+        positions = self.context.layout.positions(step * self.context.layout.global_batch, micro)
+        return self.target.batch(positions), self.labels(positions), *self.process.draw(positions, micro)
+
+    @timed("forward")
+    def _forward(self, *arguments: torch.Tensor | None) -> torch.Tensor:
+        return self.network(*arguments)
+
+    @timed("backward")
+    def _backward(self, *arguments: torch.Tensor) -> None:
+        backpropagate(self.network, *arguments)
+
+    @timed("optimizer")
+    def _step(self) -> None:
+        take_step(self.network, "teacher")
 
     def warm_up(self) -> bool:
         """Nothing comes before the first iteration."""

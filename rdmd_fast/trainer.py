@@ -112,10 +112,10 @@ def run(config, resume: str, world, run_dir: Path, stop) -> int:
     """One stage in a run folder that this job holds; returns the exit status."""
     training = Training(config, world, run_dir, stop)
     with contextlib.closing(training.experiment):
-        if training.bring_back(resume):
+        if training.resume(resume):
             return EXIT_DONE
         stopped = training.train()
-        return training.leave(stopped)
+        return training.finish(stopped)
 
 
 class Training:
@@ -135,9 +135,35 @@ class Training:
         self.experiment = build_experiment(config, world, self.telemetry)
         self.stage, self.state = self.experiment.stage, self.experiment.state
         self.guards = Guards(self.state.engines)
-        self.telemetry.at_log.append(self.guards.look)
+        self.telemetry.at_log.append(self.guards.metrics)
 
-    def bring_back(self, resume: str) -> bool:
+    def train(self) -> bool:
+        """Iterate to the end; True if a signal came first."""
+        experiment, options = self.experiment, self.config
+        stopped = self.stopping()
+        while not stopped and self.stage.warm_up():
+            stopped = self.stopping()
+        while not stopped and self.step < self.total:
+            self.telemetry.begin_iteration(self.step)
+            rates = experiment.set_learning_rates(self.step, self.total)
+            experiment.update_networks(self.step)  # on fresh data: the generator once, the fake score some times
+            experiment.update_ema(self.step)
+            self.log(rates)
+            self.step += 1
+            pictures, validation = self.due(options.telemetry.sample_every), self.due(options.validation.every)
+            weights = self.state.ema.gather() if pictures or validation else None
+            if pictures:
+                self.draw_samples(f"step_{self.step:08d}.png", weights)
+            if validation:
+                self.validate(weights)
+            if self.due(options.checkpoint.every):
+                self.tolerate_write_failure(self.save_checkpoint, counter="failed_checkpoints")
+            stopped = self.stopping()
+        return stopped and self.step < self.total
+
+    # -- before and after ----------------------------------------------------------------------------------------------
+
+    def resume(self, resume: str) -> bool:
         """Go to the checkpoint that ``resume`` means and open the run folder; True if the run had ended already."""
         from rdmd_fast.checkpoints.checkpoint import find_checkpoint, load_checkpoint
         from rdmd_fast.checkpoints.manifest import clear_leftovers, read_manifest, set_aside_newer
@@ -161,65 +187,49 @@ class Training:
         if checkpoint and self.step >= self.total and on_main(world, self.exported):
             say(f"nothing to do: {run_dir} has reached train.steps = {self.total}")
             return True
-        on_main(world, lambda: self.telemetry.cut_back(self.step if checkpoint else -1, ended=self.step >= self.total))
-        aside = on_main(world, lambda: set_aside_newer(run_dir, self.step if checkpoint else -1))
+        began = self.step if checkpoint else -1
+        on_main(world, lambda: self.telemetry.cut_back(began, ended=self.step >= self.total))
+        aside = on_main(world, lambda: set_aside_newer(run_dir, began))
         if aside:
             say(f"later checkpoints are now in {aside}")
         on_main(world, lambda: write_atomically(run_dir / "config.yaml", dump_config(self.config)))
         together(world, lambda: self.telemetry.start(self.step))
         return False
 
-    def train(self) -> bool:
-        """Iterate to the end; True if a signal came first."""
-        from rdmd_fast.engine.engine import loss_scaling_metrics
-
-        options, engines = self.config, self.state.engines
-        stopped = self.stopping()
-        while not stopped and self.stage.warm_up():
-            stopped = self.stopping()
-        while not stopped and self.step < self.total:
-            self.telemetry.begin_iteration(self.step)
-            rates = self.experiment.iteration(self.step, self.total, self.telemetry)
-            metrics = rates | loss_scaling_metrics(engines) | self.failures()
-            self.spared(partial(self.telemetry.end_iteration, self.step, metrics))
-            self.step += 1
-            draw, validate = self.due(options.telemetry.sample_every), self.due(options.validation.every)
-            weights = self.state.ema.gather() if draw or validate else None
-            if draw:
-                self.spared(partial(self.look, f"step_{self.step:08d}.png", weights))
-            if validate:
-                self.spared(partial(self.validate, weights))
-            if self.due(options.checkpoint.every):
-                self.spared(self.save, counter="failed_checkpoints")
-            stopped = self.stopping()
-        return stopped and self.step < self.total
-
-    def leave(self, stopped: bool) -> int:
+    def finish(self, stopped: bool) -> int:
         """Save; at the end of the run also validate, export and draw. Returns the exit status."""
         if self.saved != self.step:
-            self.save()
+            self.save_checkpoint()
         if stopped:
             name = self.stop.requested.name if self.stop.requested else "a request to another rank"
             self.telemetry.say(f"stopped by {name} at step {self.step}, state saved")
         else:
             weights = self.state.ema.gather()
-            self.spared(lambda: self.validate(weights))
-            self.spared(lambda: self.look("final.png", weights))
+            self.validate(weights)
+            self.draw_samples("final.png", weights)
             self.export(weights, "export")  # last: a run that has it at its last step is done
             picture = self.run_dir / "samples/final.png"
             self.telemetry.say(f"done: {self.run_dir}/export" + (f", picture {picture}" if picture.exists() else ""))
         self.telemetry.close()
         return EXIT_STOPPED if stopped else EXIT_DONE
 
-    # ---- at intervals ----------------------------------------------------------------------------------------------
+    def stopping(self) -> bool:
+        return self.world.any(self.stop.requested is not None)
+
+    # -- at intervals --------------------------------------------------------------------------------------------------
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0 and self.step < self.total
 
-    def stopping(self) -> bool:
-        return self.world.any(self.stop.requested is not None)
+    def log(self, rates: dict[str, float]) -> None:
+        """End the iteration for telemetry, which writes a line of metrics if one is due."""
+        from rdmd_fast.engine.engine import loss_scaling_metrics
 
-    def spared(self, action, counter: str | None = None) -> None:
+        failed = {key: count for key, count in self.state.counters.items() if key == "failed_checkpoints"}
+        metrics = rates | loss_scaling_metrics(self.state.engines) | failed
+        self.tolerate_write_failure(lambda: self.telemetry.end_iteration(self.step, metrics))
+
+    def tolerate_write_failure(self, action, counter: str | None = None) -> None:
         """Run a collective ``action`` that writes; if it cannot, checkpoint.on_failure says whether the run goes on.
 
         Args:
@@ -234,51 +244,18 @@ class Training:
                 self.state.counters[counter] = self.state.counters.get(counter, 0) + 1
             self.telemetry.say(f"warning: {error}; training goes on without it")
 
-    def failures(self) -> dict[str, int]:
-        """What the metrics tell of checkpoints that could not be written; nothing while there are none."""
-        return {key: count for key, count in self.state.counters.items() if key == "failed_checkpoints"}
-
-    def save(self) -> None:
-        from rdmd_fast.checkpoints.checkpoint import save_checkpoint
-
-        self.guards.before_save(self.world)
-        self.state.counters |= self.stage.counters()
-        on_main(self.world, self.telemetry.flush)
-        tensors = self.telemetry.state() | self.guards.state()
-        save_checkpoint(
-            self.run_dir, self.step, self.state, tensors, self.plain_config, self.world, self.config.checkpoint
-        )
-        self.saved = self.step
-
-    def look(self, name: str, weights: dict[str, torch.Tensor]) -> None:
+    def draw_samples(self, name: str, weights: dict[str, torch.Tensor]) -> None:
+        """Draw RUN/samples/NAME from the averaged weights."""
         path = self.run_dir / "samples" / name
-        together(self.world, lambda: self.experiment.picture(weights, path), f"picture {path}")
-
-    def exported(self) -> bool:
-        """Whether RUN/export is of this step: the run has been here, to its very end."""
-        from rdmd_fast.model_files.export_format import read_export_config
-
-        try:
-            return read_export_config(self.run_dir / "export", self.experiment.export.role).step == self.step
-        except InputError:
-            return False
-
-    def export(self, weights: dict[str, torch.Tensor], name: str) -> None:
-        from rdmd_fast.model_files.export_format import write_export
-        from rdmd_fast.model_files.model_card import Run, model_card
-
-        config = self.experiment.export.model_copy(update={"step": self.step})
-        folder = self.run_dir / name
-
-        def write() -> None:
-            write_export(folder, config, weights, model_card(config, Run(self.plain_config, *self.measured)))
-
-        on_main(self.world, write, f"export {folder}")
+        picture = partial(self.experiment.picture, weights, path)
+        self.tolerate_write_failure(lambda: together(self.world, picture, f"picture {path}"))
 
     def validate(self, weights: dict[str, torch.Tensor]) -> None:
-        """Metrics on held-out data; the best weights so far go to RUN/best."""
-        if not self.experiment.measure:
-            return
+        """Measure the averaged weights on held-out data; the best so far go to RUN/best."""
+        if self.experiment.measure:
+            self.tolerate_write_failure(lambda: self._keep_if_best(weights))
+
+    def _keep_if_best(self, weights: dict[str, torch.Tensor]) -> None:
         best = on_main(self.world, lambda: self._measure(weights))
         if best is not None:
             self.export(weights, "best")
@@ -297,3 +274,37 @@ class Training:
         if best_by not in values:
             raise InputError(f"validation.best_by: no metric {best_by!r}, one of {', '.join(values)}")
         return values[best_by] if values[best_by] < self.state.counters.get("best", float("inf")) else None
+
+    def save_checkpoint(self) -> None:
+        from rdmd_fast.checkpoints.checkpoint import save_checkpoint
+
+        self.guards.before_save(self.world)
+        self.state.counters |= self.stage.counters()
+        on_main(self.world, self.telemetry.flush)
+        tensors = self.telemetry.state() | self.guards.state()
+        save_checkpoint(
+            self.run_dir, self.step, self.state, tensors, self.plain_config, self.world, self.config.checkpoint
+        )
+        self.saved = self.step
+
+    def exported(self) -> bool:
+        """Whether RUN/export is of this step: the run has been here, to its very end."""
+        from rdmd_fast.model_files.export_format import read_export_config
+
+        try:
+            return read_export_config(self.run_dir / "export", self.experiment.export.role).step == self.step
+        except InputError:
+            return False
+
+    def export(self, weights: dict[str, torch.Tensor], name: str) -> None:
+        """Write the averaged weights to RUN/NAME, with their model card."""
+        from rdmd_fast.model_files.export_format import write_export
+        from rdmd_fast.model_files.model_card import Run, model_card
+
+        config = self.experiment.export.model_copy(update={"step": self.step})
+        folder = self.run_dir / name
+
+        def write() -> None:
+            write_export(folder, config, weights, model_card(config, Run(self.plain_config, *self.measured)))
+
+        on_main(self.world, write, f"export {folder}")

@@ -7,7 +7,7 @@ mapped to [-1, 1] over the range. For each λ of the range G(x, λ) then has the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
 import torch
@@ -76,11 +76,15 @@ class WeightRange(NamedTuple):
                 f"transport_weight {float(outside):g}: the generator was trained for {self.low:g} to {self.high:g}, "
                 "choose one between them"
             )
+        return self.to_condition(weights).expand(count)
+
+    def to_condition(self, weights: torch.Tensor) -> torch.Tensor:
+        """Map ln λ to [-1, 1], float32; λ is cut to the range."""
         share = (weights.double() / self.low).log() / math.log(self.high / self.low)
-        return (2 * share - 1).clamp(-1, 1).float().expand(count)
+        return (2 * share - 1).clamp(-1, 1).float()
 
 
-class Drawn(NamedTuple):
+class BatchWeight(NamedTuple):
     """λ of a batch.
 
     Attributes:
@@ -103,17 +107,17 @@ class TransportWeights:
         self.philox = philox
         self._ahead = DrawnAhead(stride, self._draw_block)
 
-    def draw(self, positions: torch.Tensor, slot: int = 0) -> Drawn:
+    def draw(self, positions: torch.Tensor, slot: int = 0) -> BatchWeight:
         """λ for the samples at ``positions`` (int64 [n], a range); ``slot`` tells micro-batches of an update apart."""
-        return Drawn(self.weight, {}) if self.range is None else self._ahead.draw(positions, slot)
+        return BatchWeight(self.weight, {}) if self.range is None else self._ahead.draw(positions, slot)
 
-    def _draw_block(self, first: int, count: int) -> list[Drawn]:
+    def _draw_block(self, first: int, count: int) -> list[BatchWeight]:
         starts = first + self.stride * torch.arange(self.BLOCK_ITERATIONS, dtype=torch.int64)
         u = golden_sequence(self.philox, Stream.TRANSPORT_WEIGHT, (starts[:, None] + torch.arange(count)).flatten())
         rows = torch.stack([self.range.quantile(u), 2 * u - 1]).float().unflatten(1, (len(starts), count))
         if self.device.type == "cuda":
             rows = rows.pin_memory().to(self.device, non_blocking=True)
-        return [Drawn(values, {"condition": condition}) for values, condition in zip(*rows, strict=True)]
+        return [BatchWeight(values, {"condition": condition}) for values, condition in zip(*rows, strict=True)]
 
 
 def golden_sequence(philox: Philox, stream: Stream, positions: torch.Tensor) -> torch.Tensor:
@@ -132,11 +136,16 @@ def told(network: Callable, inputs: dict[str, torch.Tensor]) -> Callable:
     return (lambda *arguments: network(*arguments, **inputs)) if inputs else network
 
 
-def three_of(weights: Sequence[float] | None) -> dict[str, float | None]:
+def bounds_of(weight: float | LogUniformWeight) -> list[float] | None:
+    """Give [low, high] of ``rdmd.transport_weight``, as an export keeps it; None where that is a number."""
+    bounds = WeightRange.of(weight)
+    return list(bounds) if bounds else None
+
+
+def three_of(bounds: WeightRange | None) -> dict[str, float | None]:
     """λ at which a conditioned generator is looked at, by the suffix of its metrics; its middle has none."""
-    if weights is None:
+    if bounds is None:
         return {"": None}
-    bounds = WeightRange(*weights)
     return {"": bounds.middle, f"_at_{bounds.low:g}": bounds.low, f"_at_{bounds.high:g}": bounds.high}
 
 

@@ -7,7 +7,7 @@ import re
 
 import yaml
 
-from rdmd_fast.errors import InputError, is_plain
+from rdmd_fast.errors import InputError, is_plain, quoted
 from rdmd_fast.files import read_text
 
 MOST_BYTES, MOST_VALUES, MOST_LEVELS = 1 << 19, 10_000, 32
@@ -18,24 +18,32 @@ _SHORTER = "write a long list of shards as a pattern such as shards/{0000..0999}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; people who write configs mean a number."""
+    """Counts values while it reads: half a megabyte of them would take seconds, aliases make 10^9 of ten.
 
-    merged = composed = 0
+    YAML 1.1 reads 1e-4 as a string; people who write configs mean a number.
+    """
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._count, self._counts = 0, {}
 
     def compose_node(self, parent, index):
-        """Keys and values are counted as they are read: half a megabyte of them would take seconds."""
-        self.composed += 1
-        if self.composed > 2 * MOST_VALUES:
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, f"too many values: {_SHORTER}", mark)
-        return super().compose_node(parent, index)
-
-    def flatten_mapping(self, node) -> None:
-        """Merge keys (<<), which can double a mapping again and again, are counted."""
-        super().flatten_mapping(node)
-        self.merged += len(node.value)
-        if self.merged > MOST_VALUES:
-            raise yaml.constructor.ConstructorError(None, None, "too many values", node.start_mark)
+        """An alias, whether it stands for a value or is merged (<<), counts as all that it stands for."""
+        before, is_alias = self._count, self.check_event(yaml.AliasEvent)
+        mark = self.peek_event().start_mark
+        if parent is None or index is not None:  # no key
+            self._count += 1
+        node = super().compose_node(parent, index)
+        if is_alias and node not in self._counts:
+            problem = f"nested deeper than {MOST_LEVELS} levels, an alias stands within what it names"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        if is_alias:
+            self._count = before + self._counts[node]
+        self._counts[node] = self._count - before
+        if self._count > MOST_VALUES:
+            problem = f"too many values, more than {MOST_VALUES}: remove aliases, {_SHORTER}"
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -51,36 +59,28 @@ _Loader.add_implicit_resolver(
 _NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
-def _check_plain(values: dict, where: str) -> None:
-    """Refuse what no configuration is, ahead of checks that would take for ever: aliases can make 10^9 values of ten.
+def _check_plain(value, where: str, key: str = "", level: int = 0) -> None:
+    """Refuse what no configuration holds.
 
     Raises:
-        InputError: too many values, too deeply nested, a key that is no name, control characters.
+        InputError: too deeply nested, a key that is no name, control characters, a number or an object of no use.
     """
-    count, level = 0, [("", values)]
-    for _ in range(MOST_LEVELS):
-        below = []
-        for key, value in level:
-            if isinstance(value, dict):
-                below += [(f"{key}.{name}" if key else name, each) for name, each in value.items()]
-                strange = next((name for name in value if not isinstance(name, str) or not is_plain(name)), None)
-                if strange is not None or None in value:
-                    raise InputError(f"{where}: {key or 'top'}: key {str(strange)[:60]!r} is no name")
-            elif isinstance(value, list):
-                below += [(key, each) for each in value]
-            elif isinstance(value, str) and not is_plain(value, besides="\n\t"):  # as in commands of several lines
-                raise InputError(f"{where}: {key}: holds control characters ({value[:60]!r})")
-            elif isinstance(value, int | float) and not abs(value) < 2**64:
-                raise InputError(f"{where}: {key}: is {_brief(value)}, must be a finite number of a size that is meant")
-            elif not isinstance(value, str | int | float | None):
-                raise InputError(f"{where}: {key}: is a {type(value).__name__}, write a number, a text or a list")
-            count += 1
-            if count + len(below) > MOST_VALUES:
-                raise InputError(f"{where}: more than {MOST_VALUES} values: remove aliases, {_SHORTER}")
-        level = below
-        if not level:
-            return
-    raise InputError(f"{where}: {level[0][0][:60]}: nested deeper than {MOST_LEVELS} levels")
+    if level == MOST_LEVELS:
+        raise InputError(f"{where}: {key[:60]}: nested deeper than {MOST_LEVELS} levels")
+    if isinstance(value, dict):
+        for name, below in value.items():
+            if not isinstance(name, str) or not is_plain(name):
+                raise InputError(f"{where}: {key or 'top'}: key {str(name)[:60]!r} is no name")
+            _check_plain(below, where, f"{key}.{name}" if key else name, level + 1)
+    elif isinstance(value, list):
+        for below in value:
+            _check_plain(below, where, key, level + 1)
+    elif isinstance(value, str) and not is_plain(value, besides="\n\t"):  # as in commands of several lines
+        raise InputError(f"{where}: {key}: holds control characters ({value[:60]!r})")
+    elif isinstance(value, int | float) and not abs(value) < 2**64:
+        raise InputError(f"{where}: {key}: is {quoted(value)}, must be a finite number of a size that is meant")
+    elif not isinstance(value, str | int | float | None):
+        raise InputError(f"{where}: {key}: is a {type(value).__name__}, write a number, a text or a list")
 
 
 def read_values(path: str, overrides: list[str] = (), what: str = "config") -> dict:
@@ -129,11 +129,3 @@ def apply_override(values: dict, override: str) -> None:
         if not isinstance(section, dict):
             raise InputError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
     section[leaf] = _parse_yaml(value, f"override {override!r}")
-
-
-def _brief(value) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # a number of thousands of digits
-        return "a huge number"
-    return text if len(text) <= 100 else f"{text[:60]} … {text[-30:]}"

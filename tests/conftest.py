@@ -1,4 +1,3 @@
-import argparse
 import json
 import os
 import signal
@@ -118,14 +117,14 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def step_run(tmp_path):
-    """Builds runs of a case of benchmarks.step, batch 8; closes them."""
-    from benchmarks.step import Ours, run_config
+    """Builds runs of a case of benchmarks.step_cases, batch 8; closes them."""
+    from benchmarks.step_cases import run_config
+    from benchmarks.step_sides import Ours
 
     runs = []
 
     def build(case, dtype, *overrides, stage=0):
-        arguments = argparse.Namespace(case=case, batch=8, stage=stage)
-        runs.append(Ours(run_config(case, dtype, arguments, tmp_path, overrides), arguments))
+        runs.append(Ours(run_config(case, dtype, tmp_path, overrides, 8, stage)))
         return runs[-1]
 
     yield build

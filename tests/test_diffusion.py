@@ -36,7 +36,7 @@ def draw(count, seed=0, dim=3):
 def test_network_that_hits_its_target_restores_the_clean_sample(kind):
     y, noise = draw(len(SIGMAS))
     table = coefficients(SIGMAS, DiffusionOptions(parameterization=kind))
-    _, state = noise_forward(y, noise, table, return_state=True)
+    _, state = noise_forward(y, noise=noise, table=table, return_state=True)
     target = table.row("target_clean", y) * y + table.row("target_noise", y) * noise.drawn
     restored = table.row("c_skip", y) * state + table.row("c_out", y) * target
     # The state's rounding reaches D through c_skip, relative to the state's own size.
@@ -91,7 +91,7 @@ def test_denoising_loss_is_the_weighted_denoiser_error_with_its_gradient(kind):
     y, noise = draw(len(levels), seed=1)
     table = coefficients(levels, DiffusionOptions(parameterization=kind))
     output = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    loss = denoising_loss(output, y, noise, table)
+    loss = denoising_loss(output, y, noise=noise, table=table)
     loss.mean().backward()
 
     exact = output.detach().double().requires_grad_()

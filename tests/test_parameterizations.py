@@ -9,9 +9,10 @@ from torch import nn
 
 from rdmd_fast.diffusion import DiffusionOptions, LogNormalSigma, Reading, denoise
 from rdmd_fast.engine.batch_layout import BatchLayout
+from rdmd_fast.engine.stage_context import StageContext
 from rdmd_fast.networks.song_unet import SongUNet
 from rdmd_fast.randomness import Philox
-from rdmd_fast.rdmd import RDMD, RDMDOptions
+from rdmd_fast.rdmd import RDMD, Networks, RDMDOptions
 
 EDM = DiffusionOptions()
 FORMS = ["edm", "epsilon", "v", "flow"]
@@ -97,8 +98,8 @@ def run(form: str, weighting: str) -> tuple[list[torch.Tensor], list[torch.Tenso
     options = RDMDOptions(weighting=weighting, fake_sigma=LogNormalSigma(mean=-0.7, std=1e-9))
     engines = Engine(generator), Engine(fake_score)
     rdmd = RDMD(
-        options, diffusion, Reading.of("teacher", diffusion, 1.0), *engines, teacher, source, Philox(7),
-        BatchLayout(8, 8, 1, 0, 1), torch.device("cpu"), torch.float32, telemetry,
+        options, diffusion, Reading.of("teacher", diffusion, 1.0), Networks(*engines, teacher), source,
+        StageContext(Philox(7), BatchLayout(8, 8, 1, 0, 1), torch.device("cpu"), torch.float32, telemetry),
     )  # fmt: skip
     for step in range(ITERATIONS):
         rdmd.iteration(step)

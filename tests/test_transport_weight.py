@@ -16,6 +16,7 @@ from rdmd_fast.commands.export import _fake_score_config, read_network
 from rdmd_fast.config import load_config
 from rdmd_fast.diffusion import DiffusionOptions, LogNormalSigma, Reading
 from rdmd_fast.engine.batch_layout import BatchLayout
+from rdmd_fast.engine.stage_context import StageContext
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.export_format import ExportConfig, read_export_config, write_export
 from rdmd_fast.networks import build_network
@@ -23,7 +24,7 @@ from rdmd_fast.networks.condition_embedding import conditioning_weights
 from rdmd_fast.networks.mlp import MLP
 from rdmd_fast.pixels import to_uint8
 from rdmd_fast.randomness import Philox
-from rdmd_fast.rdmd import RDMD, RDMDOptions
+from rdmd_fast.rdmd import RDMD, Networks, RDMDOptions
 from rdmd_fast.trainer import main
 from rdmd_fast.transport_weight import LogUniformWeight, TransportWeights, WeightRange
 
@@ -132,8 +133,9 @@ def iterate(layout, weight=RANGE, **options):
     telemetry = SimpleNamespace(phase=lambda name: contextlib.nullcontext(), add=lambda *_: None)
     rdmd = RDMD(
         RDMDOptions(transport_weight=weight, sigma=LogNormalSigma(), weighting="sigma2", **options),
-        DiffusionOptions(), Reading.of("mlp", DiffusionOptions(), 1.0), generator, fake_score, mlp(3, False),
-        source, Philox(7), layout, torch.device("cpu"), torch.float32, telemetry,
+        DiffusionOptions(), Reading.of("mlp", DiffusionOptions(), 1.0),
+        Networks(generator, fake_score, mlp(3, False)), source,
+        StageContext(Philox(7), layout, torch.device("cpu"), torch.float32, telemetry),
     )  # fmt: skip
     rdmd.iteration(0)
     return generator, fake_score

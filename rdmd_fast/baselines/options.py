@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.options import Options
@@ -111,16 +111,6 @@ def parse_options(values: dict) -> BaselineOptions:
 
 
 def checked(kind: type[Options], values: dict, where: str) -> Options:
-    """``values`` as options of ``kind``; what is wrong with the first bad one is an InputError that begins with
-    ``where``."""
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(name for name in kind.model_fields if name != "method")
-        raise InputError(f"{where}: unknown option {key}, it takes {known}") from None
-    message = first["msg"].removeprefix("Value error, ")
-    prefix = f"{key}: " if key else ""
-    raise InputError(f"{where}: {prefix}{message[0].lower() + message[1:]}, found {str(first['input'])[:60]}") from None
+    """Read ``values`` as options of ``kind``; an InputError begins with ``where``."""
+    known = ", ".join(name for name in kind.model_fields if name != "method")
+    return kind.parse(values, where, f"unknown option {{}}, it takes {known}")

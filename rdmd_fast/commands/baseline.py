@@ -11,7 +11,7 @@ import torch
 from rdmd_fast.baselines import Models, Translation, translate
 from rdmd_fast.baselines.options import METHODS, NEEDS_SOURCE_TEACHER, BaselineOptions, checked, parse_options
 from rdmd_fast.errors import InputError
-from rdmd_fast.options import Options
+from rdmd_fast.options import Options, options_of
 from rdmd_fast.processes.devices import pick_device
 from rdmd_fast.randomness import Philox
 from rdmd_fast.translation.folder import add_folder_arguments, translate_folder
@@ -78,9 +78,7 @@ def _add_method(methods, method: str, summary: str) -> None:
 
 def _add_options(parser: argparse.ArgumentParser, kind: type[Options], notes: str = "") -> None:
     parser.add_argument("options", nargs="*", metavar="key=value", help="see below")
-    from rdmd_fast.config import options_of
-
-    lines = [f"  {key}={value}  {text}" for key, value, text in options_of(kind, "") if key != "method"]
+    lines = [f"  {key}={value}  {text}" for key, value, text in options_of(kind) if key != "method"]
     parser.epilog = notes + "\n".join(["options (key=default):", *lines])
 
 

@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 
 from rdmd_fast.data.cache.sample_cache import open_samples
 from rdmd_fast.data.options import DataOptions
@@ -256,10 +255,7 @@ def open_stream(
         "target": (Stream.TARGET_ORDER, Stream.TARGET_POINTS),
     }[role]
     if isinstance(spec, str) and spec.startswith("toy:"):
-        try:
-            spec = ToyDistribution(toy=spec.removeprefix("toy:"))
-        except ValidationError as error:
-            raise InputError(f"data.{role}: no such toy {spec!r} ({error.errors()[0]['msg']})") from error
+        spec = ToyDistribution.parse({"toy": spec.removeprefix("toy:")}, f"data.{role} {spec}")
     if isinstance(spec, ToyDistribution):
         return ToyStream(spec, philox, points)
     if options is None:

@@ -17,6 +17,7 @@ from rdmd_fast.engine.master_adam import MasterAdam
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions, TrainOptions, reduce_bucket_size, zero_stage
 from rdmd_fast.engine.update_guard import UpdateGuard
 from rdmd_fast.errors import InputError
+from rdmd_fast.options import explain
 
 # DeepSpeed's defaults, but for a hysteresis of 1: its ZeRO 0 has none, and all stages shall do the same.
 LOSS_SCALING = {
@@ -140,7 +141,8 @@ def _initialize(**arguments):
             warnings.simplefilter("ignore")
             return deepspeed.initialize(**arguments, dist_init_required=False)[0]
     except (ValidationError, DeepSpeedConfigError, NotImplementedError, AssertionError) as error:
-        raise InputError(f"deepspeed: {_first_line(error)}") from None
+        reason = explain(error) if isinstance(error, ValidationError) else " ".join(str(error).split())
+        raise InputError(f"deepspeed: {reason}") from None
 
 
 def _bound_waiting(seconds: float) -> None:
@@ -171,13 +173,6 @@ def _check_dtype(dtype: str) -> None:
         raise InputError("train.dtype: fp16 is not supported on this device, use bf16 or fp32")
     if dtype == "bf16" and not accelerator.is_bf16_supported():
         raise InputError("train.dtype: bf16 is not supported on this device, use fp16 or fp32")
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg'].lower()}"
-    return " ".join(str(error).split())
 
 
 @torch.no_grad()

@@ -131,9 +131,9 @@ class UpdateGuard:
             self.in_row.add_(1).mul_(self._skip)
             torch.maximum(self._longest, self.in_row, out=self._longest)
 
-    # -- looking, at intervals -------------------------------------------------------------------------------------
+    # -- metrics, at intervals -------------------------------------------------------------------------------------
 
-    def look(self, name: str) -> dict[str, float]:
+    def metrics(self, name: str) -> dict[str, float]:
         """For metrics.jsonl: updates skipped so far, and the latest gradient norm if it is a number.
 
         Raises:
@@ -173,13 +173,13 @@ class Guards:
     def __init__(self, engines: dict[str, object]):
         self._guards: dict[str, UpdateGuard] = {name: engine.guard for name, engine in engines.items()}
 
-    def look(self, interval: float = 0.0) -> dict[str, float]:
+    def metrics(self, interval: float = 0.0) -> dict[str, float]:
         """The keys of a line of metrics.jsonl.
 
         Raises:
             InputError: an engine skipped too many updates in a row, on every rank alike.
         """
-        return {key: value for name, guard in self._guards.items() for key, value in guard.look(name).items()}
+        return {key: value for name, guard in self._guards.items() for key, value in guard.metrics(name).items()}
 
     def before_save(self, world) -> None:
         """A collective call.
@@ -187,7 +187,7 @@ class Guards:
         Raises:
             InputError: too many updates were skipped in a row, or parameters are not finite; not to be saved.
         """
-        self.look()
+        self.metrics()
         for name, guard in self._guards.items():
             if world.any(not _finite(guard.engine)):
                 raise InputError(
@@ -211,7 +211,7 @@ def _finite(engine) -> bool:
     return not largest or bool(torch.stack(largest).isfinite().all())
 
 
-def poison(gradient: Tensor, *losses: Tensor) -> None:
+def mark_nonfinite(gradient: Tensor, *losses: Tensor) -> None:
     """Make one element of ``gradient`` NaN where a loss is not finite: the gradient norm then says so on every rank.
 
     Args:

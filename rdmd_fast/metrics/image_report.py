@@ -25,7 +25,7 @@ class ImageReport:
         target: real images of the target domain [N, C, H, W] in [-1, 1], or PixelImages, as in ``row``.
         judge, label: adds ``share_3nn`` (outputs that 3-NN calls ``label``, if one is given) and ``frechet`` (in the
             judge's features).
-        features: adds ``fid``, ``kid`` and ``kid_std`` in these features.
+        extractor: adds ``fid``, ``kid`` and ``kid_std`` in its features.
         lpips: adds ``lpips`` to the sources; True loads it, or give a PerceptualDistance.
         seed: of the subsets of KID.
         cache: folder where the target's features are kept, None to compute them here.
@@ -40,21 +40,21 @@ class ImageReport:
         target,
         judge: DigitJudge | None = None,
         label: int | None = None,
-        features: FeatureExtractor | None = None,
+        extractor: FeatureExtractor | None = None,
         lpips: bool | torch.nn.Module = False,
         seed: int = 0,
         cache: Path | None = None,
         batch_size: int = LPIPS_BATCH,
     ):
         self.target = image_batch(target, "target images")
-        self.judge, self.label, self.features, self.seed = judge, label, features, seed
+        self.judge, self.label, self.extractor, self.seed = judge, label, extractor, seed
         if lpips is True:
             from rdmd_fast.networks.feature_networks import PerceptualDistance
 
             lpips = PerceptualDistance()
         self.lpips, self.batch_size = None if lpips is False else lpips, batch_size
         self._judged_target = judge.features(self.target) if judge else None
-        self._target_features = cached_features(features, self.target, cache) if features else None
+        self._target_features = cached_features(extractor, self.target, cache) if extractor else None
 
     def row(self, name: str, source, outputs, **more) -> dict[str, str | float | int]:
         """Numbers of one set of translations, those that apply.
@@ -68,7 +68,7 @@ class ImageReport:
         Returns:
             ``name``, ``images`` and ``real_images`` (counts), then of the target ``share_3nn``, ``frechet``, ``fid``,
             ``kid``, ``kid_std``, and of the sources ``l2``, ``mse_per_pixel``, ``psnr``, ``ssim``, ``lpips``,
-            ``colour_cosine`` (see metrics.images).
+            ``colour_cosine`` (see metrics.image_distances).
         """
         source, outputs = image_batch(source, "source images"), image_batch(outputs, "output images")
         values = {"name": name, "images": len(outputs), "real_images": len(self.target)}
@@ -80,8 +80,8 @@ class ImageReport:
             values["share_3nn"] = float(np.mean(self.judge.knn_labels(outputs) == self.label))
         if self.judge:
             values["frechet"] = frechet_distance(self.judge.features(outputs), self._judged_target)
-        if self.features:
-            features = self.features(outputs)
+        if self.extractor:
+            features = self.extractor(outputs)
             values["fid"] = frechet_distance(features, self._target_features)
             values["kid"], values["kid_std"] = kernel_distance(features, self._target_features, seed=self.seed)
         return values

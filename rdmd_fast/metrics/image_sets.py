@@ -38,7 +38,7 @@ class ImageSet(NamedTuple):
     images: PixelImages
 
     def summary(self) -> dict:
-        """What a report says of the set; the hash is of the pixels as they are measured, in their order."""
+        """Tell a report of the set; the hash is of the pixels as they are measured, in their order."""
         return {"path": str(self.path), "images": len(self.images), "sha256": images_sha256(self.images)}
 
 
@@ -58,7 +58,7 @@ class OpenImages(NamedTuple):
     load: Callable[[str, tuple[int, int]], np.ndarray]
 
     def read(self, size: tuple[int, int], names: Sequence[str] | None = None) -> ImageSet:
-        """The images of ``names`` (all by default) at (H, W) pixels.
+        """Read the images of ``names`` (all by default) at (H, W) pixels.
 
         Files are cropped square and resized as ``rdmd pack`` does; shards must have the size.
 
@@ -79,15 +79,25 @@ class OpenImages(NamedTuple):
         return ImageSet(self.path, names, PixelImages(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
 
     def chosen(self, count: int | None, seed: int, position: int) -> list[str]:
-        """``count`` of the names in their order, drawn by the seed; all if there are no more, or for None."""
+        """Choose ``count`` of the names in their order, drawn by the seed; all if there are no more, or for None."""
         if count is None or count >= len(self.names):
             return self.names
         order = Philox(seed).permutation(Stream.METRIC_SAMPLES, position, len(self.names))
         return [self.names[index] for index in sorted(order[:count].tolist())]
 
+    def check_pairs(self, names: Sequence[str]) -> None:
+        """Raise InputError if a source of ``names`` has no translation here."""
+        present = set(self.names)
+        missing = [name for name in names if name not in present]
+        if missing:
+            raise InputError(
+                f"{self.option} {self.path}: has no translation of source {missing[0]!r} ({len(missing)} of "
+                f"{len(names)} are missing): images are paired by name, translate all of --source"
+            )
+
 
 def open_images(folder: str, option: str, results: Sequence[str] = ()) -> OpenImages:
-    """The images of a shard set (anything that ``data.source`` may name) or of a folder of files.
+    """Find the images of a shard set (anything that ``data.source`` may name) or of a folder of files.
 
     Args:
         results: folders whose files are none of them, should they lie inside ``folder``.
@@ -125,14 +135,14 @@ def _open_files(path: Path, option: str, results: Sequence[str]) -> OpenImages:
 
 
 def _without(files: list[str], path: Path, results: Sequence[str]) -> list[str]:
-    """The files of ``path`` that are in none of the folders of results that lie inside it."""
+    """Keep the files of ``path`` that are in none of the folders of results that lie inside it."""
     real = path.resolve()
     inside = [folder for folder in map(Path, results) if real in folder.resolve().parents]
     return [file for file in files if not any(below(path / file, folder) for folder in inside)] if inside else files
 
 
 def first_side(images: OpenImages, folder: Path) -> int:
-    """Side of the central square of the first file."""
+    """Give the side of the central square of the first file."""
     file = folder / list_images(folder)[0]
     try:
         return min(load_picture(file).size)

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from rdmd_fast.diffusion import DiffusionOptions
 from rdmd_fast.errors import InputError
@@ -125,14 +124,6 @@ def _read_scheduler(path: Path) -> tuple[VPSchedule | FlowSchedule, DiffusionOpt
 
 def _validate(path: Path, values: dict, options: type[Options]):
     """Options from the keys that are not diffusers' own notes (_class_name, _diffusers_version, …)."""
-    try:
-        return options.model_validate({key: value for key, value in values.items() if not key.startswith("_")})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = "is not a key that is known here, its effect on the network would be lost"
-        elif where:
-            message = f"{message[0].lower() + message[1:]}, found {str(first['input'])[:60]}"
-        raise InputError(f"{path}: {where}: {message}" if where else f"{path}: {message}") from None
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    unknown = "{}: is not a key that is known here, its effect on the network would be lost"
+    return options.parse(given, str(path), unknown)

@@ -30,6 +30,7 @@ from rdmd_fast.model_files.safe_pickle import (
 )
 from rdmd_fast.model_files.weights import check_weights, expected_weights
 from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
+from rdmd_fast.options import explain
 
 
 def persistent_object(meta: dict) -> Record:
@@ -160,10 +161,7 @@ def _config_of(outer: Record) -> ExportConfig:
             diffusion=DiffusionOptions(parameterization="edm", sigma_data=outer_values["sigma_data"]),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])[:100]
-        reason = "is not known" if first["type"] == "extra_forbidden" else first["msg"][0].lower() + first["msg"][1:]
-        raise Refused(f"its network's argument {where!r}: {reason}") from None
+        raise Refused(f"its network's arguments: {explain(error)}") from None
     except (TypeError, OverflowError):
         raise Refused("its network's arguments are no names and numbers") from None
 

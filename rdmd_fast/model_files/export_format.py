@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -167,14 +167,9 @@ def read_export_config(folder: str | Path, role: str | None) -> ExportConfig:
         raise InputError(f"{folder}: no export there (no config.json), name a RUN/export folder")
     try:
         values = json.loads(read_text(folder / "config.json", MOST_BYTES))
-        config = TypeAdapter(ExportConfig).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"{folder}/config.json: {where}{message.lower()}, export the run again") from None
     except (OSError, ValueError, RecursionError):
         raise InputError(f"{folder}/config.json: not readable as JSON, export the run again") from None
+    config = ExportConfig.parse(values, f"{folder}/config.json", remedy=", export the run again")
     if config.format != FORMAT:
         raise InputError(f"{folder}/config.json: format {config.format} is not the {FORMAT} of this version")
     if role is not None and config.role != role:

@@ -22,6 +22,7 @@ from rdmd_fast.extras import require
 from rdmd_fast.files import fsync_path
 from rdmd_fast.model_files.models import Generator
 from rdmd_fast.randomness import Philox, Stream
+from rdmd_fast.transport_weight import told
 
 FILES = {"torch-export": "generator.pt2", "onnx": "generator.onnx"}
 BATCHES = (1, 2, 5)  # of which none but the second is traced
@@ -36,8 +37,8 @@ class Graph(torch.nn.Module):
 
     def __init__(self, generator: Generator):
         super().__init__()
-        self.model, self.reading, self.bounds = generator.model, generator.reading, generator.transport_weights
-        classes, target = getattr(generator.config.network, "label_dim", 0), generator.config.target_class
+        self.model, self.reading, self.bounds = generator.model, generator.reading, generator.config.weight_range
+        classes, target = generator.config.classes, generator.config.target_class
         labels = torch.zeros(1, classes) if classes else None
         if classes and target is not None:
             labels[0, target] = 1
@@ -46,13 +47,7 @@ class Graph(torch.nn.Module):
     def forward(self, images: torch.Tensor, transport_weight: torch.Tensor | None = None) -> torch.Tensor:
         network = self.model
         if transport_weight is not None:
-            low, high = self.bounds
-            share = (transport_weight.double() / low).log() / math.log(high / low)
-            condition = (2 * share - 1).clamp(-1, 1).float()
-
-            def network(*arguments):
-                return self.model(*arguments, condition=condition)
-
+            network = told(self.model, {"condition": self.bounds.to_condition(transport_weight)})
         labels = None if self.labels is None else self.labels.expand(images.shape[0], -1)
         return self.reading(network, images, labels)
 

@@ -75,5 +75,5 @@ def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str)
 
 
 def _network_of(config: ExportConfig) -> torch.nn.Module:
-    condition = config.transport_weights is not None
-    return build_network(config.network, tuple(config.sample_shape), dropout=False, condition=condition)
+    conditioned = config.transport_weights is not None
+    return build_network(config.network, tuple(config.sample_shape), dropout=False, condition=conditioned)

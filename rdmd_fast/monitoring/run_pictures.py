@@ -69,8 +69,7 @@ def teacher_picture(config, world, export, philox, target) -> Picture:
     if write is None:
         return no_picture
     count = config.telemetry.sample_count
-    classes = getattr(export.network, "label_dim", 0)
-    labels = varied_labels(classes, config.data.target_class, count, world.device)
+    labels = varied_labels(export.classes, config.data.target_class, count, world.device)
     real = target.batch(torch.arange(count))
     noise = philox.normal(Stream.VALIDATION_NOISE, torch.arange(count), target.shape).to(world.device)
 
@@ -88,16 +87,17 @@ def teacher_picture(config, world, export, philox, target) -> Picture:
     return picture
 
 
-def rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, label) -> Picture:
+def rdmd_picture(config, world, export, philox, validation, teacher, fake_score, label) -> Picture:
     """Sources, their translations, and what teacher and fake score make of those; of 2-D points a map."""
     write = picture_writer(config.telemetry.decoder, tuple(export.sample_shape), world)
-    if isinstance(held_out, PointsValidator):
-        return _toy_picture(config, world, export, held_out)
+    if validation.points is not None:
+        return _toy_picture(config, world, export, validation.points)
     if write is None:
         return no_picture
-    count = min(config.telemetry.sample_count, len(held_out))
+    sources = validation.held_out_sources
+    count = min(config.telemetry.sample_count, len(sources))
     # Spread over the held-out set: neighbours in a shard are often the same motif.
-    x = held_out[torch.linspace(0, len(held_out) - 1, count).long()].to(world.device)
+    x = sources[torch.linspace(0, len(sources) - 1, count).long()].to(world.device)
     sigma = config.telemetry.sample_sigma or config.rdmd.generator_sigma
     noise = philox.normal(Stream.VALIDATION_NOISE, torch.arange(count), tuple(x.shape[1:])).to(world.device)
     dtype = DTYPES[config.train.dtype]
@@ -105,7 +105,7 @@ def rdmd_picture(config, world, export, philox, held_out, teacher, fake_score, l
 
     @torch.no_grad()
     def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
-        looks = sorted(three_of(export.transport_weights).values())
+        looks = sorted(three_of(export.weight_range).values())
         outputs = [translator(weights, export, world.device, weight)(x).to(world.device) for weight in looks]
         y, inputs = outputs[len(looks) // 2], conditions(export, None, count, world.device)
         # Sharded networks take every rank to run, though one draws.
@@ -129,7 +129,7 @@ def _toy_picture(config, world, export, validator: PointsValidator) -> Picture:
     def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
         if not world.is_main:
             return
-        looks = sorted(three_of(export.transport_weights).values())
+        looks = sorted(three_of(export.weight_range).values())
         outputs = {
             output_name(weight): translator(weights, export, world.device, weight)(validator.source).numpy()
             for weight in looks

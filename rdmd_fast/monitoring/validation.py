@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -155,24 +156,39 @@ class ToyValidator(PointsValidator):
         }
 
 
-def open_validation(config, world, export, source):
-    """(measure, best_by, held-out sources [n, …]) by the kind of data; training sources stand in for missing ones."""
-    toys = isinstance(config.data.source, ToyDistribution) and isinstance(config.data.target, ToyDistribution)
-    options = config.validation
-    if toys:
-        validator = ToyValidator(options, config.data.source, config.data.target, config.seed, config.rdmd)
-        held_out = validator
-    elif config.data.source_holdout:
-        cache = config.data.cache_dir
-        sources = held_out_images(config.data.source_holdout, options.count, cache)
+@dataclass(frozen=True)
+class Validation:
+    """What a run is validated by.
+
+    Attributes:
+        held_out_sources: [n, …], on the CPU; training sources stand in for missing ones.
+        measure: metrics from the averaged weights, at each λ of ``three_of``; None without held-out data to compare.
+        best_by: the metric whose lowest value is kept; None for no best.
+        points: measures points in the plane, of which a map is drawn; None for other samples.
+    """
+
+    held_out_sources: torch.Tensor
+    measure: Callable[[dict[str, torch.Tensor]], dict[str, float]] | None = None
+    best_by: str | None = None
+    points: PointsValidator | None = None
+
+
+def open_validation(config, world, export, source) -> Validation:
+    """Choose the validation by the kind of data."""
+    options, data = config.validation, config.data
+    if isinstance(data.source, ToyDistribution) and isinstance(data.target, ToyDistribution):
+        validator = ToyValidator(options, data.source, data.target, config.seed, config.rdmd)
+        sources = validator.source
+    elif data.source_holdout:
+        sources = held_out_images(data.source_holdout, options.count, data.cache_dir)
         if tuple(sources.shape[1:]) != tuple(source.shape):
             raise InputError(
                 f"data.source_holdout: samples of shape {tuple(sources.shape[1:])}, data.source has {source.shape}: "
                 "pack both alike"
             )
         targets = None
-        if config.data.target_holdout:
-            targets = held_out_images(config.data.target_holdout, options.count, cache)
+        if data.target_holdout:
+            targets = held_out_images(data.target_holdout, options.count, data.cache_dir)
         if options.judge and options.judge_label is None:
             raise InputError("validation.judge_label: missing, name the label of the target domain")
         validator = None
@@ -180,20 +196,20 @@ def open_validation(config, world, export, source):
             validator = ImageValidator(options, sources, targets, latents=source.stream.shards.kind == "array")
         elif tuple(sources.shape[1:]) == (2,) and targets is not None:
             validator = PointsValidator(options, sources, targets)
-        held_out = validator if isinstance(validator, PointsValidator) else sources
     else:
-        return None, None, source.batch(torch.arange(config.telemetry.sample_count)).cpu()
+        return Validation(source.batch(torch.arange(config.telemetry.sample_count)).cpu())
     if validator is None:
-        return None, None, held_out
+        return Validation(sources)
 
     def measure(weights: dict[str, torch.Tensor]) -> dict[str, float]:
         return {
             f"{name}{suffix}": value
-            for suffix, weight in three_of(export.transport_weights).items()
+            for suffix, weight in three_of(export.weight_range).items()
             for name, value in validator.measure(translator(weights, export, world.device, weight), weight).items()
         }
 
-    return measure, validator.best_by, held_out
+    points = validator if isinstance(validator, PointsValidator) else None
+    return Validation(sources, measure, validator.best_by, points)
 
 
 def closed_form_scales(source: ToyDistribution, target: ToyDistribution, rdmd) -> np.ndarray | None:

@@ -20,8 +20,8 @@ from rdmd_fast.kernels.group_norm_silu import branching_group_norm_silu, group_n
 from rdmd_fast.kernels.scaled_residual import scaled_residual
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
+def require(holds: bool, message: str) -> None:
+    if not holds:
         raise InputError(message)
 
 

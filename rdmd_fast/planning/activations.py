@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from rdmd_fast.engine.options import DTYPES
-from rdmd_fast.kernels import group_norm_silu as norm_kernels
-from rdmd_fast.kernels import scaled_residual as residual_kernels
+from rdmd_fast.kernels._dispatch import using
 from rdmd_fast.planning.live_memory import LiveStorages
 from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks
 
@@ -59,7 +57,7 @@ def activations(
         teacher.requires_grad_(False).eval()
     shape = next(iter(networks.trained.values())).shape
     tracker = LiveStorages(tensor for network in (*held.values(), teacher) if network for tensor in _states(network))
-    standing_in = stand_ins(fused) if device == "meta" else contextlib.nullcontext()
+    standing_in = _shapes_alone(fused) if device == "meta" else contextlib.nullcontext()
     with torch.device(device), standing_in, tracker:
         iteration = _Iteration(tracker, micro_batch, accumulation, shape, DTYPES[dtype])
         if "generator" in held:
@@ -142,37 +140,13 @@ class _FlashShapes(torch.autograd.Function):
         return tuple(torch.empty_like(part) for part in ctx.saved_tensors[:3])
 
 
-def _flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _flash_attention(query: Tensor, key: Tensor, value: Tensor, *options, **more) -> Tensor:
     return _FlashShapes.apply(query, key, value)
 
 
 @contextlib.contextmanager
-def stand_ins(fused: bool) -> Iterator[None]:
-    """Operations that the meta device would do in another way than a device does.
-
-    Attention there forms L × L matrices. With ``fused`` the autograd functions of the Triton kernels run, their
-    launches replaced by empty results.
-    """
-    replaced = [(torch.nn.functional, "scaled_dot_product_attention", _flash_attention)]
-    for module in (norm_kernels, residual_kernels):
-        replaced.append((module, "backend", lambda device: "triton" if fused else "reference"))
-    if fused:
-        replaced += [
-            (norm_kernels, "group_norm_silu_forward", _norm_forward),
-            (norm_kernels, "group_norm_silu_backward", _norm_backward),
-            (residual_kernels, "_sum", lambda h, x, y, scale: y),
-            (residual_kernels, "_packed", lambda dy, dx, scale: dx),
-        ]
-    with contextlib.ExitStack() as stack:
-        for module, name, stand_in in replaced:
-            stack.enter_context(mock.patch.object(module, name, stand_in))
+def _shapes_alone(fused: bool) -> Iterator[None]:
+    """Have the meta device do as a GPU does; by itself it attends by products, which form L × L matrices."""
+    with torch.library._scoped_library("aten", "IMPL") as aten, using("shapes" if fused else "reference"):
+        aten.impl("scaled_dot_product_attention", _flash_attention, "AutogradMeta")
         yield
-
-
-def _norm_forward(x, weight, bias, groups, eps, scale, shift, addend, silu) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
-
-
-def _norm_backward(dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, branch=None):
-    parameters = table.new_empty((2, x.shape[1] if wants_parameters else 0))
-    return torch.empty_like(x), parameters, table.new_empty((3, *x.shape[:2]), dtype=modulation_dtype)

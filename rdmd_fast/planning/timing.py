@@ -80,7 +80,10 @@ def throwaway_run(
         counter = itertools.count()
 
         def iterate() -> None:
-            experiment.iteration(next(counter), steps, telemetry)
+            step = next(counter)
+            experiment.set_learning_rates(step, steps)
+            experiment.update_networks(step)
+            experiment.update_ema(step)
             world.any(False)
 
         try:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from rdmd_fast.baselines import BaselineOptions
 from rdmd_fast.baselines.energy import EnergyTrainingOptions
@@ -120,21 +120,7 @@ def load_study(path: str, overrides: list[str] = ()) -> StudyOptions:
     Raises:
         InputError: one line that names the file, the key and what is wrong.
     """
-    values = read_values(path, overrides, "study")
-    try:
-        return StudyOptions.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"study {path}: {_explain(error.errors()[0])}") from None
-
-
-def _explain(error: dict) -> str:
-    where = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"unknown key {where}"
-    if error["type"] == "missing":
-        return f"{where}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    return StudyOptions.parse(read_values(path, overrides, "study"), f"study {path}")
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 AS_GOOD, ENOUGH, SAME_COST = 0.05, 0.5, 0.05
 FLOORS = 2.0
+DISTANCES = ("frechet", "sliced_w2", "squared_w2")
+"""Metrics of validation that fall to the noise floor as outputs come to follow the target."""
 
 
 class Trial(NamedTuple):
@@ -49,8 +51,22 @@ class Recommendation(NamedTuple):
     reason: str
 
 
+def advise(rows: Sequence[dict], references: dict) -> Recommendation:
+    """Recommend one of the settings of a sweep's ``rows`` by the rule of this module."""
+    best_by = references.get("best_by")
+    if best_by is None:
+        return Recommendation(
+            None, "Nothing can be recommended without held-out data: set data.source_holdout and data.target_holdout."
+        )
+    cost = "transport_cost" if "transport_cost" in rows[0] else "l2"
+    if best_by not in DISTANCES:
+        return Recommendation(None, f"validation.best_by: {best_by} is no distance to the target, name another.")
+    trials = [Trial(row["transport_weight"], row["generator_sigma"], row.get(best_by), row.get(cost)) for row in rows]
+    return recommend(trials, Reference(references["untouched"], references["floor"]))
+
+
 def recommend(trials: Sequence[Trial], reference: Reference) -> Recommendation:
-    """By the rule of this module."""
+    """Recommend a trial by the rule of this module."""
     whole = [trial for trial in trials if _is_number(trial.distance) and _is_number(trial.cost)]
     if not whole:
         return Recommendation(None, "No run has finite numbers: lower the optimizers' learning rates and run it again.")

@@ -54,7 +54,7 @@ def translate_folder(
     """
     from tqdm import tqdm
 
-    from rdmd_fast.translation.translation.processes import work_on
+    from rdmd_fast.translation.workers import work_on
 
     devices = pick_devices(arguments.device, arguments.workers)
     job, autoencoder = _plan(arguments, method, origin, shape, overlap)
@@ -88,11 +88,11 @@ def translate_folder(
 
 def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tuple[int, ...], overlap: float | None):
     """(Job, its Autoencoder or None) of the command line; InputError where its parts do not fit."""
-    from rdmd_fast.translation.data.images import default_workers
-    from rdmd_fast.translation.translation.inputs import open_inputs
-    from rdmd_fast.translation.translation.outputs import Outputs
-    from rdmd_fast.translation.translation.sizes import make_size
-    from rdmd_fast.translation.translation.work import Job
+    from rdmd_fast.data.image_files import default_workers
+    from rdmd_fast.translation.inputs import open_inputs
+    from rdmd_fast.translation.outputs import Outputs
+    from rdmd_fast.translation.sizes import make_size
+    from rdmd_fast.translation.work import Job
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: must be at least 1")
@@ -112,7 +112,7 @@ def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tup
 
 
 def _open_autoencoder(folder: str, shape: tuple[int, int, int]):
-    from rdmd_fast.translation.latents import Autoencoder
+    from rdmd_fast.model_files.autoencoder import Autoencoder
 
     autoencoder = Autoencoder(folder)
     if autoencoder.channels != shape[0]:

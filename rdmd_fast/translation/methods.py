@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from rdmd_fast.engine.options import DTYPES
 
 Translate = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, str]]
 """``translate(x, numbers)`` of float32 [N, C, H, W] in data units, on the device of the networks, and int64 [N] on the

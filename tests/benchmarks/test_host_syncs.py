@@ -131,11 +131,12 @@ def test_waits_on_a_gpu_are_the_profilers_of_the_iteration():
 
 def test_a_wait_that_is_added_to_the_stage_is_found(step_run):
     run = step_run("toy", "fp32")
-    backward = run.stage._backward
+    for name in ("_backward_generator", "_backward_fake"):
+        backward = getattr(run.stage, name)
 
-    def waiting(engine, output, gradient, *losses):
-        losses[0].mean().item()
-        backward(engine, output, gradient, *losses)
+        def waiting(output, gradient, *losses, backward=backward):
+            losses[0].mean().item()
+            backward(output, gradient, *losses)
 
-    run.stage._backward = waiting
+        setattr(run.stage, name, waiting)
     assert count_host(run)["host_syncs_of"] == {"ours": 2}

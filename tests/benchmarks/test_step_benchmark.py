@@ -10,8 +10,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is no part of the package
 
 from benchmarks import step
-from benchmarks.roofline import costs
-from benchmarks.step import Plain, check_equal
+from benchmarks.roofline import roofline
+from benchmarks.step_sides import Plain, check_equal
 from benchmarks.traffic import MATMULS, network_traffic
 from rdmd_fast.config import load_config
 
@@ -43,7 +43,7 @@ def test_ours_moves_fewer_bytes_outside_matrix_products(step_run):
     assert 2.5 * network_traffic(ours.iteration, MATMULS) < network_traffic(plain.iteration, MATMULS)
 
 
-def test_costs_are_what_an_iteration_moves(step_run):
+def test_a_roofline_is_what_an_iteration_moves(step_run):
     """benchmarks.roofline puts bytes together from passes of one network and from parameters."""
     run = step_run("digits", "fp32")
     run.iteration()
@@ -51,10 +51,10 @@ def test_costs_are_what_an_iteration_moves(step_run):
         # A GPU draws noise inside kernels.
         drawn = process.draw(run.stage.layout.positions(8, 0), 0)
         process.draw = lambda *_, drawn=drawn: drawn
-    cost = costs(load_config("configs/digits/rdmd_2to3.yaml"), (3, 8, 8))
-    assert network_traffic(run.iteration, MATMULS) == pytest.approx(8 * cost.bytes_a_sample + cost.fixed, rel=0.01)
-    moved = 8 * cost.bytes_a_sample + cost.fixed
-    assert cost.floor(8, 2e9, 4e6) == pytest.approx(8 * cost.flops_a_sample / 2e9 + moved / 4e6)
+    counted = roofline(load_config("configs/digits/rdmd_2to3.yaml"), (3, 8, 8))
+    moved = 8 * counted.bytes_a_sample + counted.fixed
+    assert network_traffic(run.iteration, MATMULS) == pytest.approx(moved, rel=0.01)
+    assert counted.floor(8, 2e9, 4e6) == pytest.approx(8 * counted.flops_a_sample / 2e9 + moved / 4e6)
 
 
 def test_results_have_both_sides_and_a_picture(tmp_path, monkeypatch, capsys):

@@ -233,7 +233,7 @@ def test_sets_are_kept_as_pixels_and_measured_as_the_images_they_are(folders, tm
     pixels = [torch.from_numpy(pictures(seed, 70)).permute(0, 3, 1, 2) for seed in range(3)]  # more than a block
     lazy, whole = [PixelImages(each) for each in pixels], [each.float() / 127.5 - 1 for each in pixels]
     extractor = load_features(tmp_path / "f.pt")
-    rows = [ImageReport(target, features=extractor).row("", x, y) for x, y, target in (lazy, whole)]
+    rows = [ImageReport(target, extractor=extractor).row("", x, y) for x, y, target in (lazy, whole)]
     for row in rows:
         row.pop("kid_std")  # undefined for so few
     assert rows[0] == rows[1] and rows[0]["ssim"] != 0
@@ -303,14 +303,14 @@ def test_a_generator_that_does_not_fit_the_memory_is_one_line(folders, tmp_path,
 
 
 def test_a_label_that_the_judge_does_not_know_is_refused_ahead_of_any_work(folders, tmp_path, capsys, monkeypatch):
-    from rdmd_fast.commands import evaluate_images
+    from rdmd_fast.metrics.image_sets import OpenImages
     from rdmd_fast.metrics.judges import DigitJudge
 
     def prepare(self, root):
         self.classes = np.array([2, 3])
 
     monkeypatch.setattr(DigitJudge, "__init__", prepare)
-    monkeypatch.setattr(evaluate_images.OpenImages, "read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(OpenImages, "read", lambda *_: pytest.fail("read"))
     assert evaluate(tmp_path, "--outputs", tmp_path / "cut", "--judge", tmp_path, "--label", 7) == 2
     assert "--label 7: digit 7 is not among [2, 3]" in capsys.readouterr().err
 

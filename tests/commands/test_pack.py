@@ -211,7 +211,7 @@ def test_digits_are_packed_by_digit_and_split(tmp_path):
         (["{photos}", "--resolution", 4, "--holdout", 0.001], "one side empty"),
         (["toy:blob"], "toy:8gaussians"),
         (["toy:gaussian", "--scale", 2], "toy:gaussian: toy gaussian has no scale"),
-        (["toy:circles", "--std", -1], "toy:circles: --std -1: Input should be greater than 0"),
+        (["toy:circles", "--std", -1], "toy:circles: --std: input should be greater than 0, found -1"),
         (["digits", "--std", 1], "--std: does nothing for digits"),
         (["nowhere", "--resolution", 4], "no such folder"),
     ],

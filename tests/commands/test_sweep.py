@@ -7,16 +7,10 @@ import pytest
 from PIL import Image
 
 from rdmd_fast import cli
-from rdmd_fast.commands.sweep import (
-    add_arguments,
-    advise,
-    default_sigmas,
-    default_weights,
-    measure_references,
-    numbers,
-    plan,
-)
+from rdmd_fast.commands.sweep import add_arguments, numbers, plan
 from rdmd_fast.errors import InputError
+from rdmd_fast.studies.recommendation import advise
+from rdmd_fast.studies.sweep_jobs import default_sigmas, default_weights, measure_references
 
 ROOT = Path(__file__).parents[2]
 TOY = str(ROOT / "configs/toy/gaussian_to_gaussian.yaml")

@@ -200,7 +200,7 @@ def test_ranks_count_their_drops_together_and_stop_together(tmp_path):
     class Pair:
         """Two ranks of which this one has seen nothing."""
 
-        domain = torch.device("cpu")
+        device = torch.device("cpu")
         any = staticmethod(lambda flag: True)
         sum = staticmethod(lambda values: values + theirs)
 

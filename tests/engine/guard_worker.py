@@ -17,7 +17,7 @@ from rdmd_fast.engine.ema import EMAOptions, ShardedEMA
 from rdmd_fast.engine.engine import initialize_engine, loss_scale, set_learning_rate, take_step
 from rdmd_fast.engine.fp32_masters import gather_parameters, master_shards
 from rdmd_fast.engine.options import OptimizerOptions, TrainOptions
-from rdmd_fast.engine.update_guard import GuardOptions, poison
+from rdmd_fast.engine.update_guard import GuardOptions, mark_nonfinite
 from rdmd_fast.kernels.inject import inject_gradient
 from rdmd_fast.processes.world import join_world
 
@@ -43,7 +43,7 @@ def update(engine, number, gradient=1.0, loss=1.0):
         output = engine(torch.randn(2, 6, generator=generator).to(dtype))
         wanted = torch.randn(2, 4, generator=generator) * (gradient if rank and micro else 1.0) * loss_scale(engine)
         wanted = wanted.to(dtype)
-        poison(wanted, torch.full((2,), loss if rank and micro else 1.0))
+        mark_nonfinite(wanted, torch.full((2,), loss if rank and micro else 1.0))
         engine.backward(inject_gradient(output, wanted, loss_scale(engine)), scale_wrt_gas=False)
         take_step(engine, "engine")
 

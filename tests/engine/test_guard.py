@@ -98,7 +98,7 @@ from types import SimpleNamespace
 import torch
 from rdmd_fast import rdmd
 from rdmd_fast.config import validate_config
-from rdmd_fast.engine.engine import join_world
+from rdmd_fast.processes.world import join_world
 from rdmd_fast.trainer import run
 
 class StopAfter:
@@ -180,7 +180,7 @@ def test_updates_skipped_in_a_row_end_the_run_and_leave_the_last_checkpoint(runs
 
 def test_weights_that_are_not_finite_are_not_saved():
     engine = SimpleNamespace(optimizer=None, module=torch.nn.Linear(2, 2))
-    guard = SimpleNamespace(engine=engine, look=lambda name: {})
+    guard = SimpleNamespace(engine=engine, metrics=lambda name: {})
     guards = Guards({"teacher": SimpleNamespace(guard=guard)})
     world = SimpleNamespace(any=lambda flag: flag)
     guards.before_save(world)

@@ -250,9 +250,10 @@ def test_tiny_gradients_survive_fp16(world):
     table = coefficients(torch.tensor([0.1, 0.5, 1.0, 3.0], dtype=torch.float64), DiffusionOptions())
     noise = CounterNoise(0, 0, torch.arange(4), torch.randn(4, 8, generator=torch.Generator().manual_seed(2)))
     output = engine(x.half())
-    gradient, _ = denoising_gradient(output, y, noise, table, batch, loss_scale(engine))
+    drawn = {"noise": noise, "table": table, "batch_size": batch}
+    gradient, _ = denoising_gradient(output, y, **drawn, loss_scale=loss_scale(engine))
     engine.backward(inject_gradient(output, gradient, loss_scale(engine)), scale_wrt_gas=False)
-    exact, _ = denoising_gradient(output.float(), y, noise, table, batch)
+    exact, _ = denoising_gradient(output.float(), y, **drawn)
     expected = exact.t() @ x.half().float()
-    assert denoising_gradient(output, y, noise, table, batch)[0].count_nonzero() == 0
+    assert denoising_gradient(output, y, **drawn)[0].count_nonzero() == 0
     torch.testing.assert_close(engine.module.weight.grad.float() / loss_scale(engine), expected, rtol=1e-2, atol=1e-11)

@@ -9,7 +9,7 @@ from PIL import Image
 from rdmd_fast.cli import main
 from rdmd_fast.commands.figures import run_pack
 from rdmd_fast.errors import InputError
-from rdmd_fast.figures import surface, toys
+from rdmd_fast.figures import surface, surface_loss, toys
 from rdmd_fast.metrics.exact_transport import squared_w2
 from rdmd_fast.metrics.tables import mean_and_error, with_error, write_rows
 from rdmd_fast.monitoring import drawing
@@ -85,9 +85,11 @@ def test_monte_carlo_that_disagrees_is_seen(monkeypatch):
     from rdmd_fast.config import load_config
 
     config = load_config(shipped_config(surface.CONFIG))
-    right = surface.closed_form
-    monkeypatch.setattr(surface, "closed_form", lambda config, weight, r, alpha: right(config, weight / 2, r, alpha))
-    rows = surface.compare(config, (0.2,), TINY_SURFACE)
+    right = surface_loss.closed_form
+    monkeypatch.setattr(
+        surface_loss, "closed_form", lambda config, weight, r, alpha: right(config, weight / 2, r, alpha)
+    )
+    rows = surface_loss.compare(config, (0.2,), TINY_SURFACE)
     assert max(abs(row["difference_in_standard_errors"]) for row in rows) > 20
 
 

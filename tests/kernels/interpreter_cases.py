@@ -4,11 +4,12 @@ Not collected by itself: the interpreter must be chosen before the kernels are i
 test_rdmd_gradient.py and test_denoising_loss.py run their share of it in a process of its own.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from rdmd_fast.kernels import _dispatch, denoising_loss, philox, rdmd_gradient
-from rdmd_fast.kernels import noise_forward as forward
+from rdmd_fast.kernels import _dispatch, denoising_loss, philox
 from rdmd_fast.kernels.coefficients import ROWS, Coefficients
 from rdmd_fast.kernels.denoising_loss import denoising_gradient
 from rdmd_fast.kernels.noise_forward import CHUNK, CounterNoise, generator_noise_forward, noise_forward
@@ -25,6 +26,7 @@ DTYPE_CASES = [(shape, torch.float32) for shape in SHAPES] + [
     (shape, dtype) for shape in ((3, 2), (2, 3, 33, 31)) for dtype in (torch.bfloat16, torch.float16)
 ]
 SEED, STREAM = 2**63 + 2**40 + 5, 2**32 - 3
+READING = SimpleNamespace(skip=0.8, scale=-0.4)
 
 
 def samples(shape, seed, dtype=torch.float32, layout="channels_last"):
@@ -76,7 +78,7 @@ def by_chunk(values):
 @pytest.mark.parametrize(("shape", "dtype"), DTYPE_CASES)
 def test_noise_forward_follows_its_equation(shape, dtype):
     y, table, noise = samples(shape, 1, dtype), table_of(shape[0]), noise_of(shape[0])
-    network_input, state = noise_forward(y, noise, table, dtype, return_state=True)
+    network_input, state = noise_forward(y, noise=noise, table=table, dtype=dtype, return_state=True)
     expected = row(table, "alpha", y) * y.double() + row(table, "sigma", y) * epsilon_of(noise, y)
     assert network_input.dtype == dtype and state.dtype == torch.float32
     assert_close(state, expected)
@@ -86,7 +88,7 @@ def test_noise_forward_follows_its_equation(shape, dtype):
 @pytest.mark.parametrize(("shape", "dtype"), DTYPE_CASES)
 def test_noise_forward_of_a_generator_forms_its_output(shape, dtype):
     f, x, table, noise = samples(shape, 1, dtype), samples(shape, 2), table_of(shape[0]), noise_of(shape[0])
-    network_input, y = generator_noise_forward(f, x, 0.8, -0.4, noise, table)
+    network_input, y = generator_noise_forward(f, x, reading=READING, noise=noise, table=table)
     clean = 0.8 * x.double() - 0.4 * f.double()
     assert network_input.dtype == dtype and y.dtype == torch.float32
     assert_close(y, clean)
@@ -98,9 +100,9 @@ def test_noise_forward_of_a_generator_forms_its_output(shape, dtype):
 @pytest.mark.parametrize("seed", [1, SEED, torch.tensor([SEED - 2**64])])
 def test_noise_forward_draws_the_bits_of_torch(shape, seed):
     rows = torch.zeros(len(ROWS), shape[0])
-    rows[1] = rows[4] = 1  # sigma, c_in: nothing but the noise is left
+    rows[ROWS.index("sigma")] = rows[ROWS.index("c_in")] = 1  # nothing but the noise is left
     noise = noise_of(shape[0])._replace(seed=seed)
-    drawn, _ = noise_forward(torch.zeros(shape), noise, Coefficients(rows), torch.float32)
+    drawn, _ = noise_forward(torch.zeros(shape), noise=noise, table=Coefficients(rows))
     integer = seed if isinstance(seed, int) else SEED
     assert torch.equal(drawn.double(), epsilon_of(noise._replace(seed=integer), drawn))
 
@@ -108,7 +110,7 @@ def test_noise_forward_draws_the_bits_of_torch(shape, seed):
 def test_noise_forward_takes_noise_that_was_drawn_ahead():
     y, table = samples((2, 3, 33, 31), 1), table_of(2)
     noise = CounterNoise(0, 0, torch.arange(2), samples(y.shape, 9, layout="contiguous"))
-    network_input, _ = noise_forward(y, noise, table)
+    network_input, _ = noise_forward(y, noise=noise, table=table)
     state = row(table, "alpha", y) * y.double() + row(table, "sigma", y) * noise.drawn.double()
     assert_close(network_input, row(table, "c_in", y) * state)
 
@@ -116,30 +118,39 @@ def test_noise_forward_takes_noise_that_was_drawn_ahead():
 @pytest.mark.parametrize("layout", ["contiguous", "sliced"])
 def test_noise_forward_does_not_depend_on_strides(layout):
     shape, table, noise = (2, 3, 33, 31), table_of(2), noise_of(2)
-    expected = noise_forward(samples(shape, 1), noise, table)[0]
-    found = noise_forward(samples(shape, 1, layout=layout), noise, table)[0]
+    expected = noise_forward(samples(shape, 1), noise=noise, table=table)[0]
+    found = noise_forward(samples(shape, 1, layout=layout), noise=noise, table=table)[0]
     assert torch.equal(found, expected) and found.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_noise_forward_refuses_shapes_that_do_not_belong_together():
     y, table, noise = samples((2, 6), 1), table_of(2), noise_of(2)
     with pytest.raises(ValueError, match="table"):
-        noise_forward(y, noise, table_of(3))
+        noise_forward(y, noise=noise, table=table_of(3))
     with pytest.raises(ValueError, match="positions"):
-        noise_forward(y, noise_of(3), table)
+        noise_forward(y, noise=noise_of(3), table=table)
     with pytest.raises(ValueError, match="samples are"):
-        generator_noise_forward(y, samples((2, 5), 1), 1.0, 1.0, noise, table)
+        generator_noise_forward(y, samples((2, 5), 1), reading=READING, noise=noise, table=table)
 
 
 # -- rdmd_gradient -----------------------------------------------------------------------------------------------------
 
 
 def inputs(shape, dtype=torch.float32, layout="channels_last"):
-    f_real, f_fake, f_generator = (samples(shape, seed, dtype, layout) for seed in (1, 2, 3))
-    return f_real, f_fake, f_generator, samples(shape, 4, torch.float32, layout)
+    """Arguments of ``generator_gradient`` but for table, noise and options."""
+    outputs = {
+        name: samples(shape, seed, dtype, layout) for seed, name in enumerate(("f_real", "f_fake", "f_generator"), 1)
+    }
+    return {**outputs, "x": samples(shape, 4, torch.float32, layout), "reading": READING}
 
 
-def expected_gradient(f_real, f_fake, y, x, noise, table, weighting, cost, delta, weight, extra=None):
+def inputs_of_y(shape, layout="channels_last"):
+    """Arguments of ``rdmd_gradient`` but for table, noise and options."""
+    f_real, f_fake, y, x = (samples(shape, seed, layout=layout) for seed in (1, 2, 3, 4))
+    return {"f_real": f_real, "f_fake": f_fake, "y": y, "x": x}
+
+
+def expected_gradient(f_real, f_fake, y, x, noise, table, weighting, weight, cost="squared_l2", delta=0.1, extra=None):
     """(g + λ c', g, c) in float64."""
     f_real, f_fake, y, x = (each.double() for each in (f_real, f_fake, y, x))
     difference, displacement = f_fake - f_real, y - x
@@ -161,22 +172,24 @@ def expected_gradient(f_real, f_fake, y, x, noise, table, weighting, cost, delta
     return score + weight * (derivative + (0 if extra is None else extra.double())), score, value
 
 
+def expected_of_generator(given, **options):
+    """``expected_gradient`` at y = 0.8 x - 0.4 F_G."""
+    y = 0.8 * given["x"].double() - 0.4 * given["f_generator"].double()
+    return expected_gradient(given["f_real"], given["f_fake"], y, given["x"], **options)
+
+
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize(("shape", "dtype"), DTYPE_CASES)
 def test_rdmd_gradient_of_a_generator_follows_its_equation(shape, weighting, dtype):
-    f_real, f_fake, f_generator, x = inputs(shape, dtype)
-    table, noise = table_of(shape[0]), noise_of(shape[0])
-    gradient, statistics = generator_gradient(
-        f_real, f_fake, f_generator, x, 0.8, -0.4, noise, table, 0.3, weighting, batch_size=7
-    )
-    y = 0.8 * x.double() - 0.4 * f_generator.double()
-    total, score, cost = expected_gradient(f_real, f_fake, y, x, noise, table, weighting, "squared_l2", 0.1, 0.3)
+    given, drawn = inputs(shape, dtype), {"noise": noise_of(shape[0]), "table": table_of(shape[0])}
+    options = {"transport_weight": 0.3, "weighting": weighting, "batch_size": 7}
+    gradient, statistics = generator_gradient(**given, **drawn, **options)
+    total, score, cost = expected_of_generator(given, **drawn, weighting=weighting, weight=0.3)
     assert gradient.dtype == dtype
     assert_close(gradient, total * -0.4 / 7)
-    given, _ = generator_gradient(
-        f_real, f_fake, f_generator, x, 0.8, -0.4, noise, table, 0.3, weighting, batch_size=7, y=y.float().contiguous()
-    )
-    assert_close(given, total * -0.4 / 7)
+    y = (0.8 * given["x"].double() - 0.4 * given["f_generator"].double()).float().contiguous()
+    of_given_y, _ = generator_gradient(**given, **drawn, **options, y=y)
+    assert_close(of_given_y, total * -0.4 / 7)
     assert_close(statistics.score_partials, by_chunk(score**2), 2e-6)
     assert_close(statistics.cost_partials, by_chunk(cost), 2e-6)
     assert_close(statistics.score_gradient_square, (score**2).flatten(1).sum(1), 2e-6)
@@ -186,10 +199,10 @@ def test_rdmd_gradient_of_a_generator_follows_its_equation(shape, weighting, dty
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("shape", SHAPES[3:6])
 def test_rdmd_gradient_of_every_cost_with_an_extra_one(shape, cost):
-    f_real, f_fake, y, x = inputs(shape, layout="sliced")
-    table, noise, extra = table_of(shape[0]), noise_of(shape[0]), samples(shape, 8, torch.bfloat16)
-    gradient, statistics = gradient_of(f_real, f_fake, y, x, noise, table, 0.3, "dmd", cost, 0.2, extra)
-    total, _, value = expected_gradient(f_real, f_fake, y, x, noise, table, "dmd", cost, 0.2, 0.3, extra)
+    given = inputs_of_y(shape, layout="sliced") | {"noise": noise_of(shape[0]), "table": table_of(shape[0])}
+    options = {"cost": cost, "delta": 0.2, "extra": samples(shape, 8, torch.bfloat16)}
+    gradient, statistics = gradient_of(**given, **options, transport_weight=0.3)
+    total, _, value = expected_gradient(**given, **options, weighting="dmd", weight=0.3)
     assert_close(gradient, total / shape[0])
     assert_close(statistics.transport_cost, value.flatten(1).sum(1), 2e-6)
 
@@ -197,26 +210,25 @@ def test_rdmd_gradient_of_every_cost_with_an_extra_one(shape, cost):
 @pytest.mark.parametrize("weighting", ["uniform", "dmd"])
 @pytest.mark.parametrize("shape", [(300, 2), (3, 7, 5, 3), (2, 3, 33, 31)])
 def test_rdmd_gradient_of_a_transport_weight_by_sample(shape, weighting):
-    f_real, f_fake, f_generator, x = inputs(shape, torch.bfloat16)
-    table, noise, weights = table_of(shape[0]), noise_of(shape[0]), torch.linspace(0.01, 2, shape[0])
+    given, weights = inputs(shape, torch.bfloat16), torch.linspace(0.01, 2, shape[0])
+    options = {"noise": noise_of(shape[0]), "table": table_of(shape[0]), "weighting": weighting}
 
     def gradient(weight):
-        return generator_gradient(f_real, f_fake, f_generator, x, 0.8, -0.4, noise, table, weight, weighting)[0]
+        return generator_gradient(**given, **options, transport_weight=weight)[0]
 
-    y = 0.8 * x.double() - 0.4 * f_generator.double()
     each = weights.double().view(-1, *(1,) * (len(shape) - 1))
-    total, _, _ = expected_gradient(f_real, f_fake, y, x, noise, table, weighting, "squared_l2", 0.1, each)
+    total, _, _ = expected_of_generator(given, **options, weight=each)
     assert_close(gradient(weights), total * -0.4 / shape[0])
     assert torch.equal(gradient(torch.full_like(weights, 0.3)), gradient(0.3))
     assert torch.equal(gradient(weights)[-1], gradient(2.0)[-1])
 
 
 def test_rdmd_gradient_keeps_exact_restorations_finite_and_nan_visible():
-    f_real, f_fake, y, x = inputs((3, 6))
-    table, noise = table_of(3), noise_of(3)
+    given, table, noise = inputs_of_y((3, 6)), table_of(3), noise_of(3)
+    y = given["y"]
     f_real = (row(table, "target_clean", y) * y.double() + row(table, "target_noise", y) * epsilon_of(noise, y)).float()
     f_real[1, 2] = float("nan")
-    gradient, _ = gradient_of(f_real, f_fake, y, x, noise, table, 0.1, "dmd")
+    gradient, _ = gradient_of(**given | {"f_real": f_real}, noise=noise, table=table, transport_weight=0.1)
     assert gradient[0].isfinite().all() and gradient[1].isnan().all() and gradient[2].isfinite().all()
 
 
@@ -226,7 +238,7 @@ def test_rdmd_gradient_keeps_exact_restorations_finite_and_nan_visible():
 @pytest.mark.parametrize(("shape", "dtype"), DTYPE_CASES)
 def test_denoising_loss_and_gradient_follow_their_equation(shape, dtype):
     output, y, table, noise = samples(shape, 1, dtype), samples(shape, 2), table_of(shape[0]), noise_of(shape[0])
-    gradient, losses = denoising_gradient(output, y, noise, table, batch_size=5)
+    gradient, losses = denoising_gradient(output, y, noise=noise, table=table, batch_size=5)
     target = row(table, "target_clean", y) * y.double() + row(table, "target_noise", y) * epsilon_of(noise, y)
     difference = output.double() - target
     assert gradient.dtype == dtype and losses.dtype == torch.float32
@@ -237,7 +249,7 @@ def test_denoising_loss_and_gradient_follow_their_equation(shape, dtype):
 def test_denoising_loss_is_differentiable_under_any_weights():
     shape, table, noise, weights = (3, 3, 8, 8), table_of(3), noise_of(3), torch.tensor([0.5, 0.0, -2.0])
     output, y = samples(shape, 1).requires_grad_(), samples(shape, 2)
-    (denoising_loss.denoising_loss(output, y, noise, table) * weights).sum().backward()
+    (denoising_loss.denoising_loss(output, y, noise=noise, table=table) * weights).sum().backward()
     target = row(table, "target_clean", y) * y.double() + row(table, "target_noise", y) * epsilon_of(noise, y)
     assert_close(output.grad, 2 * weights.view(-1, 1, 1, 1) * (output.detach().double() - target))
 
@@ -246,14 +258,12 @@ def test_denoising_loss_is_differentiable_under_any_weights():
 
 
 def every_output(part, shape, table, noise):
-    f_real, f_fake, f_generator, x = (each[part] for each in inputs(shape))
+    given = {name: each if name == "reading" else each[part] for name, each in inputs(shape).items()}
     table = Coefficients(table.rows[:, part].contiguous())
-    noise = noise._replace(positions=noise.positions[part])
-    network_input, y = generator_noise_forward(f_generator, x, 0.8, 0.4, noise, table)
-    gradient, statistics = generator_gradient(
-        f_real, f_fake, f_generator, x, 0.8, 0.4, noise, table, 0.3, "dmd", batch_size=9
-    )
-    return network_input, y, gradient, *statistics, *denoising_gradient(f_fake, y, noise, table, 9)
+    drawn = {"noise": noise._replace(positions=noise.positions[part]), "table": table}
+    network_input, y = generator_noise_forward(given["f_generator"], given["x"], reading=READING, **drawn)
+    gradient, statistics = generator_gradient(**given, **drawn, transport_weight=0.3, batch_size=9)
+    return network_input, y, gradient, *statistics, *denoising_gradient(given["f_fake"], y, **drawn, batch_size=9)
 
 
 @pytest.mark.parametrize("shape", [(300, 2), (5, 3, 5, 7), (3, 3, 33, 31)])
@@ -263,13 +273,3 @@ def test_shared_split_batches_have_the_bits_of_the_whole(shape):
     parts = [every_output(part, shape, table, noise) for part in (slice(0, 1), slice(1, None))]
     for index, together in enumerate(whole):
         assert torch.equal(torch.cat([part[index] for part in parts]), together)
-
-
-@pytest.mark.parametrize("module", [forward, rdmd_gradient, denoising_loss, philox])
-def test_shared_static_cases_name_every_argument_of_their_kernels(module):
-    cases = module.static_cases()
-    assert len({case.name for case in cases}) == len(cases)
-    for case in cases:
-        assert list(case.signature) == case.kernel.arg_names
-        constant = {name for name, kind in case.signature.items() if kind == "constexpr"}
-        assert constant == set(case.constants)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from rdmd_fast.diffusion import DiffusionOptions, coefficients
-from rdmd_fast.kernels.coefficients import Coefficients
-from rdmd_fast.kernels.denoising_loss import _loss_op, denoising_gradient, denoising_loss
+from rdmd_fast.kernels.coefficients import ROWS, Coefficients
+from rdmd_fast.kernels.denoising_loss import denoising_gradient, denoising_loss
 from rdmd_fast.kernels.noise_forward import CounterNoise
 
 SIGMAS = torch.tensor([0.03, 0.4, 6.0], dtype=torch.float64)
@@ -33,11 +33,11 @@ def test_kernel_under_the_interpreter():
 def test_gradient_is_that_of_the_mean_loss_by_autograd_in_fp64(shape):
     output, y = samples(*shape), samples(*shape, seed=1)
     variable, rows = output.double().requires_grad_(), TABLE.rows.double()
-    columns = [rows[i].view(-1, *(1,) * len(shape)) for i in (6, 7)]
+    columns = [rows[ROWS.index(name)].view(-1, *(1,) * len(shape)) for name in ("target_clean", "target_noise")]
     target = columns[0] * y.double() + columns[1] * NOISE.values(y).double()
     expected = (variable - target).square().flatten(1).sum(1)
     (expected.sum() / 12).backward()
-    gradient, losses = denoising_gradient(output, y, NOISE, TABLE, batch_size=12)
+    gradient, losses = denoising_gradient(output, y, noise=NOISE, table=TABLE, batch_size=12)
     torch.testing.assert_close(gradient.double(), variable.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=0)
 
@@ -50,7 +50,7 @@ def test_gradient_of_the_reference_passes_gradcheck():
     output = (target + 0.5).requires_grad_()
     # fp32 sums: the numerical derivative needs a wide step.
     assert torch.autograd.gradcheck(
-        lambda f: denoising_loss(f, y, noise, TABLE), (output,), eps=1e-2, atol=2e-2, rtol=1e-2, raise_exception=True
+        lambda f: denoising_loss(f, y, noise=noise, table=TABLE), (output,), eps=1e-2, atol=2e-2, rtol=1e-2
     )
 
 
@@ -58,7 +58,7 @@ def test_compiled_loss_and_its_gradient_equal_eager_ones():
     y, weights = samples(3, 4, 6), torch.tensor([0.5, 1.0, -2.0])
 
     def objective(f, y, rows):
-        return (denoising_loss(f, y, NOISE, Coefficients(rows)) * weights).sum()
+        return (denoising_loss(f, y, noise=NOISE, table=Coefficients(rows)) * weights).sum()
 
     gradients = []
     for function in (objective, torch.compile(objective, fullgraph=True, backend="aot_eager")):
@@ -72,4 +72,6 @@ def test_compiled_loss_and_its_gradient_equal_eager_ones():
 
 def test_operator_is_registered_soundly():
     y = samples(3, 20, 20)
-    torch.library.opcheck(_loss_op, (y.bfloat16(), y + 1, TABLE.rows, *NOISE.arguments(), 0.5))
+    torch.library.opcheck(
+        torch.ops.rdmd_fast.denoising_loss.default, (y.bfloat16(), y + 1, 0.5, TABLE.rows, *NOISE.arguments())
+    )

@@ -110,8 +110,8 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from rdmd_fast.kernels import ema_update
-for case in ema_update.static_cases():
+from tests.kernels.static_cases import ema_update_cases
+for case in ema_update_cases():
     constants = {(case.kernel.arg_names.index(name),): value for name, value in case.constants.items()}
     source = ASTSource(case.kernel, dict(case.signature), constants, {(0,): [["tt.divisibility", 16]]})
     options = {"num_warps": case.num_warps, "enable_fp_fusion": False}

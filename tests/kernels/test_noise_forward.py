@@ -12,7 +12,6 @@ from rdmd_fast.kernels.inject import inject_gradient
 from rdmd_fast.kernels.noise_forward import (
     CHUNK,
     CounterNoise,
-    _noise_forward_op,
     chunk_sums,
     generator_noise_forward,
     noise_forward,
@@ -39,25 +38,27 @@ def test_kernels_under_the_interpreter():
 def test_generator_form_equals_reading_then_noising():
     f, x = samples(3, 5, 7), samples(3, 5, 7, seed=1)
     reading = Reading.of("teacher", DiffusionOptions(), 1.0)
-    network_input, y = generator_noise_forward(f, x, reading.skip, reading.scale, NOISE, TABLE)
+    network_input, y = generator_noise_forward(f, x, reading=reading, noise=NOISE, table=TABLE)
     expected = reading(lambda *_: f, x)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(network_input, noise_forward(expected, NOISE, TABLE)[0], rtol=1e-6, atol=1e-6)
+    apart, _ = noise_forward(expected, noise=NOISE, table=TABLE)
+    torch.testing.assert_close(network_input, apart, rtol=1e-6, atol=1e-6)
 
 
 def test_seed_in_a_tensor_draws_the_noise_of_the_integer():
     y = samples(7)
     in_tensor = NOISE._replace(seed=torch.tensor([-3]))
-    assert torch.equal(noise_forward(y, in_tensor, TABLE)[0], noise_forward(y, NOISE, TABLE)[0])
+    drawn, expected = (noise_forward(y, noise=noise, table=TABLE)[0] for noise in (in_tensor, NOISE))
+    assert torch.equal(drawn, expected)
     with pytest.raises(ValueError, match="seed"):
-        noise_forward(y, NOISE._replace(seed=torch.tensor([1.0])), TABLE)
+        noise_forward(y, noise=NOISE._replace(seed=torch.tensor([1.0])), table=TABLE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_images_leave_in_channels_last_whatever_their_strides(dtype):
     y = samples(3, 4, 6)
     for layout in (y, y.contiguous(memory_format=torch.channels_last)):
-        network_input, state = noise_forward(layout, NOISE, TABLE, dtype, return_state=True)
+        network_input, state = noise_forward(layout, noise=NOISE, table=TABLE, dtype=dtype, return_state=True)
         assert network_input.dtype == dtype and state.dtype == torch.float32
         assert network_input.is_contiguous(memory_format=torch.channels_last)
         assert state.is_contiguous(memory_format=torch.channels_last)
@@ -67,9 +68,10 @@ def test_no_gradient_flows_and_compiled_calls_equal_eager_ones():
     f, x = samples(3, 4, 6).requires_grad_(), samples(3, 4, 6, seed=1)
 
     def both(f, x, rows):
-        table = Coefficients(rows)
-        network_input, y = generator_noise_forward(f, x, 0.8, 0.4, NOISE, table, torch.bfloat16)
-        return network_input, y, *noise_forward(y, NOISE, table, return_state=True)
+        drawn = {"noise": NOISE, "table": Coefficients(rows)}
+        reading = Reading(0.8, 1.0, 0.4, 0.0)
+        network_input, y = generator_noise_forward(f, x, reading=reading, **drawn, dtype=torch.bfloat16)
+        return network_input, y, *noise_forward(y, **drawn, return_state=True)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(f, x, TABLE.rows)
     for expected, found in zip(both(f, x, TABLE.rows), compiled, strict=True):
@@ -80,8 +82,8 @@ def test_no_gradient_flows_and_compiled_calls_equal_eager_ones():
 @pytest.mark.parametrize("with_source", [True, False])
 def test_operator_is_registered_soundly(with_source):
     y = samples(3, 4, 6)
-    arguments = y, y + 1 if with_source else None, TABLE.rows, *NOISE.arguments(), 0.8, 0.4, torch.bfloat16, True
-    torch.library.opcheck(_noise_forward_op, arguments)
+    arguments = y, y + 1 if with_source else None, 0.8, 0.4, torch.bfloat16, True, TABLE.rows, *NOISE.arguments()
+    torch.library.opcheck(torch.ops.rdmd_fast.noise_forward.default, arguments)
 
 
 def test_chunk_sums_follow_element_order():

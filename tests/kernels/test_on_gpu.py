@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from benchmarks.timing import CUDA, DEVICE
-from rdmd_fast.diffusion import DiffusionOptions, coefficients
+from rdmd_fast.diffusion import DiffusionOptions, Reading, coefficients
 from rdmd_fast.kernels import _dispatch, philox
-from rdmd_fast.kernels.coefficients import Coefficients
+from rdmd_fast.kernels.coefficients import ROWS, Coefficients
 from rdmd_fast.kernels.denoising_loss import denoising_gradient
 from rdmd_fast.kernels.ema_update import ema_update
 from rdmd_fast.kernels.group_norm_silu import branching_group_norm_silu, group_norm_silu
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(not (CUDA or _dispatch.INTERPRETED), reason="no 
 SHAPES = [(3, 2), (2, 7, 5, 3), (1, 3, 8, 8), (2, 3, 33, 31)] + [(5, 4, 64, 64), (3, 3, 256, 256)] * CUDA
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED, STREAM = 2**40 + 1, 7
+READING = Reading(0.2, 1.0, 0.45, 0.0)
 
 
 def random(shape, seed, dtype=torch.float32):
@@ -47,12 +48,13 @@ def on_device(argument):
     return argument
 
 
-def both(monkeypatch, function, *arguments):
+def both(monkeypatch, function, *arguments, **named):
     """(Triton's results, the reference's on the CPU), each a flat list of tensors on the CPU."""
     results = []
     for backend, place in (("triton", on_device), ("reference", lambda argument: argument)):
         monkeypatch.setenv("RDMD_KERNELS", backend)
-        leaves = torch.utils._pytree.tree_leaves(function(*map(place, arguments)))
+        placed = {name: place(argument) for name, argument in named.items()}
+        leaves = torch.utils._pytree.tree_leaves(function(*map(place, arguments), **placed))
         results.append([leaf.cpu() for leaf in leaves if leaf is not None])
     return results
 
@@ -85,8 +87,8 @@ def test_noise_has_the_bits_of_the_cpu(monkeypatch, seed, n, count):
 def test_noise_inside_a_kernel_has_the_bits_of_the_cpu(monkeypatch, shape):
     table, noise = table_and_noise(shape[0])
     rows = torch.zeros_like(table.rows)
-    rows[1], rows[4] = 1, 1  # sigma = c_in = 1, alpha = 0: what comes out is the noise itself
-    results, expected = both(monkeypatch, noise_forward, random(shape, 1), noise, Coefficients(rows), torch.float32)
+    rows[ROWS.index("sigma")] = rows[ROWS.index("c_in")] = 1  # alpha = 0: what comes out is the noise itself
+    results, expected = both(monkeypatch, noise_forward, random(shape, 1), noise=noise, table=Coefficients(rows))
     assert torch.equal(results[0].view(torch.int32), expected[0].view(torch.int32))
 
 
@@ -94,9 +96,10 @@ def test_noise_inside_a_kernel_has_the_bits_of_the_cpu(monkeypatch, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_noising(monkeypatch, shape, dtype):
     table, noise = table_and_noise(shape[0])
-    assert_close(*both(monkeypatch, noise_forward, random(shape, 1), noise, table, dtype, True))
-    arguments = random(shape, 1, dtype), random(shape, 2), 0.2, 0.45, noise, table
-    assert_close(*both(monkeypatch, generator_noise_forward, *arguments))
+    drawn = {"noise": noise, "table": table}
+    assert_close(*both(monkeypatch, noise_forward, random(shape, 1), **drawn, dtype=dtype, return_state=True))
+    samples = random(shape, 1, dtype), random(shape, 2)
+    assert_close(*both(monkeypatch, generator_noise_forward, *samples, reading=READING, **drawn))
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -104,27 +107,28 @@ def test_noising(monkeypatch, shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient(monkeypatch, shape, weighting, cost):
     table, noise = table_and_noise(shape[0], weighting)
+    options = {"x": random(shape, 5), "noise": noise, "table": table, "weighting": weighting, "cost": cost}
 
-    def with_statistics(function, *arguments):
-        gradient, statistics = function(*arguments)
+    def with_statistics(function, **given):
+        gradient, statistics = function(**given)
         return gradient, statistics.score_gradient_square, statistics.transport_cost
 
     for dtype in DTYPES:
-        outputs = [random(shape, seed, dtype) for seed in (1, 2, 3)]
-        rest = noise, table, 0.3, weighting, cost
-        from_y = outputs[0], outputs[1], random(shape, 4), random(shape, 5), *rest
-        assert_close(*both(monkeypatch, functools.partial(with_statistics, rdmd_gradient), *from_y))
-        weights = torch.linspace(0.05, 2, shape[0])
-        for weight in (0.3, weights):
-            from_generator = *outputs, random(shape, 5), 0.2, 0.45, noise, table, weight, weighting, cost
-            assert_close(*both(monkeypatch, functools.partial(with_statistics, generator_gradient), *from_generator))
+        given = {"f_real": random(shape, 1, dtype), "f_fake": random(shape, 2, dtype), **options}
+        of_y = functools.partial(with_statistics, rdmd_gradient)
+        assert_close(*both(monkeypatch, of_y, **given, y=random(shape, 4), transport_weight=0.3))
+        given |= {"f_generator": random(shape, 3, dtype), "reading": READING}
+        of_generator = functools.partial(with_statistics, generator_gradient)
+        for weight in (0.3, torch.linspace(0.05, 2, shape[0])):
+            assert_close(*both(monkeypatch, of_generator, **given, transport_weight=weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_denoising(monkeypatch, shape, dtype):
     table, noise = table_and_noise(shape[0])
-    assert_close(*both(monkeypatch, denoising_gradient, random(shape, 1, dtype), random(shape, 2), noise, table))
+    samples = random(shape, 1, dtype), random(shape, 2)
+    assert_close(*both(monkeypatch, denoising_gradient, *samples, noise=noise, table=table))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

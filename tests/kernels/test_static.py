@@ -54,10 +54,24 @@ def test_turns_move_few_bytes_in_few_launches(static):
     assert turns["eager_fake"]["bytes_over_N"] > 30 and turns["eager_fake"]["launches"] > 14
 
 
+def test_cases_name_every_constant_of_their_kernels(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks.static import static_cases
+
+    cases = static_cases()
+    assert len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        assert list(case.signature) == case.kernel.arg_names
+        assert {name for name, kind in case.signature.items() if kind == "constexpr"} == set(case.constants)
+    assert [case.name for case in static_cases(ROOT / "kernels/ema_update.py")] == [
+        case.name for case in cases if case.name.startswith("ema_update/")
+    ]
+
+
 BAD_KERNELS = """
 import triton
 import triton.language as tl
-from rdmd_fast.kernels._static import StaticCase
+from tests.kernels.static_cases import StaticCase
 
 @triton.jit
 def scale_kernel(x, y, n, BLOCK: tl.constexpr):
@@ -164,10 +178,11 @@ def test_plain_turns_compute_what_the_kernels_compute(monkeypatch):
 
     plain_kernels.generator_turn(generator, teacher, fake_score, x, sigma, 0.3, noise.values(x))
     expected, _ = generator_gradient(
-        teacher.output, fake_score.output, generator.output, x, reading.skip, reading.scale, noise, table, 0.3
-    )
+        f_real=teacher.output, f_fake=fake_score.output, f_generator=generator.output, x=x,
+        reading=reading, noise=noise, table=table, transport_weight=0.3,
+    )  # fmt: skip
     torch.testing.assert_close(generator.received[0], expected, rtol=2e-2, atol=2e-2 * float(expected.std()))
 
     plain_kernels.fake_turn(fake_score, x, sigma, noise.values(x))
-    expected, _ = denoising_gradient(fake_score.output, x, noise, table)
+    expected, _ = denoising_gradient(fake_score.output, x, noise=noise, table=table)
     torch.testing.assert_close(fake_score.received[0], expected, rtol=2e-2, atol=2e-2 * float(expected.std()))

@@ -141,7 +141,7 @@ BAD = {
     "other block": (change(MODEL, down_block_types=["SkipDownBlock2D"] * 2), "down_block_types.0: input should be"),
     "other embedding": (change(MODEL, time_embedding_type="fourier"), "time_embedding_type: input should be"),
     "unknown key": (change(MODEL, gates=True), "gates: is not a key that is known here"),
-    "wrong type": (change(MODEL, layers_per_block="2"), "layers_per_block: input should be a valid integer, found 2"),
+    "wrong type": (change(MODEL, layers_per_block="2"), "layers_per_block: input should be a valid integer, found '2'"),
     "levels": (change(MODEL, block_out_channels=[8]), "down_block_types has 2 entries, block_out_channels 1"),
     "learned variance": (change(MODEL, out_channels=6), "out_channels is 6, in_channels 3"),
     "groups": (change(MODEL, norm_num_groups=3), "8 does not divide by norm_num_groups = 3"),

@@ -1,16 +1,19 @@
-"""Validation on held-out points of shards."""
+"""Validation on held-out samples, and what stands in without any."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from rdmd_fast.cli import main as rdmd
+from rdmd_fast.config import load_config
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.exact_transport import squared_w2
-from rdmd_fast.monitoring.validation import PointsValidator, ValidationOptions
+from rdmd_fast.monitoring.validation import PointsValidator, ToyValidator, ValidationOptions, open_validation
+from rdmd_fast.processes.world import World
 from rdmd_fast.trainer import main
 
 
@@ -26,6 +29,19 @@ def test_points_are_compared_with_one_half_of_the_targets_and_the_other():
     assert validator.best_by == "squared_w2"
     with pytest.raises(InputError, match="50 held-out sources and 3 targets"):
         PointsValidator(ValidationOptions(), source, target[:3])
+
+
+def test_toys_are_measured_by_fresh_points_and_shards_without_held_out_ones_only_pictured():
+    world = World(0, 1, torch.device("cpu"))
+    toys = load_config(Path(__file__).parents[2] / "configs/toy/gaussian_to_gaussian.yaml", ["validation.count=20"])
+    validation = open_validation(toys, world, None, None)
+    assert isinstance(validation.points, ToyValidator) and validation.best_by == "squared_w2" and validation.measure
+    assert validation.held_out_sources.shape == (20, 2)
+
+    images = toys.model_copy(update={"data": toys.data.model_copy(update={"source": "shards"})})
+    validation = open_validation(images, world, None, SimpleNamespace(batch=lambda at: torch.ones(len(at), 3, 8, 8)))
+    assert (validation.points, validation.measure, validation.best_by) == (None, None, None)
+    assert validation.held_out_sources.shape == (images.telemetry.sample_count, 3, 8, 8)
 
 
 def test_packed_points_train_a_teacher_and_a_map_that_is_measured(tmp_path, monkeypatch):

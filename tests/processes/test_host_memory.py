@@ -55,6 +55,6 @@ def test_the_environment_decides_first():
 
 @glibc
 def test_joining_the_world_keeps_it():
-    program = "from rdmd_fast import distributed as d; d.keep_freed_memory = lambda: print('kept'); d.join_world()"
+    program = "from rdmd_fast.processes import world as w; w.keep_freed_memory = lambda: print('kept'); w.join_world()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines().count("kept") == 1

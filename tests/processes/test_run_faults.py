@@ -158,7 +158,7 @@ def test_metrics_on_a_full_disk(train, unbroken, tmp_path, monkeypatch):
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
     """In a process with a limit on file sizes, which cuts writes short as a full disk does."""
     script = (
-        "import resource, sys; from pathlib import Path; from rdmd_fast.processes.signals import append_line\n"
+        "import resource, sys; from pathlib import Path; from rdmd_fast.files import append_line\n"
         "path = Path(sys.argv[1]); append_line(path, 'one')\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 100))\n"
         "try: append_line(path, 'x' * 20)\n"
@@ -292,7 +292,7 @@ import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from rdmd_fast.errors import InputError
-from rdmd_fast.processes.signals import run_lock
+from rdmd_fast.processes.run_lock import run_lock
 try:
     with run_lock(Path(sys.argv[1])):
         worker = os.fork() if len(sys.argv) > 2 else None

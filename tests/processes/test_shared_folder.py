@@ -12,7 +12,8 @@ from rdmd_fast.processes import shared_folder
 ROOT = Path(__file__).parents[2]
 # A rank whose patience with network file systems is short.
 RANK = (
-    "import sys; from rdmd_fast import nodes, trainer; nodes.STALE_SECONDS = 0.5; sys.exit(trainer.main(sys.argv[1:]))"
+    "import sys; from rdmd_fast import trainer; from rdmd_fast.processes import shared_folder; "
+    "shared_folder.STALE_SECONDS = 0.5; sys.exit(trainer.main(sys.argv[1:]))"
 )
 
 

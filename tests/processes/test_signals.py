@@ -48,9 +48,9 @@ def latest(folder):
 
 HOLD = """
 import time
-from rdmd_fast import runtime
-runtime.REPEAT_SECONDS = {repeat}
-with runtime.StopSignal() as stop:
+from rdmd_fast.processes import signals
+signals.REPEAT_SECONDS = {repeat}
+with signals.StopSignal() as stop:
     print("ready", flush=True)
     while stop.requested is None: time.sleep(0.01)
     print(stop.requested.name, flush=True)
@@ -92,7 +92,8 @@ def test_signal_while_modules_are_imported_saves_and_exits_75(tmp_path):
 
 def test_a_run_outlives_those_who_read_what_it_says():
     script = (
-        "from rdmd_fast.processes.signals import say; import sys; [say('x' * 100000) for _ in range(3)]; sys.exit(75)"
+        "import sys; from rdmd_fast.monitoring.telemetry import say; "
+        "[say('x' * 100000) for _ in range(3)]; sys.exit(75)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -104,13 +105,15 @@ def test_a_run_outlives_those_who_read_what_it_says():
 # A rank signals itself in the middle of something, ``insist`` times.
 DURING = """
 import os, signal, time
-from rdmd_fast import checkpoint, runtime, trainer
+from rdmd_fast import trainer
+from rdmd_fast.checkpoints import checkpoint
+from rdmd_fast.processes import signals
 owner, name = {{"save": (checkpoint, "write_state"), "validate": (trainer.Training, "_measure")}}["{what}"]
 original, done = getattr(owner, name), []
 def spoilt(*arguments, **keywords):
     if rank == {on} and not done:
         done.append(True)
-        runtime.REPEAT_SECONDS = 0.1
+        signals.REPEAT_SECONDS = 0.1
         for _ in range({insist}):
             os.kill(os.getpid(), signal.{signal})
             time.sleep(0.2)

@@ -68,12 +68,12 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
 SLOW = """
 import sys, time
 from rdmd_fast import cli
-from rdmd_fast.data import packing
-load = packing._load_chunk
+from rdmd_fast.data.packing import pack_sets
+load = pack_sets._load_chunk
 def slow(*args):
     time.sleep(0.05)
     return load(*args)
-packing._load_chunk = slow
+pack_sets._load_chunk = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
 

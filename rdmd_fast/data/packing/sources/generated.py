@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rdmd_fast.data.packing.sources import Sample, SampleSet, digits
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.errors import InputError
+from rdmd_fast.options import explain
 from rdmd_fast.randomness import Philox, Stream
 
 TOY_PREFIX = "toy:"
@@ -50,11 +51,10 @@ def toy_sets(args) -> list[SampleSet]:
 
     size = {key: value for key in TOY_OPTIONS if (value := getattr(args, key)) is not None}
     try:
-        toy = ToyDistribution(toy=name, **size)
+        toy = ToyDistribution.model_validate({"toy": name, **size})
     except ValidationError as error:
-        first = error.errors()[0]
-        option = f"--{first['loc'][0]} {size[first['loc'][0]]:g}: " if first["loc"] else ""
-        raise InputError(f"{args.source}: {option}{first['msg'].removeprefix('Value error, ')}") from error
+        flag = "--" if error.errors()[0]["loc"] else ""
+        raise InputError(f"{args.source}: {flag}{explain(error, ToyDistribution)}") from None
     points = toy.sample(Philox(args.seed), Stream.EVALUATION, torch.arange(args.count)).numpy()
 
     def sample(position: int) -> Sample:

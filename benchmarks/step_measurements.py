@@ -1,0 +1,135 @@
+"""What an iteration's benchmark measures on a side: time by phase, memory, FLOPs, host synchronisations, launches."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.host_syncs import HostSyncs, count_host, count_on_gpu
+from benchmarks.networks import CUDA, DTYPES, matmul_peak, peak_of, seconds
+from benchmarks.step_cases import BATCHES, ROOT, compile_as, run_config
+from benchmarks.step_sides import Ours, Plain
+from benchmarks.traffic import MATMULS, network_traffic
+from rdmd_fast.processes.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
+
+
+def best_times(sides: dict[str, Callable[[], None]], rounds: int, burst: int) -> dict[str, float]:
+    """Time iterations, the best of each side since machines are shared; ``burst`` of one side at a time.
+
+    The first one of several is not timed: it finds the memory and the caches as the other side has left them.
+    """
+    for iteration in sides.values():
+        for _ in range(2):
+            iteration()
+    columns: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for dtype in DTYPES:
+            matmul_peak(dtype)  # when the machine is fast, it is for both
+        for name, iteration in sides.items():
+            # As train.py sets the C library's allocator, and as it comes.
+            keep_freed_memory() if name.startswith("ours") else keep_freed_memory(2 * LARGEST_MMAP_THRESHOLD)
+            if burst > 1:
+                iteration()
+            timed = max(1, burst - 1)
+            columns[name].append(seconds(lambda run=iteration, timed=timed: [run() for _ in range(timed)]) / timed)
+    return {name: min(column) for name, column in columns.items()}
+
+
+def counts(sides: dict[str, Ours | Plain]) -> dict[str, dict]:
+    """Count host synchronisations and launches; on a CPU bytes outside matrix products too, of what is not compiled."""
+    if CUDA:
+        return {name: count_on_gpu(side) for name, side in sides.items()}
+    counted = {"ours": count_host(sides["ours"]), "plain": count_plain(sides["plain"])}
+    for name in counted:
+        counted[name]["bytes_outside_matmuls"] = network_traffic(sides[name].iteration, MATMULS)
+    return counted
+
+
+def count_plain(plain: Plain) -> dict:
+    """Count host synchronisations and launches of an iteration, without a GPU."""
+    networks = (plain.rdmd.generator, plain.rdmd.fake_score, plain.rdmd.average, plain.rdmd.teacher)
+    modules = [network for network in networks if isinstance(network, torch.nn.Module)]
+    tensors = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
+    with HostSyncs([*tensors, *plain.sources]) as syncs:
+        plain.iteration()
+    return {"host_syncs": sum(syncs.counts.values()), "launches": syncs.launches}
+
+
+def iteration_flops(plain: Plain) -> float:
+    """Count matmul and convolution FLOPs of one iteration with one rollout."""
+    with FlopCounterMode(display=False) as counter:
+        plain.iteration()
+    with FlopCounterMode(display=False) as rollout, torch.no_grad():
+        plain.rdmd.translate(plain.draw())
+    return counter.get_total_flops() - plain.rdmd.options.fake_updates * rollout.get_total_flops()
+
+
+def phases(ours: Ours, iterations: int = 3) -> dict[str, float]:
+    """Time an iteration by phase, as telemetry takes them, and what lies between them."""
+    ours.telemetry.phase_seconds()
+    total = sum(seconds(ours.iteration) for _ in range(iterations))
+    parts = {name: duration / iterations for name, duration in ours.telemetry.phase_seconds().items()}
+    return {**parts, "other": total / iterations - sum(parts.values())}
+
+
+def processor() -> str:
+    """Name the CPU."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(side: str, dtype: str, arguments: argparse.Namespace) -> int:
+    """Measure the bytes of a process of its own that runs iterations of one side."""
+    command = [
+        sys.executable, "-m", "benchmarks.step", "--case", arguments.case,
+        "--memory-of", side.partition("_")[0], "--dtype", dtype, "--stage", str(arguments.stage),
+        "--batch", str(arguments.batch or BATCHES[arguments.case]),
+        *(["--compile", arguments.compile] if side.endswith("_compiled") else []),
+    ]  # fmt: skip
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()  # the other process needs it
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(arguments: argparse.Namespace) -> None:
+    """Run what ``peak_memory`` starts."""
+    dtype, compiled = arguments.dtype[0], arguments.compile
+    with tempfile.TemporaryDirectory(prefix="rdmd-step-") as name:
+        config = run_config(arguments.case, dtype, Path(name), compile_as(compiled), arguments.batch, arguments.stage)
+        load_libraries(Path(name), dtype)
+
+        def iterations() -> None:
+            if arguments.memory_of == "ours":
+                run = Ours(config)
+            else:
+                run = Plain(arguments.case, config, dtype, compiled, exact_teacher=lambda state, sigma: state)
+            for _ in range(2):  # optimizers have their states from the first one on
+                run.iteration()
+
+        print(peak_of(iterations))
+
+
+def load_libraries(folder: Path, dtype: str) -> None:
+    """Run an iteration of each side on a few points: what they import and load on the way counts for neither."""
+    config = run_config("toy", dtype, folder / "small", ["network.hidden=8", "generator.hidden=8"], 4)
+    ours = Ours(config)
+    ours.iteration()
+    Plain("toy", config, dtype, exact_teacher=lambda state, sigma: state).iteration()
+    ours.experiment.close()

@@ -1,0 +1,163 @@
+"""The two sides of an iteration's benchmark, ours and the plain formulation, and a check that they compute the same."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from benchmarks.networks import DEVICE, build, tf32
+from benchmarks.plain_networks import PlainUNet
+from benchmarks.plain_step import PlainRDMD
+from benchmarks.step_cases import compile_as, run_config, sample_shape
+from rdmd_fast.config import Config
+from rdmd_fast.diffusion import DiffusionOptions
+from rdmd_fast.engine.fp32_masters import gather_parameters, master_shards
+from rdmd_fast.experiment import build_experiment
+from rdmd_fast.monitoring.telemetry import Telemetry
+from rdmd_fast.networks import build_network
+from rdmd_fast.processes.world import join_world
+
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}  # relative, of the losses
+
+
+class Ours:
+    """A run of the trainer, iteration by iteration."""
+
+    def __init__(self, config: Config):
+        self.config, self.world = config, join_world()
+        folder, batch = Path(config.run_dir), config.train.global_batch_size
+        self.telemetry = Telemetry(config.telemetry, self.world, folder, config.train.steps, batch)
+        self.experiment = build_experiment(config, self.world, self.telemetry)
+        self.stage, self.state = self.experiment.stage, self.experiment.state
+        self.telemetry.start(0)
+        self.step = 0
+
+    def iteration(self) -> None:
+        self.telemetry.begin_iteration(self.step)
+        rates = self.experiment.iteration(self.step, self.config.train.steps, self.telemetry)
+        self.telemetry.end_iteration(self.step, rates)
+        self.step += 1
+
+    def means(self) -> dict[str, float]:
+        """Average what was logged since the last call."""
+        telemetry = self.telemetry
+        means = {name: float(total) / telemetry._counts[name] for name, total in telemetry._sums.items()}
+        telemetry._sums.clear(), telemetry._counts.clear()
+        return means
+
+    def on_device(self) -> list[torch.Tensor]:
+        """List parameters, masters, averages: what a GPU run has on the device between iterations."""
+        tensors = [*self.state.ema.shards, *(part for part in vars(self.stage).values() if torch.is_tensor(part))]
+        for engine in self.state.engines.values():
+            tensors += [*engine.module.parameters(), *engine.module.buffers(), *master_shards(engine)]
+            tensors += [*engine.guard.state().values(), engine.guard._numbers, engine.guard.norm, engine.guard._skip]
+        if isinstance(self.stage.teacher, torch.nn.Module):
+            tensors += [*self.stage.teacher.parameters(), *self.stage.teacher.buffers()]
+        return tensors
+
+
+class Plain:
+    """The plain formulation.
+
+    Args:
+        config: ours.
+        weights: state dicts of "generator" and "fake_score"; None for those that the case begins with.
+        sources: batches, ready on the device: the plain side pays nothing for data. None makes random ones.
+        exact_teacher: denoiser of the toys.
+    """
+
+    def __init__(
+        self, case: str, config, dtype: str, compiled: str | None = None, weights=None, sources=None, exact_teacher=None
+    ):
+        config = config.model_copy(update={"train": config.train.model_copy(update={"dtype": dtype})})
+        batch, toy, shape = config.train.global_batch_size, case == "toy", sample_shape(case)
+        if toy:
+            networks = [build_network(config.generator, shape), build_network(config.network, shape)]
+        else:
+            networks = [build(case) for _ in range(3)]
+            networks[2].requires_grad_(False)
+        for network, name in zip(networks, ("generator", "fake_score"), strict=False):
+            if weights is not None:
+                network.load_state_dict(weights[name])
+        calls = [network.to(DEVICE) if toy else PlainUNet(network.to(DEVICE)) for network in networks]
+        if compiled:
+            calls = [torch.compile(call, mode=compiled) for call in calls]
+        diffusion = config.diffusion or DiffusionOptions()
+        self.rdmd = PlainRDMD(
+            *calls[:2], exact_teacher if toy else calls[2], config, diffusion.sigma_data, exact_teacher=toy,
+            residual_generator=toy,
+        )  # fmt: skip
+        self.sources = sources or [torch.randn(batch, *shape, device=DEVICE).clamp(-1, 1) for _ in range(8)]
+        self.compiled, self.drawn = compiled, 0
+
+    @classmethod
+    def like(cls, ours: Ours, case: str, dtype: str, compiled: str | None) -> Plain:
+        """Build one with ours's weights as they are now, and its sources."""
+        weights = {
+            name: gather_parameters(engine, [shard.clone() for shard in master_shards(engine)])
+            for name, engine in ours.state.engines.items()
+        }
+        batch = ours.config.train.global_batch_size
+        sources = [ours.stage.source.batch(torch.arange(start, start + batch)) for start in range(0, 8 * batch, batch)]
+        exact = ours.stage.teacher.denoiser if case == "toy" else None
+        return cls(case, ours.config, dtype, compiled, weights, sources, exact)
+
+    def draw(self) -> torch.Tensor:
+        self.drawn += 1
+        return self.sources[self.drawn % len(self.sources)]
+
+    def iteration(self) -> None:
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+        self.rdmd.iteration(self.draw)
+
+
+def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, float]]:
+    """Compare losses of the coming iteration and gradient norms on ours's sources, levels and noise: (ours, plain).
+
+    Raises:
+        RuntimeError: they differ, and times would be of different things.
+    """
+    stage, layout, step = ours.stage, ours.stage.layout, ours.step
+    x, _ = stage._sources(0)
+    table, noise = stage.generator_process.draw(layout.positions(step * layout.global_batch, 0), 0)
+    first = stage.fake_updates_done * layout.global_batch
+    fake_table, fake_noise = stage.fake_process.draw(layout.positions(first, 0), 0)
+    sigmas = [(t.row("sigma") / t.row("alpha")).clone() for t in (table, fake_table)]
+    epsilons = [n.values(x).clone() for n in (noise, fake_noise)]
+    ours.means()
+    # What is compiled would be compiled anew for it.
+    with contextlib.nullcontext() if plain.compiled else tf32(False):
+        ours.iteration()
+        mine = ours.means()
+        y = plain.rdmd.generator_update(x, sigmas[0], epsilons[0])
+        plain.rdmd.fake_update(x, sigmas[1], epsilons[1], y)
+    pairs = {name: (mine[name], plain.rdmd.logged[name]) for name in ("score_gradient_square", "transport_cost")}
+    # Ours reports ‖F - F*‖², which is that loss.
+    pairs["fake_loss"] = (mine["fake_loss"], plain.rdmd.logged["fake_loss"])
+    for name, engine in ours.state.engines.items():
+        norm = "generator_norm" if name == "generator" else "fake_norm"
+        pairs[norm] = (float(engine.guard.norm), plain.rdmd.logged[norm])
+    for name, (a, b) in pairs.items():
+        if not abs(a - b) <= TOLERANCE[dtype] * abs(b):
+            raise RuntimeError(f"{name}: ours {a:.6g}, plain {b:.6g}: the two do not compute the same")
+    return pairs
+
+
+def build_sides(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tuple[dict[str, Ours | Plain], dict]:
+    """Build what is timed, by name, and by ours's names the losses of ``check_equal``."""
+    case, sides, losses = arguments.case, {}, {}
+    modes = {"": None} | ({"_compiled": arguments.compile} if arguments.compile else {})
+    for suffix, mode in modes.items():
+        more, run_folder = compile_as(mode), folder / f"run{suffix}"
+        ours = Ours(run_config(case, dtype, run_folder, more, arguments.batch, arguments.stage))
+        for _ in range(2):
+            ours.iteration()  # so that fake score and teacher differ
+        plain = Plain.like(ours, case, dtype, mode)
+        losses[f"ours{suffix}"] = check_equal(ours, plain, dtype)
+        sides |= {f"ours{suffix}": ours, f"plain{suffix}": plain}
+        if plain_fp32 is None:
+            plain_fp32 = plain if dtype == "fp32" else Plain.like(ours, case, "fp32", None)
+    return {**sides, "plain_fp32": plain_fp32}, losses
