@@ -36,7 +36,9 @@ class Ours:
 
     def iteration(self) -> None:
         self.telemetry.begin_iteration(self.step)
-        rates = self.experiment.iteration(self.step, self.config.train.steps, self.telemetry)
+        rates = self.experiment.set_learning_rates(self.step, self.config.train.steps)
+        self.experiment.update_networks(self.step)
+        self.experiment.update_ema(self.step)
         self.telemetry.end_iteration(self.step, rates)
         self.step += 1
 

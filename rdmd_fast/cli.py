@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-from rdmd_fast.errors import EXIT_BAD_INPUT, InputError, of_the_machine
+from rdmd_fast.errors import EXIT_BAD_INPUT, InputError, describe_system_error
 
 # name -> (module with add_arguments(parser) and run(arguments) -> exit status, one line of help)
 COMMANDS = {
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, MemoryError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise
-        print(f"error: {of_the_machine(error)}", file=sys.stderr)
+        print(f"error: {describe_system_error(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 

@@ -47,7 +47,7 @@ def quoted(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:60]} … {text[-30:]}"
 
 
-def of_the_machine(error: OSError | MemoryError) -> str:
+def describe_system_error(error: OSError | MemoryError) -> str:
     """The line for a file that cannot be read or written, or for memory that is not there."""
     if isinstance(error, OSError):
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "

@@ -17,7 +17,7 @@ from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.diffusion import DiffusionOptions, Reading
 from rdmd_fast.engine.batch_layout import BatchLayout
 from rdmd_fast.engine.ema import ShardedEMA
-from rdmd_fast.engine.engine import freeze, initialize_engine, set_learning_rate
+from rdmd_fast.engine.engine import freeze_teacher, initialize_engine, set_learning_rate
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions
 from rdmd_fast.engine.stage_context import StageContext
 from rdmd_fast.errors import InputError
@@ -240,7 +240,7 @@ def _distilled_networks(config: Config, source, layout, world: World) -> tuple[N
         reading=config.generator.kind, generator_sigma=config.rdmd.generator_sigma,
         target_class=config.data.target_class, transport_weights=bounds_of(config.rdmd.transport_weight),
     )  # fmt: skip
-    teacher = freeze(teacher, layout, config.train, config.deepspeed, world.device)
+    teacher = freeze_teacher(teacher, layout, config.train, config.deepspeed, world.device)
     return Networks(generator, fake, teacher), export
 
 

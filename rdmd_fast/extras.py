@@ -25,7 +25,7 @@ def require(module: str, extra: str) -> ModuleType:
         raise _missing(module, extra) from error
 
 
-def expect(package: str, extra: str) -> None:
+def check_installed(package: str, extra: str) -> None:
     """``require`` of a package that is imported later, if at all: its import takes a second and memory."""
     if importlib.util.find_spec(package) is None:
         raise _missing(package, extra)

@@ -15,7 +15,7 @@ from rdmd_fast.randomness import Philox, Stream
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-Fresh = Callable[[int], torch.Tensor]
+NoiseOfStep = Callable[[int], torch.Tensor]
 
 
 def karras_levels(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> torch.Tensor:
@@ -46,7 +46,7 @@ class Churn:
         return 1 + min(self.amount / steps, math.sqrt(2) - 1) if within else 1.0
 
 
-def churn_noise(philox: Philox, positions: torch.Tensor, shape: tuple[int, ...], device="cpu") -> Fresh:
+def churn_noise(philox: Philox, positions: torch.Tensor, shape: tuple[int, ...], device="cpu") -> NoiseOfStep:
     """Fresh noise of the samples at ``positions``, int64 [N] below 2^32: a function of position and step alone."""
     return lambda step: philox.normal(Stream.SAMPLER_CHURN, (step << 32) + positions, shape, device)
 
@@ -57,7 +57,7 @@ def heun_sample(
     noise: torch.Tensor,
     levels: torch.Tensor,
     churn: Churn | None = None,
-    fresh: Fresh | None = None,
+    fresh: NoiseOfStep | None = None,
 ) -> torch.Tensor:
     """EDM's second-order sampler for the probability-flow ODE dx/dσ̃ = (x - D)/σ̃ (Algorithms 1 and 2).
 

@@ -15,13 +15,13 @@ from rdmd_fast.processes.signals import StopSignal  # noqa: E402
 def run_rank() -> NoReturn:
     """A whole process: it heeds signals before the seconds that imports take, and keeps no other rank waiting."""
     stop = StopSignal(launched="LOCAL_RANK" in os.environ).hold()
-    from rdmd_fast.processes.failures import end_broken, end_process
+    from rdmd_fast.processes.failures import end_after_error, end_process
     from rdmd_fast.trainer import main
 
     try:
         status = main(stop=stop)
     except Exception as error:
-        end_broken(error)
+        end_after_error(error)
     stop.ignore()
     end_process(status)
 

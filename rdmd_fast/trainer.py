@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from rdmd_fast.errors import EXIT_DONE, EXIT_STOPPED, InputError, WriteError, of_the_machine
+from rdmd_fast.errors import EXIT_DONE, EXIT_STOPPED, InputError, WriteError, describe_system_error
 from rdmd_fast.processes.failures import end_on_bad_input
 from rdmd_fast.processes.launchers import adopt_launcher
 from rdmd_fast.processes.run_lock import run_lock
 from rdmd_fast.processes.signals import StopSignal
-from rdmd_fast.processes.world import on_main, together
+from rdmd_fast.processes.world import on_all_ranks, on_main
 
 EPILOG = """examples:
   deepspeed --num_gpus 8 rdmd_fast/train.py --config configs/digits/teacher_3.yaml
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
             raise
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
-        line = of_the_machine(MemoryError(str(error)) if isinstance(error, RuntimeError) else error)
+        line = describe_system_error(MemoryError(str(error)) if isinstance(error, RuntimeError) else error)
         return end_on_bad_input(InputError(line))
 
 
@@ -188,12 +188,12 @@ class Training:
             say(f"nothing to do: {run_dir} has reached train.steps = {self.total}")
             return True
         began = self.step if checkpoint else -1
-        on_main(world, lambda: self.telemetry.cut_back(began, ended=self.step >= self.total))
+        on_main(world, lambda: self.telemetry.drop_lines_after(began, ended=self.step >= self.total))
         aside = on_main(world, lambda: set_aside_newer(run_dir, began))
         if aside:
             say(f"later checkpoints are now in {aside}")
         on_main(world, lambda: write_atomically(run_dir / "config.yaml", dump_config(self.config)))
-        together(world, lambda: self.telemetry.start(self.step))
+        on_all_ranks(world, lambda: self.telemetry.start(self.step))
         return False
 
     def finish(self, stopped: bool) -> int:
@@ -248,7 +248,7 @@ class Training:
         """Draw RUN/samples/NAME from the averaged weights."""
         path = self.run_dir / "samples" / name
         picture = partial(self.experiment.picture, weights, path)
-        self.tolerate_write_failure(lambda: together(self.world, picture, f"picture {path}"))
+        self.tolerate_write_failure(lambda: on_all_ranks(self.world, picture, f"picture {path}"))
 
     def validate(self, weights: dict[str, torch.Tensor]) -> None:
         """Measure the averaged weights on held-out data; the best so far go to RUN/best."""

@@ -131,7 +131,7 @@ def golden_sequence(philox: Philox, stream: Stream, positions: torch.Tensor) -> 
     return (words.double() + 0.5) / 2**32
 
 
-def told(network: Callable, inputs: dict[str, torch.Tensor]) -> Callable:
+def with_condition(network: Callable, inputs: dict[str, torch.Tensor]) -> Callable:
     """``network`` with further inputs given to every call."""
     return (lambda *arguments: network(*arguments, **inputs)) if inputs else network
 
@@ -142,7 +142,7 @@ def bounds_of(weight: float | LogUniformWeight) -> list[float] | None:
     return list(bounds) if bounds else None
 
 
-def three_of(bounds: WeightRange | None) -> dict[str, float | None]:
+def reported_weights(bounds: WeightRange | None) -> dict[str, float | None]:
     """λ at which a conditioned generator is looked at, by the suffix of its metrics; its middle has none."""
     if bounds is None:
         return {"": None}

@@ -33,7 +33,7 @@ from rdmd_fast.checkpoints.training_state import TrainingState, read_state, writ
 from rdmd_fast.engine.options import zero_stage
 from rdmd_fast.errors import InputError, WriteError
 from rdmd_fast.files import read_text, replace_folder, write_atomically
-from rdmd_fast.processes.world import World, on_main, together
+from rdmd_fast.processes.world import World, on_all_ranks, on_main
 
 
 def save_checkpoint(
@@ -71,7 +71,7 @@ def save_checkpoint(
     what = f"checkpoint {final}"
     try:
         on_main(world, lambda: _make_room(root, partial, what), what)
-        mine = together(world, lambda: seal_files(partial, write_state(partial, state, tensors, world)), what)
+        mine = on_all_ranks(world, lambda: seal_files(partial, write_state(partial, state, tensors, world)), what)
         files = {name: entry for part in world.gather(mine) for name, entry in part.items()}
         on_main(world, lambda: _publish(partial, final, content, dict(sorted(files.items())), options), what)
     except WriteError:
@@ -142,7 +142,7 @@ def _find_defect(folder: Path, world: World) -> str | None:
     try:
         files = on_main(world, lambda: read_whole_manifest(folder)["files"])
         mine = sorted(files)[world.rank :: world.size]
-        together(world, lambda: check_hashes(folder, {name: files[name] for name in mine}))
+        on_all_ranks(world, lambda: check_hashes(folder, {name: files[name] for name in mine}))
     except Defect as defect:
         return str(defect)
     return None

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rdmd_fast.engine.fp32_masters import master_parameters, persistent_buffers, pieces, whole_masters
+from rdmd_fast.engine.fp32_masters import master_parameters, persistent_buffers, shard_pieces, whole_masters
 from rdmd_fast.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,7 +38,7 @@ def save_engine(folder: Path, engine, rank: int, ema_shards: list[torch.Tensor] 
     Args:
         ema_shards: the average of this engine's masters, shaped as ``masters.master_parameters``.
     """
-    own = pieces(engine) if rank == 0 or engine.zero_optimization() else []
+    own = shard_pieces(engine) if rank == 0 or engine.zero_optimization() else []
     tensors = {}
     for kind, shards in _kinds(engine, ema_shards).items():
         tensors |= {piece.key(kind): piece.of(shards).cpu() for piece in own}
@@ -182,7 +182,7 @@ def load_engine(
     saved = SavedEngine(folder, place)
     _restore_counters(engine, counters)
     _prepare_adam(engine, counters["adam_step"])
-    own = pieces(engine)
+    own = shard_pieces(engine)
     for kind, shards in _kinds(engine, ema_shards).items():
         for piece in own:
             piece.of(shards).copy_(saved.read(kind, piece.name, piece.start, piece.stop))

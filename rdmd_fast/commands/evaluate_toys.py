@@ -11,7 +11,7 @@ import torch
 from rdmd_fast.config import load_config
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.errors import InputError
-from rdmd_fast.model_files.models import Generator, conditions, load_generator
+from rdmd_fast.model_files.models import Generator, condition_inputs, load_generator
 from rdmd_fast.monitoring.drawing import toy_picture
 from rdmd_fast.monitoring.validation import ToyValidator
 from rdmd_fast.transport_weight import output_name
@@ -35,7 +35,7 @@ def evaluate_toy_run(arguments: argparse.Namespace) -> dict:
     bounds = generator.config.weight_range
     weights = arguments.transport_weight or [bounds.middle if bounds else None]
     for weight in weights:
-        conditions(generator.config, weight, 1)  # names a λ that it does not take ahead of any work
+        condition_inputs(generator.config, weight, 1)  # names a λ that it does not take ahead of any work
     options = config.validation.model_copy(update={"count": arguments.count or TOY_COUNT})
     seed = config.seed if arguments.seed is None else arguments.seed
     validator = ToyValidator(options, config.data.source, config.data.target, seed, config.rdmd)

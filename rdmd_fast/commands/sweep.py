@@ -10,7 +10,7 @@ from rdmd_fast.config import load_config
 from rdmd_fast.errors import InputError
 from rdmd_fast.figures.sweep_picture import draw
 from rdmd_fast.figures.sweep_tables import row_of, write_tables
-from rdmd_fast.studies.jobs import run_points
+from rdmd_fast.studies.jobs import run_jobs
 from rdmd_fast.studies.recommendation import advise
 from rdmd_fast.studies.sweep_jobs import GridSetting, default_sigmas, default_weights, grid_of, reference_point
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     grid = plan(arguments)
     out = Path(arguments.out)
     points = [setting.point for setting in grid]
-    references, *results = run_points([reference_point(grid), *points], out / "points", arguments.jobs)
+    references, *results = run_jobs([reference_point(grid), *points], out / "points", arguments.jobs)
     rows = [row_of(setting, result) for setting, result in zip(grid, results, strict=True)]
     write_tables(out, rows, references, advise(rows, references))
     draw(grid, [point.folder(out / "points") for point in points], out / "sweep.png")

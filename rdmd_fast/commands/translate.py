@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Translate every sample by a generator; errors as ``translate_folder``."""
     from rdmd_fast.model_files.export_format import read_export_config
-    from rdmd_fast.model_files.models import conditions
+    from rdmd_fast.model_files.models import condition_inputs
 
     config = read_export_config(arguments.model, "generator")
-    conditions(config, arguments.transport_weight, 1)  # names a λ that it does not take ahead of any work
+    condition_inputs(config, arguments.transport_weight, 1)  # names a λ that it does not take ahead of any work
     method = OneStep(arguments.model, arguments.dtype, arguments.transport_weight)
     return translate_folder(
         arguments, method, f"--model {arguments.model}", tuple(config.sample_shape), arguments.overlap

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from rdmd_fast.engine.batch_layout import BatchLayout
-from rdmd_fast.engine.fp32_masters import master_shards, pieces, whole_masters
+from rdmd_fast.engine.fp32_masters import master_shards, shard_pieces, whole_masters
 from rdmd_fast.engine.master_adam import MasterAdam
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions, TrainOptions, reduce_bucket_size, zero_stage
 from rdmd_fast.engine.update_guard import UpdateGuard
@@ -127,7 +127,7 @@ def _restore_masters(engine, exact: dict[str, torch.Tensor]) -> None:
     """DeepSpeed casts weights before it copies its masters from them; ``exact`` has what they were, flat, by name."""
     if exact:
         shards = master_shards(engine)
-        for piece in pieces(engine):
+        for piece in shard_pieces(engine):
             piece.of(shards).copy_(exact[piece.name][piece.start : piece.stop])
 
 
@@ -188,7 +188,9 @@ def _clear_padding(engine) -> None:
             end += size
 
 
-def freeze(network: torch.nn.Module, layout: BatchLayout, train: TrainOptions, section: dict, device: torch.device):
+def freeze_teacher(
+    network: torch.nn.Module, layout: BatchLayout, train: TrainOptions, section: dict, device: torch.device
+):
     """The frozen teacher: sharded by an engine without optimizer at ZeRO-3, replicated as a plain module below."""
     network.requires_grad_(False).eval()
     if zero_stage(section) < 3:

@@ -57,7 +57,7 @@ class Piece:
         return f"{kind}/{self.name}[{self.start}:{self.stop}]"
 
 
-def pieces(engine) -> list[Piece]:
+def shard_pieces(engine) -> list[Piece]:
     """What this rank's shards hold, in the order of ``master_parameters``; padding is in none."""
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     optimizer = engine.optimizer
@@ -118,7 +118,7 @@ def gather_parameters(engine, shards: list[torch.Tensor] | None = None) -> dict[
     """
     shards = master_shards(engine) if shards is None else shards
     own: dict[str, list[Piece]] = defaultdict(list)
-    for piece in pieces(engine):
+    for piece in shard_pieces(engine):
         own[piece.name].append(piece)
     whole = {}
     for name, shape in parameter_shapes(engine).items():

@@ -18,7 +18,7 @@ from rdmd_fast.figures.surface_loss import SurfaceSize, compare, optimum
 from rdmd_fast.figures.surface_picture import draw
 from rdmd_fast.files import sha256_of
 from rdmd_fast.metrics.tables import format_table, with_error, write_rows
-from rdmd_fast.studies.jobs import Point, run_points, train_run
+from rdmd_fast.studies.jobs import Job, run_jobs, train_run
 from rdmd_fast.studies.options import FigureOptions, shipped_config
 
 CONFIG = "toy/gaussian_to_gaussian.yaml"
@@ -80,8 +80,9 @@ def train_paths(out: Path, weights: Sequence[float], options: FigureOptions, siz
         for seed in range(options.seeds)
     ]
     points = [
-        Point(
+        Job(
             f"surface-lambda{weight:g}-from{number}-seed{seed}",
+            "train path",
             train_path,
             {
                 "config_sha256": sha256_of(shipped_config(CONFIG)),
@@ -94,7 +95,7 @@ def train_paths(out: Path, weights: Sequence[float], options: FigureOptions, siz
         )
         for weight, number, start, seed in trainings
     ]  # fmt: skip
-    results = run_points(points, out / "points", options.jobs)
+    results = run_jobs(points, out / "points", options.jobs)
     return [
         {
             "transport_weight": weight, "start_r": start[0], "start_alpha_degrees": start[1], "seed": seed,

@@ -22,7 +22,7 @@ from rdmd_fast.extras import require
 from rdmd_fast.files import sha256_of
 from rdmd_fast.metrics.exact_transport import monotonicity_violations, squared_w2
 from rdmd_fast.metrics.tables import format_table, mean_and_error, with_error, write_rows
-from rdmd_fast.studies.jobs import Point, run_points, train_run
+from rdmd_fast.studies.jobs import Job, run_jobs, train_run
 from rdmd_fast.studies.options import FigureOptions, shipped_config
 
 NEAR_COST = 0.05  # of exact transport's
@@ -66,7 +66,7 @@ def make(out: Path, options: FigureOptions, size: ToysSize = SIZE) -> dict:
     require("matplotlib", "eval")
     require("ot", "toy")
     points = [point for problem in size.problems for point in study(problem, options.seeds, size)]
-    results = dict(zip([point.name for point in points], run_points(points, out / "points", options.jobs), strict=True))
+    results = dict(zip([point.name for point in points], run_jobs(points, out / "points", options.jobs), strict=True))
     folders = {point.name: point.folder(out / "points") for point in points}
     rows, runs, best = [], [], {}
     for problem in size.problems:
@@ -118,11 +118,12 @@ def run_overrides(problem: Problem, weight: float, seed: int, size: ToysSize) ->
     ]
 
 
-def study(problem: Problem, seeds: int, size: ToysSize) -> list[Point]:
+def study(problem: Problem, seeds: int, size: ToysSize) -> list[Job]:
     digest = sha256_of(shipped_config(problem.config))
     return [
-        Point(
+        Job(
             run_name(problem, weight, seed),
+            "train map",
             train_map,
             {
                 "config": problem.config,

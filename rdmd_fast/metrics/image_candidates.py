@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.model_files.models import Generator, conditions, load_denoiser
+from rdmd_fast.model_files.models import Generator, condition_inputs, load_denoiser
 from rdmd_fast.networks.feature_networks import fitting
 from rdmd_fast.pixels import PixelImages, to_uint8
 
@@ -48,7 +48,7 @@ def candidates(
     rows = []
     if generator is not None:
         for weight in weights:
-            conditions(generator.config, weight, 1)  # names a λ that it does not take ahead of any work
+            condition_inputs(generator.config, weight, 1)  # names a λ that it does not take ahead of any work
         for weight in weights or (None,):
             more = {} if weight is None else {"transport_weight": weight}
             rows.append(Candidate(row_name(weight), translate(generator, model, weight), more))

@@ -15,7 +15,7 @@ import torch
 
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.errors import InputError
-from rdmd_fast.extras import expect, require
+from rdmd_fast.extras import check_installed, require
 from rdmd_fast.metrics.checks import image_batch
 from rdmd_fast.metrics.image_distances import BLOCK, unit_range
 
@@ -75,7 +75,7 @@ class DigitJudge:
             if tuple(other.shape[:2]) != self.image_size:
                 size = tuple(other.shape[:2])
                 raise InputError(f"{other.path}: {size} images among {self.image_size}, pack at one size")
-        expect("sklearn", "eval")
+        check_installed("sklearn", "eval")
 
     @functools.cached_property
     def _fitted(self) -> _Fitted:

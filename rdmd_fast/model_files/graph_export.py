@@ -22,7 +22,7 @@ from rdmd_fast.extras import require
 from rdmd_fast.files import fsync_path
 from rdmd_fast.model_files.models import Generator
 from rdmd_fast.randomness import Philox, Stream
-from rdmd_fast.transport_weight import told
+from rdmd_fast.transport_weight import with_condition
 
 FILES = {"torch-export": "generator.pt2", "onnx": "generator.onnx"}
 BATCHES = (1, 2, 5)  # of which none but the second is traced
@@ -47,7 +47,7 @@ class Graph(torch.nn.Module):
     def forward(self, images: torch.Tensor, transport_weight: torch.Tensor | None = None) -> torch.Tensor:
         network = self.model
         if transport_weight is not None:
-            network = told(self.model, {"condition": self.bounds.to_condition(transport_weight)})
+            network = with_condition(self.model, {"condition": self.bounds.to_condition(transport_weight)})
         labels = None if self.labels is None else self.labels.expand(images.shape[0], -1)
         return self.reading(network, images, labels)
 

@@ -11,10 +11,10 @@ from rdmd_fast.diffusion import Reading, denoise
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.export_format import ExportConfig, read_export
 from rdmd_fast.model_files.weights import rebuild
-from rdmd_fast.transport_weight import told
+from rdmd_fast.transport_weight import with_condition
 
 
-def conditions(
+def condition_inputs(
     config: ExportConfig, weight: float | torch.Tensor | None, count: int, device="cpu"
 ) -> dict[str, torch.Tensor]:
     """What a network is given for λ, by keyword: a number, [N], or None for the middle of its range.
@@ -54,7 +54,7 @@ class Generator(torch.nn.Module):
     def forward(self, x: torch.Tensor, transport_weight: float | torch.Tensor | None = None) -> torch.Tensor:
         """InputError for a λ outside ``transport_weights``, or for any if that is None."""
         dtype = next(self.model.parameters()).dtype
-        network = told(self.model, conditions(self.config, transport_weight, len(x), x.device))
+        network = with_condition(self.model, condition_inputs(self.config, transport_weight, len(x), x.device))
         return self.reading(network, x.float(), self.config.label_rows(None, len(x), x.device), dtype)
 
 
@@ -91,7 +91,9 @@ class Denoiser(torch.nn.Module):
         sigma = torch.as_tensor(sigma, dtype=torch.float64).cpu()
         labels = self.config.label_rows(class_labels, len(x_noisy), x_noisy.device)
         dtype = next(self.model.parameters()).dtype
-        network = told(self.model, conditions(self.config, transport_weight, len(x_noisy), x_noisy.device))
+        network = with_condition(
+            self.model, condition_inputs(self.config, transport_weight, len(x_noisy), x_noisy.device)
+        )
         return denoise(network, x_noisy, sigma, self.config.diffusion, labels, dtype)
 
 

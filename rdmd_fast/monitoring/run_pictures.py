@@ -10,14 +10,14 @@ import torch
 from rdmd_fast.diffusion import denoise
 from rdmd_fast.engine.options import DTYPES
 from rdmd_fast.errors import InputError
-from rdmd_fast.model_files.models import conditions, translator
+from rdmd_fast.model_files.models import condition_inputs, translator
 from rdmd_fast.model_files.weights import rebuild
 from rdmd_fast.monitoring.validation import PointsValidator
 from rdmd_fast.networks.class_labels import varied_labels
 from rdmd_fast.processes.world import World
 from rdmd_fast.randomness import Stream
 from rdmd_fast.samplers import heun_sample, sampling_levels
-from rdmd_fast.transport_weight import output_name, three_of, told
+from rdmd_fast.transport_weight import output_name, reported_weights, with_condition
 
 Rows = list[tuple[str, torch.Tensor]]
 Picture = Callable[[dict[str, torch.Tensor], Path], None]
@@ -105,13 +105,13 @@ def rdmd_picture(config, world, export, philox, validation, teacher, fake_score,
 
     @torch.no_grad()
     def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
-        looks = sorted(three_of(export.weight_range).values())
+        looks = sorted(reported_weights(export.weight_range).values())
         outputs = [translator(weights, export, world.device, weight)(x).to(world.device) for weight in looks]
-        y, inputs = outputs[len(looks) // 2], conditions(export, None, count, world.device)
+        y, inputs = outputs[len(looks) // 2], condition_inputs(export, None, count, world.device)
         # Sharded networks take every rank to run, though one draws.
         real, fake = (
             denoise(network, y + sigma * noise, sigma, export.diffusion, labels, dtype)
-            for network in (teacher, told(fake_score, inputs))
+            for network in (teacher, with_condition(fake_score, inputs))
         )
         if world.is_main:
             rows = [("source x", x), *zip(map(output_name, looks), outputs, strict=True)]
@@ -121,15 +121,15 @@ def rdmd_picture(config, world, export, philox, validation, teacher, fake_score,
 
 
 def _toy_picture(config, world, export, validator: PointsValidator) -> Picture:
-    from rdmd_fast.extras import expect
+    from rdmd_fast.extras import check_installed
     from rdmd_fast.monitoring.drawing import toy_picture
 
-    expect("matplotlib", "eval")  # missing now is better than missing after the training
+    check_installed("matplotlib", "eval")  # missing now is better than missing after the training
 
     def picture(weights: dict[str, torch.Tensor], path: Path) -> None:
         if not world.is_main:
             return
-        looks = sorted(three_of(export.weight_range).values())
+        looks = sorted(reported_weights(export.weight_range).values())
         outputs = {
             output_name(weight): translator(weights, export, world.device, weight)(validator.source).numpy()
             for weight in looks

@@ -175,13 +175,13 @@ class Telemetry:
         eta = f"{line['eta_seconds'] / 60:.1f} min left" if line["eta_seconds"] is not None else ""
         self.say(f"step {line['step']}/{self.total_steps}  {losses}  {line['images_per_second']:.0f} images/s  {eta}")
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         if not self.world.is_main:
             return
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
-            say(text)
+            print_line(text)
 
     def close(self) -> None:
         """Take the bar down and end the writers and their threads."""
@@ -209,7 +209,7 @@ class Telemetry:
                 name = key.removeprefix("telemetry.")
                 self._sums[name], self._counts[name] = value[0].to(self.world.device), int(value[1])
 
-    def cut_back(self, step: int, ended: bool = False) -> None:
+    def drop_lines_after(self, step: int, ended: bool = False) -> None:
         """Drop lines of metrics.jsonl that the run resumed at ``step`` writes again; for the main rank.
 
         Args:
@@ -348,7 +348,7 @@ def _flat(line: dict, prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line; a run does not end because nobody reads what it says."""
     try:
         print(text, flush=True)

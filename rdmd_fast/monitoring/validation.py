@@ -16,7 +16,7 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.models import translator
 from rdmd_fast.options import Options
 from rdmd_fast.randomness import Philox, Stream
-from rdmd_fast.transport_weight import three_of
+from rdmd_fast.transport_weight import reported_weights
 
 Translate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -96,10 +96,10 @@ class PointsValidator:
         self._prepare(options, source[:count], target[:count], target[half : half + count])
 
     def _prepare(self, options: ValidationOptions, source, target, second_target) -> None:
-        from rdmd_fast.extras import expect
+        from rdmd_fast.extras import check_installed
 
-        expect("ot", "toy")
-        expect("scipy", "eval")
+        check_installed("ot", "toy")
+        check_installed("scipy", "eval")
         self.source, self.target, self.second_target = source, target, second_target
         self.best_by = options.best_by or "squared_w2"
 
@@ -162,7 +162,7 @@ class Validation:
 
     Attributes:
         held_out_sources: [n, …], on the CPU; training sources stand in for missing ones.
-        measure: metrics from the averaged weights, at each λ of ``three_of``; None without held-out data to compare.
+        measure: metrics from the averaged weights, at each λ of ``reported_weights``; None without held-out data to compare.
         best_by: the metric whose lowest value is kept; None for no best.
         points: measures points in the plane, of which a map is drawn; None for other samples.
     """
@@ -204,7 +204,7 @@ def open_validation(config, world, export, source) -> Validation:
     def measure(weights: dict[str, torch.Tensor]) -> dict[str, float]:
         return {
             f"{name}{suffix}": value
-            for suffix, weight in three_of(export.weight_range).items()
+            for suffix, weight in reported_weights(export.weight_range).items()
             for name, value in validator.measure(translator(weights, export, world.device, weight), weight).items()
         }
 

@@ -13,7 +13,7 @@ from rdmd_fast.errors import EXIT_DONE, InputError
 from rdmd_fast.files import write_atomically
 from rdmd_fast.monitoring.telemetry import PHASE_PREFIX
 from rdmd_fast.planning.timing import WARM_UP, throwaway_run, wait
-from rdmd_fast.processes.world import join_world, on_main, together
+from rdmd_fast.processes.world import join_world, on_all_ranks, on_main
 
 COMMUNICATION = ("nccl:", "gloo:")
 """Beginnings of the profiler's names for what ranks send: asynchronous, so that it may overlap with phases.
@@ -53,7 +53,7 @@ def profile(config: Config, iterations: int) -> int:
             wait(world)
         device_seconds = telemetry.phase_seconds() if world.device.type == "cuda" else None
     trace = folder / f"trace_rank{world.rank}.json"
-    together(world, lambda: profiler.export_chrome_trace(str(trace)), str(trace))
+    on_all_ranks(world, lambda: profiler.export_chrome_trace(str(trace)), str(trace))
     rows = phase_rows(profiler.key_averages(), iterations, device_seconds)
     record = {"iterations": iterations, "ranks": world.size, "device": str(world.device), "phases": rows}
     on_main(world, lambda: write_atomically(folder / "phases.json", json.dumps(record, indent=1) + "\n"))

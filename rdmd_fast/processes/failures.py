@@ -26,7 +26,7 @@ _LOST_PEER = re.compile(
 )
 
 
-def end_broken(error: Exception) -> NoReturn:
+def end_after_error(error: Exception) -> NoReturn:
     """End this process after an error that nobody foresaw, or that another rank has caused. Exit status 1.
 
     Raises:
@@ -41,7 +41,7 @@ def end_broken(error: Exception) -> NoReturn:
     else:
         lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
         print("\n".join(f"rank {rank}: {line}" for line in lines), file=sys.stderr)
-    leave(EXIT_BROKEN)
+    end_at_once(EXIT_BROKEN)
 
 
 def end_on_bad_input(error: Exception) -> int:
@@ -59,7 +59,7 @@ def end_on_bad_input(error: Exception) -> int:
     if _is_first(str(error)):
         print(f"error: {error}" + (f" (rank {rank})" if rank else ""), file=sys.stderr, flush=True)
     if not _all_meet(rank, size):
-        leave(EXIT_BAD_INPUT)
+        end_at_once(EXIT_BAD_INPUT)
     return EXIT_BAD_INPUT
 
 
@@ -77,10 +77,10 @@ def end_process(status: int) -> NoReturn:
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
     atexit._run_exitfuncs()
-    leave(status)
+    end_at_once(status)
 
 
-def leave(status: int) -> NoReturn:
+def end_at_once(status: int) -> NoReturn:
     """End without a farewell to process groups: in one, this rank would wait for others that wait for it."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

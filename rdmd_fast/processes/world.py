@@ -69,7 +69,7 @@ class World:
         return values
 
 
-def together(world: World, action: Callable[[], object], what: str | None = None):
+def on_all_ranks(world: World, action: Callable[[], object], what: str | None = None):
     """Run ``action`` on every rank and return this rank's value; what stops one rank stops all, so that none waits.
 
     Collective calls inside ``action`` must come before anything that can fail on some ranks alone.
@@ -97,8 +97,8 @@ def together(world: World, action: Callable[[], object], what: str | None = None
 
 
 def on_main(world: World, action: Callable[[], object], what: str | None = None):
-    """``together`` of an action for the main rank; returns its value, which must be plain, on every rank."""
-    return world.broadcast(together(world, action if world.is_main else lambda: None, what))
+    """``on_all_ranks`` of an action for the main rank; returns its value, which must be plain, on every rank."""
+    return world.broadcast(on_all_ranks(world, action if world.is_main else lambda: None, what))
 
 
 def join_world(timeout: float = 1800.0) -> World:

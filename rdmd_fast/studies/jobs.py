@@ -1,8 +1,8 @@
-"""A study: many points, each computed once and stored, some at a time.
+"""Cached jobs: each computed once, keyed by its kind and settings, some in parallel.
 
-A point is a function of plain settings. Its folder is FOLDER/NAME-DIGEST, the digest being that of its settings: a
-point of other settings stands beside it, and a study that was stopped goes on where it was. What a training needs of
-its own (checkpoints, logs) lies there, too, so that a point that was stopped inside a training resumes that as well.
+A job is a function of plain settings. Its folder is FOLDER/NAME-DIGEST, the digest being that of kind and settings: a
+job of other settings stands beside it, and a study that was stopped goes on where it was. What a training needs of its
+own (checkpoints, logs) lies there too, so that a job that was stopped inside a training resumes that as well.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.files import read_text, strict_json, write_atomically
 
 FORMAT = 1
-MOST_BYTES = 1 << 22  # of a point's result
+MOST_BYTES = 1 << 22  # of a job's result
 SECONDS_TO_SAVE = 60  # for a training whose command was killed
 Work = Callable[[Path, dict], dict]
 
 
 @dataclass(frozen=True)
-class Point:
+class Job:
     """One computation of a study.
 
     Attributes:
         name: what it is, for people: the beginning of its folder's name.
+        kind: what ``work`` does, in a word that outlives its name and module: part of the key.
         work: a function of a module, ``work(folder, settings) -> result``; settings and result are plain JSON values
             (of NaN and infinities, null remains). What it prints goes to folder/log.txt. It may be called again for a
             folder in which it was interrupted.
@@ -46,39 +47,40 @@ class Point:
     """
 
     name: str
+    kind: str
     work: Work
     settings: dict
 
     def folder(self, study: Path) -> Path:
-        text = json.dumps([f"{self.work.__module__}.{self.work.__qualname__}", self.settings], sort_keys=True)
+        text = json.dumps([self.kind, self.settings], sort_keys=True)
         return Path(study) / f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def run_points(points: Sequence[Point], study: Path, jobs: int | None = None, say: Callable = print) -> list[dict]:
-    """Results of ``points`` in their order, each with ``seconds`` that it took; those that are stored are read.
+def run_jobs(jobs: Sequence[Job], study: Path, at_once: int | None = None, say: Callable = print) -> list[dict]:
+    """Results of ``jobs`` in their order, each with ``seconds`` that it took; those that are stored are read.
 
     Args:
         study: folder of the study.
-        jobs: how many at a time; unset, one for each GPU, or for each core without one.
-        say: told of every point that is done.
+        at_once: how many in parallel; unset, one for each GPU, or for each core without one.
+        say: told of every job that is done.
 
     Raises:
-        InputError: of a point's work, with its name; a point that ended without one is told with its log.
+        InputError: of a job's work, with its name; a job that ended without one is told with its log.
     """
-    jobs = default_jobs() if jobs is None else jobs
-    if jobs < 1:
-        raise InputError(f"--jobs {jobs}: must be at least 1")
-    folders = [point.folder(study) for point in points]
-    results = [stored(folder) for folder in folders]
-    todo = {folder: point for folder, point, result in zip(folders, points, results, strict=True) if result is None}
+    at_once = default_jobs() if at_once is None else at_once
+    if at_once < 1:
+        raise InputError(f"--jobs {at_once}: must be at least 1")
+    folders = [job.folder(study) for job in jobs]
+    results = [read_result(folder) for folder in folders]
+    todo = {folder: job for folder, job, result in zip(folders, jobs, results, strict=True) if result is None}
     if todo:
-        say(f"{study}: {len(todo)} of {len(points)} points to compute, {min(jobs, len(todo))} at a time")
-        _compute(todo, min(jobs, len(todo)), say)
-    return [stored(folder) for folder in folders]
+        say(f"{study}: {len(todo)} of {len(jobs)} points to compute, {min(at_once, len(todo))} at a time")
+        _compute(todo, min(at_once, len(todo)), say)
+    return [read_result(folder) for folder in folders]
 
 
-def stored(folder: Path) -> dict | None:
-    """The result of a point, or None while there is none."""
+def read_result(folder: Path) -> dict | None:
+    """The result of a job, or None while there is none."""
     try:
         record = json.loads(read_text(folder / "point.json", MOST_BYTES))
     except (OSError, ValueError):
@@ -95,23 +97,23 @@ def default_jobs() -> int:
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
-def _compute(todo: dict[Path, Point], jobs: int, say: Callable) -> None:
+def _compute(todo: dict[Path, Job], at_once: int, say: Callable) -> None:
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     names, devices = _devices() or [None], context.Queue()
-    for job in range(jobs):
-        devices.put(names[job % len(names)])
-    pool = ProcessPoolExecutor(jobs, context, _settle, (devices,))
+    for number in range(at_once):
+        devices.put(names[number % len(names)])
+    pool = ProcessPoolExecutor(at_once, context, _settle, (devices,))
     with _environment(OMP_NUM_THREADS=str(threads)):
-        waiting: dict[Future, Point] = {pool.submit(_work, point, folder): point for folder, point in todo.items()}
+        waiting: dict[Future, Job] = {pool.submit(_work, job, folder): job for folder, job in todo.items()}
         try:
             done_before = 0
             while waiting:
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    point = waiting.pop(future)
-                    seconds = _outcome(future, todo, point)
+                    job = waiting.pop(future)
+                    seconds = _outcome(future, todo, job)
                     done_before += 1
-                    say(f"[{done_before}/{len(todo)}] {point.name}: {seconds:.0f} s")
+                    say(f"[{done_before}/{len(todo)}] {job.name}: {seconds:.0f} s")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():
@@ -120,14 +122,14 @@ def _compute(todo: dict[Path, Point], jobs: int, say: Callable) -> None:
         pool.shutdown()
 
 
-def _outcome(future: Future, todo: dict[Path, Point], point: Point) -> float:
+def _outcome(future: Future, todo: dict[Path, Job], job: Job) -> float:
     try:
         return future.result()
     except InputError as error:
-        raise InputError(f"{point.name}: {error}") from None
+        raise InputError(f"{job.name}: {error}") from None
     except BrokenProcessPool:
         # All that was under way has ended with the one that was killed: nobody tells which.
-        begun = [str(folder / "log.txt") for folder in todo if folder.is_dir() and stored(folder) is None]
+        begun = [str(folder / "log.txt") for folder in todo if folder.is_dir() and read_result(folder) is None]
         raise InputError(
             f"a process of the study was killed (out of memory?), see {', '.join(begun)}; run the command again"
         ) from None
@@ -173,13 +175,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(point: Point, folder: Path) -> float:
-    """Compute one point and store it; returns the seconds that it took."""
+def _work(job: Job, folder: Path) -> float:
+    """Compute one job and store its result; returns the seconds that it took."""
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with _output_to(folder / "log.txt"):
         try:
-            result = point.work(folder, point.settings)
+            result = job.work(folder, job.settings)
         except InputError:
             raise
         except Exception as error:
@@ -187,10 +189,10 @@ def _work(point: Point, folder: Path) -> float:
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"broke ({reason}), see {folder}/log.txt") from None
         except KeyboardInterrupt:
-            os._exit(1)  # a training has saved; this process shall not begin another point
+            os._exit(1)  # a training has saved; this process must not begin another job
     seconds = time.perf_counter() - start
     record = {
-        "format": FORMAT, "name": point.name, "settings": point.settings, "result": strict_json(result),
+        "format": FORMAT, "name": job.name, "settings": job.settings, "result": strict_json(result),
         "seconds": seconds,
     }  # fmt: skip
     write_atomically(folder / "point.json", json.dumps(record, indent=1) + "\n")
@@ -223,7 +225,7 @@ def train_run(config: str, overrides: Sequence[str], run_dir: Path) -> float:
     """Train (or go on, or find done) one run in this process, as ``train.py`` does; returns seconds of this call.
 
     Raises:
-        InputError: the run ended as bad input or broke (its line is in the point's log).
+        InputError: the run ended as bad input or broke (its line is in the job's log).
         KeyboardInterrupt: it was stopped by a signal, after saving.
     """
     from rdmd_fast.errors import EXIT_DONE, EXIT_STOPPED

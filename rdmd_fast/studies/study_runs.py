@@ -13,7 +13,7 @@ from rdmd_fast.config import Config, load_config
 from rdmd_fast.errors import InputError
 from rdmd_fast.extras import require
 from rdmd_fast.monitoring.drawing import GREEK
-from rdmd_fast.studies.jobs import Point, run_points
+from rdmd_fast.studies.jobs import Job, run_jobs
 from rdmd_fast.studies.measurement_jobs import measure
 from rdmd_fast.studies.options import (
     FigureOptions,
@@ -26,10 +26,10 @@ from rdmd_fast.studies.options import (
 from rdmd_fast.studies.training_jobs import (
     data_digest,
     digest,
-    energy_point,
+    energy_job,
     file_reference,
-    point_reference,
-    training_point,
+    job_reference,
+    training_job,
 )
 
 RDMD, IDENTITY = "RDMD", "identity"
@@ -95,8 +95,8 @@ class StudyRuns:
             if not (Path(study.judge) / str(study.judge_label) / "train").is_dir():
                 raise InputError(f"study {self.path}: judge {study.judge}: has no shards {study.judge_label}/train")
 
-    def run(self, points: list[Point]) -> list[dict]:
-        return run_points(points, self.folder, self.jobs)
+    def run(self, points: list[Job]) -> list[dict]:
+        return run_jobs(points, self.folder, self.jobs)
 
     def teachers(self) -> dict[str, dict]:
         """References of the teachers by domain, ``target`` and, if the study has one, ``source``."""
@@ -104,14 +104,14 @@ class StudyRuns:
             return self._teachers
         wanted = {role: teacher for role, teacher in self.study.teachers if teacher is not None}
         trained = {
-            role: training_point(f"teacher-{role}", self._teacher_config(role, teacher))
+            role: training_job(f"teacher-{role}", self._teacher_config(role, teacher))
             for role, teacher in wanted.items()
             if teacher.config is not None
         }
         results = dict(zip(trained, self.run(list(trained.values())), strict=True))
         for role, teacher in wanted.items():
             if role in trained:
-                self._teachers[role] = point_reference(trained[role], self.folder, results[role])
+                self._teachers[role] = job_reference(trained[role], self.folder, results[role])
             else:
                 self._teachers[role] = file_reference(teacher.export)
         return self._teachers
@@ -160,21 +160,20 @@ class StudyRuns:
             for (weight, seed, point), result in zip(planned, results, strict=True)
         ]
 
-    def _generator_points(self, transport_weights: list[float]) -> list[tuple[float, int, Point]]:
+    def _generator_points(self, transport_weights: list[float]) -> list[tuple[float, int, Job]]:
         teacher = self.teachers()["target"]
         planned = []
         for seed in self.seeds:
             for weight in transport_weights:
                 config = self.training_config(self.study.rdmd, seed, f"rdmd.transport_weight={weight}")
-                planned.append((weight, seed, training_point(f"rdmd-{weight:g}-seed{seed}", config, teacher)))
+                planned.append((weight, seed, training_job(f"rdmd-{weight:g}-seed{seed}", config, teacher)))
         return planned
 
     def conditioned_generators(self) -> list[Candidate]:
         """The generator for all λ, trained with each seed, at each λ of the study."""
         teacher, options = self.teachers()["target"], self.study.conditioned
         points = [
-            training_point(f"conditioned-seed{seed}", self.training_config(options, seed), teacher)
-            for seed in self.seeds
+            training_job(f"conditioned-seed{seed}", self.training_config(options, seed), teacher) for seed in self.seeds
         ]
         trained = list(zip(self.seeds, points, self.run(points), strict=True))
         return [
@@ -183,8 +182,8 @@ class StudyRuns:
             for weight in options.transport_weights
         ]
 
-    def _generator(self, point: Point, result: dict, transport_weight: float | None = None) -> dict:
-        reference = point_reference(point, self.folder, result)
+    def _generator(self, point: Job, result: dict, transport_weight: float | None = None) -> dict:
+        reference = job_reference(point, self.folder, result)
         return {"kind": "generator", "export": reference, "transport_weight": transport_weight}
 
     def untouched(self) -> list[Candidate]:
@@ -222,10 +221,10 @@ class StudyRuns:
     def energy(self) -> dict:
         """Reference of EGSDE's energy network."""
         point = self._energy_point()
-        return point_reference(point, self.folder, self.run([point])[0])
+        return job_reference(point, self.folder, self.run([point])[0])
 
-    def _energy_point(self) -> Point:
-        return energy_point(self.study.energy, self.study.source.train, self.study.target.train)
+    def _energy_point(self) -> Job:
+        return energy_job(self.study.energy, self.study.source.train, self.study.target.train)
 
     def measure(self, candidates: list[Candidate]) -> list[dict]:
         """A row of the table for each: method, setting, seed, metrics, costs; ``folder`` of its point."""
@@ -243,7 +242,7 @@ class StudyRuns:
             for candidate, point, result in zip(candidates, points, self.run(points), strict=True)
         ]
 
-    def _measuring_point(self, candidate: Candidate) -> Point:
+    def _measuring_point(self, candidate: Candidate) -> Job:
         study = self.study
         metrics = {"judge": study.judge, "label": study.judge_label, "features": study.features}
         if study.judge:
@@ -260,7 +259,7 @@ class StudyRuns:
             "-"
         )
         settings = {"model": candidate.model, "data": data, "metrics": metrics, "batch_size": study.batch_size}
-        return Point(f"measure-{name}-seed{candidate.seed}", measure, settings)
+        return Job(f"measure-{name}-seed{candidate.seed}", "measure", measure, settings)
 
 
 def needs_energy(options) -> bool:

@@ -16,8 +16,8 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.models import load_generator
 from rdmd_fast.monitoring.validation import ImageValidator, PointsValidator, ToyValidator, held_out_images
 from rdmd_fast.randomness import Philox, Stream
-from rdmd_fast.studies.jobs import Point
-from rdmd_fast.studies.training_jobs import EXPORT, file_reference, train, training_point
+from rdmd_fast.studies.jobs import Job
+from rdmd_fast.studies.training_jobs import EXPORT, file_reference, train, training_job
 
 WEIGHT_FACTORS, SIGMA_FACTORS = (0.25, 1.0, 4.0), (0.5, 1.0, 2.0)  # of the configuration's own values
 WEIGHTS_BESIDE_ZERO = (0.0, 0.05, 0.2)  # of a configuration whose λ is 0
@@ -30,7 +30,7 @@ class GridSetting(NamedTuple):
     transport_weight: float
     generator_sigma: float
     config: Config
-    point: Point
+    point: Job
 
 
 def default_weights(config: Config) -> list[float]:
@@ -60,17 +60,17 @@ def grid_of(
         for sigma in sigmas:
             changes = [f"rdmd.transport_weight={weight!r}", f"rdmd.generator_sigma={sigma!r}"]
             config = load_config(path, [*overrides, *changes, *quiet])
-            point = training_point(f"lambda-{weight:g}-sigma-{sigma:g}", config, teacher)
-            grid.append(GridSetting(weight, sigma, config, Point(point.name, short_run, point.settings)))
+            point = training_job(f"lambda-{weight:g}-sigma-{sigma:g}", config, teacher)
+            grid.append(GridSetting(weight, sigma, config, Job(point.name, "short run", short_run, point.settings)))
     return grid
 
 
-def reference_point(grid: Sequence[GridSetting]) -> Point:
+def reference_point(grid: Sequence[GridSetting]) -> Job:
     """Measure the references by what they depend on alone: one set of them for every grid."""
     settings = grid[0].point.settings
     config = {key: value for key, value in settings["config"].items() if key != "train"}
     config["rdmd"] = config["rdmd"] | {"transport_weight": 1.0, "generator_sigma": 1.0}
-    return Point("reference", measure_references, settings | {"config": config})
+    return Job("reference", "references", measure_references, settings | {"config": config})
 
 
 def short_run(folder: Path, settings: dict) -> dict:

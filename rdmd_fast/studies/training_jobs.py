@@ -13,7 +13,7 @@ from rdmd_fast.baselines.energy import EnergyTrainingOptions
 from rdmd_fast.config import Config
 from rdmd_fast.errors import InputError
 from rdmd_fast.files import sha256_of, write_atomically
-from rdmd_fast.studies.jobs import Point, train_run
+from rdmd_fast.studies.jobs import Job, train_run
 
 EXPORT = "run/export"  # below the folder of a training point
 
@@ -45,7 +45,7 @@ def file_reference(path: str) -> dict:
     return {"path": str(path), "sha256": digest(path)}
 
 
-def point_reference(point: Point, study: Path, result: dict) -> dict:
+def job_reference(point: Job, study: Path, result: dict) -> dict:
     """The export of a training point of the same study."""
     return {"point": point.folder(study).name, "sha256": result["sha256"]}
 
@@ -55,7 +55,7 @@ def referred(reference: dict, folder: Path) -> str:
     return reference["path"] if "path" in reference else str(folder.parent / reference["point"] / EXPORT)
 
 
-def training_point(name: str, config: Config, teacher: dict | None = None) -> Point:
+def training_job(name: str, config: Config, teacher: dict | None = None) -> Job:
     """A point that trains ``config``, its run_dir aside.
 
     Args:
@@ -66,7 +66,7 @@ def training_point(name: str, config: Config, teacher: dict | None = None) -> Po
         plain["data"].get(key) for key in ("source", "target", "source_holdout", "target_holdout")
     ] + [plain["validation"]["judge"]]  # fmt: skip
     data = {folder: data_digest(folder) for folder in named if isinstance(folder, str)}
-    return Point(name, train, {"config": plain, "teacher": teacher, "data": data})
+    return Job(name, "train", train, {"config": plain, "teacher": teacher, "data": data})
 
 
 def train(folder: Path, settings: dict) -> dict:
@@ -91,10 +91,12 @@ def train(folder: Path, settings: dict) -> dict:
     }
 
 
-def energy_point(options: EnergyTrainingOptions, source: str, target: str, seed: int = 0) -> Point:
+def energy_job(options: EnergyTrainingOptions, source: str, target: str, seed: int = 0) -> Job:
     """A point that trains EGSDE's energy network on the shards of two domains."""
     data = {"source": [source, data_digest(source)], "target": [target, data_digest(target)]}
-    return Point("energy", train_energy, {"energy": options.model_dump(mode="json"), "seed": seed, **data})
+    return Job(
+        "energy", "train energy", train_energy, {"energy": options.model_dump(mode="json"), "seed": seed, **data}
+    )
 
 
 def train_energy(folder: Path, settings: dict) -> dict:

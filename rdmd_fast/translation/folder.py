@@ -92,7 +92,7 @@ def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tup
     from rdmd_fast.translation.inputs import open_inputs
     from rdmd_fast.translation.outputs import Outputs
     from rdmd_fast.translation.sizes import make_size
-    from rdmd_fast.translation.work import Job
+    from rdmd_fast.translation.work import TranslationPlan
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: must be at least 1")
@@ -108,7 +108,7 @@ def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tup
     arrays = samples.latents or (autoencoder is not None and not size.blends)  # the latents of tiles are of no image
     outputs = Outputs(Path(arguments.output), (arguments.format or "png") if pictures else None, arrays)
     flags = arguments.batch_size, arguments.skip_unreadable, default_workers()
-    return Job(method, arguments.autoencoder, samples, size, outputs, *flags), autoencoder
+    return TranslationPlan(method, arguments.autoencoder, samples, size, outputs, *flags), autoencoder
 
 
 def _open_autoencoder(folder: str, shape: tuple[int, int, int]):

@@ -18,7 +18,7 @@ from rdmd_fast.translation.outputs import Outputs
 from rdmd_fast.translation.sizes import Crop, Resize, Tiles
 
 
-class Job(NamedTuple):
+class TranslationPlan(NamedTuple):
     """What to translate, and how. Small: it is sent to other processes.
 
     Attributes:
@@ -54,7 +54,7 @@ class Translator:
         note: what the method says of the last batch.
     """
 
-    def __init__(self, job: Job, device: torch.device, autoencoder=None):
+    def __init__(self, job: TranslationPlan, device: torch.device, autoencoder=None):
         self.job, self.device, self.note = job, device, ""
         self.method = job.method.load(device)
         if autoencoder is None and job.autoencoder:
@@ -120,7 +120,7 @@ def _levels(images: torch.Tensor, exact: bool) -> torch.Tensor:
 
 
 def work(
-    job: Job,
+    job: TranslationPlan,
     device: str | torch.device,
     chunks: Sequence[Sequence[int]],
     report: Callable[[int, list[str]], None],
@@ -170,7 +170,7 @@ def work(
 
 
 def _translate_chunk(
-    job: Job, translator: Translator, writers: ThreadPoolExecutor, read: list[tuple[int, Sample]]
+    job: TranslationPlan, translator: Translator, writers: ThreadPoolExecutor, read: list[tuple[int, Sample]]
 ) -> Iterator[Future]:
     """Start the writing of each sample."""
     names = job.samples.names
@@ -185,7 +185,7 @@ def _translate_chunk(
         yield writers.submit(_write, job, names[index], sample, array, level)
 
 
-def _blend(job: Job, translator: Translator, index: int, sample: Sample) -> np.ndarray:
+def _blend(job: TranslationPlan, translator: Translator, index: int, sample: Sample) -> np.ndarray:
     """The image that translated tiles make; a batch of them is held at a time."""
     tiles = iter(sample.pieces)
     batches = iter(lambda: list(itertools.islice(tiles, job.batch_size)), [])
@@ -193,7 +193,7 @@ def _blend(job: Job, translator: Translator, index: int, sample: Sample) -> np.n
     return job.size.join(translated, sample.height, sample.width)
 
 
-def _read(job: Job, index: int) -> Sample | Unreadable:
+def _read(job: TranslationPlan, index: int) -> Sample | Unreadable:
     try:
         sample = job.samples.read(index)
     except Unreadable as error:
@@ -203,7 +203,9 @@ def _read(job: Job, index: int) -> Sample | Unreadable:
     return Sample(sample[None]) if job.samples.latents else Sample(job.size.split(sample), *sample.shape[:2])
 
 
-def _write(job: Job, name: str, sample: Sample, arrays: np.ndarray | None, levels: np.ndarray | None) -> None:
+def _write(
+    job: TranslationPlan, name: str, sample: Sample, arrays: np.ndarray | None, levels: np.ndarray | None
+) -> None:
     """``arrays`` and ``levels`` are of one piece, or None."""
     image = None
     if levels is not None:

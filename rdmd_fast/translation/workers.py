@@ -11,14 +11,14 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from rdmd_fast.errors import InputError, of_the_machine
-from rdmd_fast.translation.work import Job, work
+from rdmd_fast.errors import InputError, describe_system_error
+from rdmd_fast.translation.work import TranslationPlan, work
 
 PATIENCE = 30.0  # seconds that a process has to leave
 
 
 def work_on(
-    job: Job,
+    job: TranslationPlan,
     devices: Sequence[str],
     chunks: Sequence[Sequence[int]],
     report: Callable[[int, list[str]], None],
@@ -88,7 +88,7 @@ def _end(processes: list[multiprocessing.Process]) -> None:
             process.join()
 
 
-def _main(job: Job, device: str, count: int, chunks: Sequence[Sequence[int]], sender: Connection) -> None:
+def _main(job: TranslationPlan, device: str, count: int, chunks: Sequence[Sequence[int]], sender: Connection) -> None:
     """One process: sends the arguments of ``report``, at the end what ``work`` returns, or an InputError."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that files that are half written are removed
@@ -104,7 +104,7 @@ def _main(job: Job, device: str, count: int, chunks: Sequence[Sequence[int]], se
     except InputError as error:
         sender.send(error)
     except (OSError, MemoryError) as error:
-        sender.send(InputError(of_the_machine(error)))
+        sender.send(InputError(describe_system_error(error)))
     except Exception:
         traceback.print_exc()
         sys.exit(1)

@@ -18,7 +18,7 @@ from rdmd_fast.data.shards import sample_reader
 from rdmd_fast.data.shards import shard_set as shards_module
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream_report import StreamReport
-from rdmd_fast.errors import InputError, of_the_machine
+from rdmd_fast.errors import InputError, describe_system_error
 from rdmd_fast.processes.world import World
 from rdmd_fast.trainer import main
 
@@ -287,7 +287,7 @@ def test_what_the_machine_lacks_is_no_fault_of_a_sample(tmp_path, monkeypatch, p
     monkeypatch.setattr(patched, failing(original, error, 1))
     with pytest.raises(type(error)) as raised:
         served(stream)
-    assert re.search(says, of_the_machine(raised.value))
+    assert re.search(says, describe_system_error(raised.value))
     assert not stream.dropped.any() and sorted(served(stream)) == list(range(COUNT))
 
 

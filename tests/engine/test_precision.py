@@ -147,9 +147,9 @@ def test_dtype_that_the_device_lacks_is_refused(world, monkeypatch):
 
 def test_sections_that_deepspeed_refuses_are_one_line(world):
     layout, bf16 = BatchLayout(4, 4, 1, 0, 1), TrainOptions(dtype="bf16")
-    with pytest.raises(InputError, match="deepspeed: bucket"):
+    with pytest.raises(InputError, match="deepspeed: unknown key bucket"):
         section = {"zero_optimization": {"stage": 3, "bucket": 5}}
-        distributed.freeze(torch.nn.Linear(2, 2), layout, bf16, section, world.device)
+        distributed.freeze_teacher(torch.nn.Linear(2, 2), layout, bf16, section, world.device)
 
 
 # -- one engine --------------------------------------------------------------------------------------------------------

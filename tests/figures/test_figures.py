@@ -120,7 +120,7 @@ def test_toys_table_has_every_map_and_resumes(tmp_path, in_this_process, capsys)
     again = toys.make(tmp_path, options, TINY_TOYS)
     assert len(in_this_process) == 6 and again == made
     other = TINY_TOYS.problems[0]._replace(overrides=(*TINY, "rdmd.fake_updates=1"))
-    assert points.stored(toys.study(other, 1, TINY_TOYS)[0].folder(tmp_path / "points")) is None
+    assert points.read_result(toys.study(other, 1, TINY_TOYS)[0].folder(tmp_path / "points")) is None
 
 
 def test_transport_rows_are_those_of_exact_transport():

@@ -9,7 +9,7 @@ import torch
 
 from rdmd_fast import cli, load_denoiser, load_generator
 from rdmd_fast.engine.batch_layout import BatchLayout
-from rdmd_fast.engine.engine import freeze
+from rdmd_fast.engine.engine import freeze_teacher
 from rdmd_fast.engine.options import TrainOptions
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config
@@ -58,7 +58,9 @@ def test_frozen_weights_lie_as_activations_do(edm, tmp_path):
     """A contiguous weight would be copied by every convolution of every call. Values are the same."""
     network = edm(tmp_path / "a.pkl", edm.tiny)
     loaded = load_denoiser(tmp_path / "a.pkl").model
-    teacher = freeze(copy.deepcopy(network), BatchLayout(4, 4, 1, 0, 1), TrainOptions(), {}, torch.device("cpu"))
+    teacher = freeze_teacher(
+        copy.deepcopy(network), BatchLayout(4, 4, 1, 0, 1), TrainOptions(), {}, torch.device("cpu")
+    )
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     x, c_noise = noisy(), SIGMAS.log() / 4
     for frozen in (loaded, teacher):

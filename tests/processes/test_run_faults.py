@@ -280,7 +280,7 @@ def test_lines_that_a_resumed_run_writes_again_are_cut(tmp_path):
     for step, ended, kept in ((2, False, 3), (3, True, 4), (3, False, 5), (0, False, 0)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / "metrics.jsonl").write_text(text + '{"step": 1, "lo')
-        Telemetry(TelemetryOptions(), world, tmp_path, 3, 8).cut_back(step, ended)
+        Telemetry(TelemetryOptions(), world, tmp_path, 3, 8).drop_lines_after(step, ended)
         written = (tmp_path / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in written] == lines[:kept]
 

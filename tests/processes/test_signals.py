@@ -92,8 +92,8 @@ def test_signal_while_modules_are_imported_saves_and_exits_75(tmp_path):
 
 def test_a_run_outlives_those_who_read_what_it_says():
     script = (
-        "import sys; from rdmd_fast.monitoring.telemetry import say; "
-        "[say('x' * 100000) for _ in range(3)]; sys.exit(75)"
+        "import sys; from rdmd_fast.monitoring.telemetry import print_line; "
+        "[print_line('x' * 100000) for _ in range(3)]; sys.exit(75)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()

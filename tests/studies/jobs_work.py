@@ -1,4 +1,4 @@
-"""Work of the points in test_points.py: what their processes import by name."""
+"""Work of the points in test_jobs.py: what their processes import by name."""
 
 import json
 import os

@@ -8,7 +8,7 @@ import select
 import struct
 
 from rdmd_fast.data.shards.sample_reader import SampleReader, fill
-from rdmd_fast.errors import of_the_machine
+from rdmd_fast.errors import describe_system_error
 
 TASK = struct.Struct("=32q")  # ticket, number of samples, then (sample, row) of each; a whole number fits a page
 TASK_SAMPLES = 15
@@ -47,7 +47,7 @@ def main(table: int, store: int, rows: int, tasks: int, reports: int, parent: in
         try:
             faults = fill(reader, memory, rows, pairs)
         except (OSError, MemoryError) as error:  # the parent does it again, and fails if it has no more than this one
-            raise SystemExit(f"decoding worker: {of_the_machine(error)}") from error
+            raise SystemExit(f"decoding worker: {describe_system_error(error)}") from error
         try:
             for index, fault in faults.items():
                 text = fault.encode()[:_LONGEST_FAULT]

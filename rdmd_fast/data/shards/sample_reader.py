@@ -67,7 +67,7 @@ class SampleReader:
                 data = self.pread(shard, offset, size, anew)
                 break
             except OSError as error:
-                if _of_the_machine(error):
+                if _is_the_machines(error):
                     error.filename = self._paths[shard]
                     raise
                 if anew:
@@ -88,7 +88,7 @@ class SampleReader:
         try:
             return decode(data, self.kind)
         except UNREADABLE as error:
-            if _of_the_machine(error):
+            if _is_the_machines(error):
                 raise
             raise InputError(f"cannot be decoded ({error}); pack the set again") from error
 
@@ -139,7 +139,7 @@ def fill(reader: SampleReader, memory: mmap.mmap, rows: int, pairs: Iterable[tup
     return faults
 
 
-def _of_the_machine(error: Exception) -> bool:
+def _is_the_machines(error: Exception) -> bool:
     """Whether it says nothing about the sample, which may well be read the next time."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE
 
