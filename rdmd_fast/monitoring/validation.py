@@ -162,7 +162,7 @@ class Validation:
 
     Attributes:
         held_out_sources: [n, …], on the CPU; training sources stand in for missing ones.
-        measure: metrics from the averaged weights, at each λ of ``reported_weights``; None without held-out data to compare.
+        measure: metrics from the averaged weights, at each λ of ``reported_weights``; None without held-out data.
         best_by: the metric whose lowest value is kept; None for no best.
         points: measures points in the plane, of which a map is drawn; None for other samples.
     """
