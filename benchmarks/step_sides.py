@@ -122,11 +122,8 @@ def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, 
     Raises:
         RuntimeError: they differ, and times would be of different things.
     """
-    stage, layout, step = ours.stage, ours.stage.layout, ours.step
-    x, _ = stage._sources(0)
-    table, noise = stage.generator_process.draw(layout.positions(step * layout.global_batch, 0), 0)
-    first = stage.fake_updates_done * layout.global_batch
-    fake_table, fake_noise = stage.fake_process.draw(layout.positions(first, 0), 0)
+    x, _, table, noise = ours.stage._draw(ours.step, 0)
+    fake_table, fake_noise = ours.stage._draw_fake_noise(0)
     sigmas = [(t.row("sigma") / t.row("alpha")).clone() for t in (table, fake_table)]
     epsilons = [n.values(x).clone() for n in (noise, fake_noise)]
     ours.means()

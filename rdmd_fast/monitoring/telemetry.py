@@ -175,7 +175,7 @@ class Telemetry:
         eta = f"{line['eta_seconds'] / 60:.1f} min left" if line["eta_seconds"] is not None else ""
         self.say(f"step {line['step']}/{self.total_steps}  {losses}  {line['images_per_second']:.0f} images/s  {eta}")
 
-    def print_line(self, text: str) -> None:
+    def say(self, text: str) -> None:
         if not self.world.is_main:
             return
         if self._bar is not None:

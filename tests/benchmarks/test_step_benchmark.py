@@ -49,7 +49,7 @@ def test_a_roofline_is_what_an_iteration_moves(step_run):
     run.iteration()
     for process in (run.stage.generator_process, run.stage.fake_process):
         # A GPU draws noise inside kernels.
-        drawn = process.draw(run.stage.layout.positions(8, 0), 0)
+        drawn = process.draw(run.stage.context.layout.positions(8, 0), 0)
         process.draw = lambda *_, drawn=drawn: drawn
     counted = roofline(load_config("configs/digits/rdmd_2to3.yaml"), (3, 8, 8))
     moved = 8 * counted.bytes_a_sample + counted.fixed
