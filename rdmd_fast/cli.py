@@ -1,7 +1,5 @@
 """The ``rdmd`` command. Each subcommand's module is imported when it is called."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys

@@ -1,7 +1,5 @@
 """The whole configuration: composes the options that live beside their components, reads YAML and overrides."""
 
-from __future__ import annotations
-
 from itertools import chain
 from pathlib import Path
 from typing import Literal

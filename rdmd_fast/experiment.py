@@ -1,7 +1,5 @@
 """Builds a stage from its configuration: data, networks, engines, EMA, pictures and validation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Installed packages: this one's version; optional ones, imported where they are needed and named where missing."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import importlib.util
 from types import ModuleType

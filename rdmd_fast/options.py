@@ -1,7 +1,5 @@
 """The base of every typed option. Each component defines its own options beside its code; config.py composes them."""
 
-from __future__ import annotations
-
 import difflib
 import typing
 from collections.abc import Iterator

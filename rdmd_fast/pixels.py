@@ -1,7 +1,5 @@
 """Between uint8 pixels and images in [-1, 1]."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -6,8 +6,6 @@ An iteration is one generator update and then ``fake_updates`` updates of the fa
 the generator's outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 

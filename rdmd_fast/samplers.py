@@ -1,7 +1,5 @@
 """EDM's sampler: noise levels, churn and Heun steps (arXiv 2206.00364, Algorithm 2)."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The teacher stage: denoising score matching on the target domain (EDM, arXiv 2206.00364, Section 5)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """The whole training run, top to bottom."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import sys

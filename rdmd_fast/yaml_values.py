@@ -1,7 +1,5 @@
 """Plain values from YAML files and ``key=value`` overrides, with limits on size, depth and aliases."""
 
-from __future__ import annotations
-
 import os
 import re
 

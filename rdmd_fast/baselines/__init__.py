@@ -4,8 +4,6 @@
 transport maps of 2-D points.
 """
 
-from __future__ import annotations
-
 import torch
 
 from rdmd_fast.baselines import cyclediffusion, ddib, egsde, ilvr, sdedit

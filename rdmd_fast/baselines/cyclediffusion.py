@@ -15,8 +15,6 @@ d_s ε_s is never divided by d_s: the last step, where d_s = 0, carries the resi
 theirs. One teacher in both places therefore returns x. Ours differs in the levels, EDM's.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import torch

@@ -7,8 +7,6 @@ so that encoding begins with x at the lowest level; decoding ends as EDM's sampl
 level; a lower one makes latents that still hold the source's coarse form.
 """
 
-from __future__ import annotations
-
 import torch
 
 from rdmd_fast.baselines.options import DDIBOptions

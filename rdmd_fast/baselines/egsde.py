@@ -13,8 +13,6 @@ elements and grows with the image; the paper's λ_i is for 256×256. Ours differ
 (``low_pass``) and in the classifier (see ``energy``). The weights at 0 leave SDEdit, bit for bit.
 """
 
-from __future__ import annotations
-
 import torch
 
 from rdmd_fast.baselines.options import EGSDEOptions

@@ -7,8 +7,6 @@ DIR/config.json            the network, its data shape
 DIR/energy.safetensors     weights, fp32
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Literal

@@ -8,8 +8,6 @@ conditioning steps): with stop = 0 to the last one, whose output has the source'
 (``low_pass``) and in the levels, EDM's; ``sigma0`` is not the paper's.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import torch

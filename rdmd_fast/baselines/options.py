@@ -1,7 +1,5 @@
 """Options of the baselines. Levels are σ̃ = σ/α in data units, of images in [-1, 1]."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -6,8 +6,6 @@ with score = (D(x_t) - x_t)/σ_t² of the target teacher. Ours differs in the le
 in a geometric σ(t). ``ancestral`` and ``ode`` are not the paper's.
 """
 
-from __future__ import annotations
-
 import torch
 
 from rdmd_fast.baselines.options import SDEditOptions

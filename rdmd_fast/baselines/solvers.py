@@ -4,8 +4,6 @@ All is in variance-exploding form, x_σ = x + σ ε, whatever the teacher's own 
 x_VP = α x_VE with σ = σ_VP/α, so every equation for x_VP divides by α.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple

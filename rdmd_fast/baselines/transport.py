@@ -3,8 +3,6 @@
 Both map samples onto samples: an exact discrete optimum of the squared cost, with no model behind it.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from rdmd_fast.errors import InputError

@@ -6,8 +6,6 @@ checkpoints/step_00001000/
 checkpoints/latest           name of the newest complete one, written last, for people and scripts
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

@@ -10,8 +10,6 @@ number of ranks. Files name what is in them instead, so that no conversion stand
         buffer/NAME               persistent buffers, from the first rank
 """
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

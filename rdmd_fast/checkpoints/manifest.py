@@ -5,8 +5,6 @@ step_00001000/manifest.json   content, every file with size and SHA-256, and a S
 .step_00001000.retired        had the name until its successor got it; the checkpoint itself if that never came
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

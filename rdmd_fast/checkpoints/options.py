@@ -1,7 +1,5 @@
 """Options of checkpoints."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

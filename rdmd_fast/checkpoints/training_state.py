@@ -4,8 +4,6 @@
 ranks/00000.safetensors        each rank's random state and unfinished means
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``rdmd baseline``: translate a folder by SDEdit, ILVR, EGSDE, DDIB or CycleDiffusion, and train EGSDE's network."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import NamedTuple

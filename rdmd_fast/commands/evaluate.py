@@ -1,7 +1,5 @@
 """``rdmd evaluate``: translated images against sources and targets; toy runs against closed forms and exact maps."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A generator, the identity map and whatever else has translated the same images, measured alike."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from pathlib import Path

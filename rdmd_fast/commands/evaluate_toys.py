@@ -1,7 +1,5 @@
 """A toy run measured against its closed form and exact optimal transport: numbers, table and picture."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

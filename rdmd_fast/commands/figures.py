@@ -1,7 +1,5 @@
 """``rdmd figures``: the paper's figures and their tables, made from runs; what is done is not done again."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """``rdmd import-edm``: an NVIDIA EDM pickle as an export of ours, safetensors and config.json."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``rdmd pack``: images, arrays, published data sets, digits or toys into WebDataset shards with an index."""
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

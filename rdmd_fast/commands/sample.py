@@ -1,7 +1,5 @@
 """``rdmd sample``: draw from a teacher with EDM's Heun sampler, to look at it before distilling it."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

@@ -1,7 +1,5 @@
 """``rdmd sweep``: short runs over λ and generator_sigma on a user's own configuration, and which to choose."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

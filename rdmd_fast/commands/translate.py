@@ -3,8 +3,6 @@
 ``translate_folder`` takes any other method through the same files, sizes and devices.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from rdmd_fast.translation.folder import add_folder_arguments, translate_folder

@@ -1,7 +1,5 @@
 """Batches on the device in data units, with the horizontal flips of data augmentation."""
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Literal

@@ -1,7 +1,5 @@
 """Image files in: from a picture to a square uint8 RGB array, and from a nested folder to sorted keys."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """The ``data`` section of a config."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from rdmd_fast.data.toys import ToyDistribution

@@ -1,7 +1,5 @@
 """The order of a data set's samples, a pure function of (seed, position)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ sample order(epoch)[p mod n] of epoch p // n (``order``); in a toy it is the p-t
 for their own positions, so the data do not depend on how a batch is split.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the streams of a run could not read, and how long the steps waited for them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Exponential moving average of an engine's fp32 masters, on each rank's own shard."""
 
-from __future__ import annotations
-
 import torch
 from pydantic import Field
 

@@ -1,7 +1,5 @@
 """Processes, and DeepSpeed engines for the three networks."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from datetime import timedelta

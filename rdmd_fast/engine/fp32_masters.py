@@ -1,7 +1,5 @@
 """Where DeepSpeed keeps an engine's fp32 parameters, the masters: on which rank, in which shard, at which place."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator

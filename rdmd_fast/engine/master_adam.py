@@ -1,7 +1,5 @@
 """Adam in fp32 for bf16 weights that are not sharded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """Options of training that the engine reads: optimizer, batch, precision, ZeRO."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import torch

@@ -1,7 +1,5 @@
 """What both stages of training need of their run, and the step from a known gradient to an engine's backward pass."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -8,8 +8,6 @@ when a line of metrics is due or a checkpoint is written, so nothing here waits 
                       or  ln ‖g‖ > ln(spike_factor) + the running mean of ln ‖g‖ over accepted updates
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """One generator G(x, λ) for the whole trade-off beside generators trained at one λ each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@ weighting. The closed form (metrics.closed_forms) is drawn, Monte Carlo (metrics
 standard errors, and trainings of that config with the exact fake score, from several (r, α), run down the surface.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

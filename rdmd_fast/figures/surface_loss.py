@@ -1,7 +1,5 @@
 """The loss of G = r R(α) over (r, α): the closed form, Monte Carlo beside it, and where the optimum lies."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The picture of the loss over (r, α): the surface, the same from above with the trainings, profiles of it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The picture of a sweep: the same held-out samples by every setting."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The table of a sweep and its recommendation: printed, as sweep.csv and as sweep.json."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ and exact transport is computed between the same sets. Exact transport between s
 the distributions, the cost of a trained map has no such bias.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Quality against faithfulness of RDMD by λ and of the baselines by their settings (arXiv 2406.14762, Figure 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

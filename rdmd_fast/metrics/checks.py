@@ -1,7 +1,5 @@
 """What every metric checks of its inputs, and the optional packages that metrics need."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

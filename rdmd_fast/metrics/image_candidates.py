@@ -1,7 +1,5 @@
 """The rows of an evaluation: a generator at each λ, the identity map, the untrained generator, other translations."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple

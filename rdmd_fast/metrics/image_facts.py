@@ -1,7 +1,5 @@
 """What an evaluation was measured on and with: kept in the report, and printed below its table."""
 
-from __future__ import annotations
-
 from rdmd_fast.metrics.image_report import ImageReport
 from rdmd_fast.metrics.image_sets import ImageSet
 from rdmd_fast.metrics.kernel_distance import SUBSET_SIZE, SUBSETS

@@ -1,7 +1,5 @@
 """What the figures share: their options, the shipped configurations that they train, tables and CSV files."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

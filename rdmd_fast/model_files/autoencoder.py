@@ -1,7 +1,5 @@
 """Images to latents and back, by an AutoencoderKL that diffusers has saved (latent diffusion, arXiv 2112.10752)."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

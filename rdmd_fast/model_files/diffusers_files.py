@@ -1,7 +1,5 @@
 """The files of a folder that diffusers has saved: JSON and safetensors, nothing that could run."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

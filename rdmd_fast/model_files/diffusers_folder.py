@@ -3,8 +3,6 @@
 Nothing but JSON numbers and tensors is read: no pickled weights, no code, no network access.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

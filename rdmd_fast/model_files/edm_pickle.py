@@ -4,8 +4,6 @@ A file is a dict with the network under "ema". Each network object carries its s
 its class, its constructor's arguments and its state, as torch.nn.Module keeps it.
 """
 
-from __future__ import annotations
-
 import mmap
 import re
 from pathlib import Path

@@ -5,8 +5,6 @@ DIR/generator.safetensors or teacher.safetensors   EMA weights, fp32, keys as th
 DIR/README.md                                  model card
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

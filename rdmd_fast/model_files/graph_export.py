@@ -5,8 +5,6 @@ generator of a range of λ, of ``transport_weight``, float32 [N]; it returns flo
 on the CPU, where every operation of ours is its PyTorch reference, so it holds ATen or ONNX operators and no others.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

@@ -1,7 +1,5 @@
 """What an export is loaded as: a one-step translator or a denoiser."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

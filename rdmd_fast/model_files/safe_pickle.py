@@ -4,8 +4,6 @@ Python's unpickler imports what a file names and calls it. Here a name is only l
 functions, and one that is not there is refused.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import pickletools

@@ -1,7 +1,5 @@
 """Teachers from anywhere: exports of the teacher stage, NVIDIA EDM pickles, diffusers folders."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

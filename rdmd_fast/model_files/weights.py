@@ -1,7 +1,5 @@
 """Weights of an export checked and loaded into a network."""
 
-from __future__ import annotations
-
 import torch
 
 from rdmd_fast.errors import InputError

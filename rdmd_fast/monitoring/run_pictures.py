@@ -1,7 +1,5 @@
 """Pictures of a run's samples: images as they are, latents through their decoder, 2-D points as maps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a run tells: progress, metrics.jsonl, TensorBoard, Weights & Biases, seconds by phase, MFU."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Validation while training: held-out sources through the EMA generator, and the best export kept."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

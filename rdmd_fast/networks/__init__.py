@@ -3,8 +3,6 @@
 One that was built to be told a number of each sample, as λ, takes it as ``condition=``.
 """
 
-from __future__ import annotations
-
 import torch
 
 from rdmd_fast.errors import InputError

@@ -4,8 +4,6 @@ An analytic denoiser returns D; F = (D - c_skip x_t) / c_out makes it one of the
 no difference. All of it is float64: the difference of two scores at small σ̃ is divided by σ̃².
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Class labels as networks take them: one-hot rows, float32 [N, classes]; None for a network without classes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """A number that networks are told beside the noise level: how a sample's λ reaches generator and fake score."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """A diffusers UNet2DModel and the schedule that it was trained on, with the names of its folder's config files."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator

@@ -4,8 +4,6 @@ State-dict keys are diffusers', so that its safetensors load one to one; the lib
 Parameters are read only inside the forward of their own module, since ZeRO-3 gathers them module by module.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

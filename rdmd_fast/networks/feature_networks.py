@@ -9,8 +9,6 @@ What a file takes, by its ``input``:
     auto    uint8 if the file's forward has an argument ``return_features``, as that Inception's has; else float
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import warnings

@@ -1,7 +1,5 @@
 """FLOPs of networks and of a distillation's iteration, counted on shapes alone."""
 
-from __future__ import annotations
-
 import torch
 
 from rdmd_fast.networks import build_network

@@ -5,8 +5,6 @@ buffer names are EDM's, so its checkpoints load one to one; parameters are read 
 module, since ZeRO-3 gathers them module by module.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

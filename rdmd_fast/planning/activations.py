@@ -5,8 +5,6 @@ while ``LiveStorages`` follows every tensor. With ``fused`` the kernels' operati
 GPU; attention keeps queries, keys, values, output and a number a query, as flash attention does on CPU and GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Bytes on disk: a checkpoint, what is kept of them, an export."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from rdmd_fast.planning.planned_networks import PlannedNetworks

@@ -1,7 +1,5 @@
 """``--dry-run``: the resolved configuration, and what it will take: memory by ZeRO stage, disk, bytes sent, time."""
 
-from __future__ import annotations
-
 import os
 
 import torch

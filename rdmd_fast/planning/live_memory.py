@@ -1,7 +1,5 @@
 """Which tensors' memory is alive, operation by operation: on real tensors, or on shapes alone (the meta device)."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """``train.py --profile``: a trace of a few steady iterations, and where their time went by phase."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

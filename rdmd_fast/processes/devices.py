@@ -1,7 +1,5 @@
 """Devices that a command's --device names."""
 
-from __future__ import annotations
-
 import torch
 
 from rdmd_fast.errors import InputError

@@ -1,7 +1,5 @@
 """How a rank ends when something breaks: the error that came first stands on top, and nobody waits for the dead."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import hashlib

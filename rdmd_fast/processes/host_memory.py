@@ -1,7 +1,5 @@
 """How the C library treats memory that tensors on the CPU have let go of."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 

@@ -1,7 +1,5 @@
 """What `srun` and `mpirun` tell their processes, in the words of `torchrun` and `deepspeed`."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import re

@@ -1,7 +1,5 @@
 """The run folder's lock."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """What the nodes of a run must have in common."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket

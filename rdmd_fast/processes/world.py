@@ -1,7 +1,5 @@
 """This rank among its peers: votes, sums, and actions that stop all ranks or none."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import logging

@@ -5,8 +5,6 @@ job of other settings stands beside it, and a study that was stopped goes on whe
 own (checkpoints, logs) lies there too, so that a job that was stopped inside a training resumes that as well.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

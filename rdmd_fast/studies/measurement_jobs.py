@@ -1,7 +1,5 @@
 """Measuring a translation as a point of a study: its outputs, quality, faithfulness and cost."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time

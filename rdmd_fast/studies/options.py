@@ -3,8 +3,6 @@
 One YAML file (configs/digits/study.yaml) describes it; ``rdmd figures --only tradeoff lambda`` computes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple

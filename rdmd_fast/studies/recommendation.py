@@ -8,8 +8,6 @@ None is where the best covers less than half of the way (no trial of a toy is go
 cost the same within 5 %.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The trainings and measurements that a study asks for, as points in OUT/points: shared by the figures made of it."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The runs of a sweep: a short training for each setting of the grid, and what their distances are read against."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Training runs as points of a study: what they depend on is hashed, so that other data or teachers make new points."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

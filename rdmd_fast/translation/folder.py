@@ -1,7 +1,5 @@
 """A folder of images, of latents or of shards through any method of translation."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `rdmd translate` and `rdmd baseline` read: images, .npy latents or shards, by number and in one fixed order."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What translates a batch: a generator in one pass; ``rdmd baseline`` has others."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 

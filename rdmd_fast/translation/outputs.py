@@ -1,7 +1,5 @@
 """What `rdmd translate` and `rdmd baseline` write: an image file or a .npy array a sample, whole or not at all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple

@@ -5,8 +5,6 @@ A size cuts an image into pieces of the generator's resolution (``split``) and m
 to 255, float32 where ``blends`` and uint8 elsewhere. A size that blends may have any number of pieces, others have one.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator

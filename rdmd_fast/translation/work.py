@@ -1,7 +1,5 @@
 """One device's share of a translation: files are read ahead and written behind while the networks compute."""
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

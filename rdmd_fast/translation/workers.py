@@ -1,7 +1,5 @@
 """A translation on several devices: a process each, chunks dealt out in turn."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 import sys

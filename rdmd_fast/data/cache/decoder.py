@@ -3,8 +3,6 @@
 Processes, not threads: at 64x64 most of a sample's time is spent under Python's lock.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import deque
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """Memory for decoded samples: the whole set, shared by a node's processes, or a window of it."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

@@ -5,8 +5,6 @@ the table of samples and the store's memory by descriptor; the queue is a pipe o
 idle takes the next, the starting process as well.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import signal

@@ -1,7 +1,5 @@
 """What a decoding worker does; ``worker_pool`` starts it, and its records travel through the pool's pipes."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import select

@@ -1,7 +1,5 @@
 """Writing the sets of a source: loading in parallel, resuming, repairing, and the report at the end."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Nothing is ever left out for it; the lists are for the eye.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """From the bytes of a .npy file, whoever wrote it, to its array."""
 
-from __future__ import annotations
-
 import io
 import math
 import warnings

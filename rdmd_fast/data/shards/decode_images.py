@@ -1,7 +1,5 @@
 """From the bytes of a PNG, JPEG or WebP to RGB pixels. Imported by decoding workers: no numpy here, nor torch."""
 
-from __future__ import annotations
-
 import io
 import struct
 import warnings

@@ -1,7 +1,5 @@
 """From what ``data.source`` names to shards on this machine: folders, globs, brace patterns, URLs, commands."""
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import json

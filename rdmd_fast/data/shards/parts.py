@@ -1,7 +1,5 @@
 """What each shard of a data set holds: from its packing's index, or from the tar's own headers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Shards from elsewhere, brought to a local cache once for a node: http(s), fsspec, what a shell command writes."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -5,8 +5,6 @@ A packed folder holds ``shard-*.tar``, ``index.json`` (keys, offsets, sizes and 
 their headers are scanned once, at opening.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Where the members of a tar lie, also in a damaged one."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """What ``rdmd pack`` reads: each source turns command-line arguments into the sets that are to be written."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

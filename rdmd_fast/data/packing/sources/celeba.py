@@ -1,7 +1,5 @@
 """CelebA (Liu et al., arXiv 1411.7766): aligned faces, divided by one attribute and by the official split."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 from pathlib import Path

@@ -4,8 +4,6 @@ Held out is every fifth image of a digit, in the data's own order and starting w
 "2"s, hence 288 samples at 8 hues.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

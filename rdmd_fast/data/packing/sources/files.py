@@ -1,7 +1,5 @@
 """Images or .npy arrays from a folder, a zip archive or one large .npy file."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import stat

@@ -1,7 +1,5 @@
 """Sources that need no file: scikit-learn's digits and the 2-D toys."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import get_args
 

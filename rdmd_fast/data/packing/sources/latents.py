@@ -1,7 +1,5 @@
 """Images encoded to an autoencoder's latents while they are packed."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Callable

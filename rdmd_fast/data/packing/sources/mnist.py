@@ -4,8 +4,6 @@ A coloured digit is HSV(hue, 1, grey): the grey image is resized first, then mul
 colour. One hue a sample, a function of the seed and of the sample's place in its file.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import math

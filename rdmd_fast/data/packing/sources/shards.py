@@ -1,7 +1,5 @@
 """The samples of a shard set, ours or any WebDataset tars, as files to be packed again."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
