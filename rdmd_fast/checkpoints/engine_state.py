@@ -34,7 +34,7 @@ def save_engine(folder: Path, engine, rank: int, ema_shards: list[torch.Tensor] 
     """Write this rank's share of an engine; returns the file, None if this rank holds nothing.
 
     Args:
-        ema_shards: the average of this engine's masters, shaped as ``masters.master_parameters``.
+        ema_shards: the average of this engine's masters, shaped as ``fp32_masters.master_parameters``.
     """
     own = shard_pieces(engine) if rank == 0 or engine.zero_optimization() else []
     tensors = {}

@@ -33,7 +33,7 @@ def load_picture(file: str | Path | BinaryIO) -> Image.Image:
         file: image file, by path or open.
 
     Raises:
-        OSError, ValueError and others: unreadable image (``formats.UNREADABLE``).
+        OSError, ValueError and others: unreadable image (``decode_images.UNREADABLE``).
     """
     if isinstance(file, str | Path):
         if not Path(file).is_file():  # a pipe would never end

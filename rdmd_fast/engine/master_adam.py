@@ -16,7 +16,7 @@ class MasterAdam:
         adam_of: makes the optimizer of the masters.
 
     Attributes:
-        fp16_groups, fp32_groups: parameters and masters, named as in DeepSpeed's optimizers (see ``masters``).
+        fp16_groups, fp32_groups: parameters and masters, named as in DeepSpeed's optimizers (see ``fp32_masters``).
         optimizer: Adam, whose parameters are the masters.
     """
 

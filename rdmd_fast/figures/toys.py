@@ -135,7 +135,7 @@ def study(problem: Problem, seeds: int, size: ToysSize) -> list[Job]:
 
 
 def train_map(folder: Path, settings: dict) -> dict:
-    """Work of a point: one training, and the report of its validation at the end (metrics.toys.toy_report)."""
+    """Work of a point: one training, and the report of its validation at the end (``exact_transport.toy_report``)."""
     run_dir = folder / "run"
     train_run(shipped_config(settings["config"]), settings["overrides"], run_dir)
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 NAME = "README.md"
-MOST_BYTES = 1 << 26  # of a manifest, as data/parts.py has it
+MOST_BYTES = 1 << 26  # of a manifest, as data/shards/parts.py has it
 EDM_LICENSE = "cc-by-nc-sa-4.0"
 """Of the checkpoints that NVIDIA published with EDM (arXiv 2206.00364)."""
 

@@ -7,7 +7,7 @@ The rules are those of DeepSpeed 0.19 as tests/planning/test_dry_run.py measures
     moments      8 each, 1/N from stage 1
     gradients    w each at stage 0; 1/N from stage 1, in the accumulation dtype. G's are gone before the fake score's
                  come, but at stage 3 each engine keeps its buffer
-    buckets      w times ``distributed.reduce_bucket_size``: allocated by a backward pass at stages 1 and 2, for good
+    buckets      w times ``reduce_bucket_size``: allocated by a backward pass at stages 1 and 2, for good
                  and by every engine at stage 3
     EMA          4 each, as the masters are sharded
     update       what the optimizer's step needs for a moment, when activations are gone: gradients flat, and in fp32

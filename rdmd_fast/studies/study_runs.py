@@ -44,7 +44,7 @@ class Candidate(NamedTuple):
         method: its name in tables.
         setting: of the method, in words.
         seed: which of its repetitions.
-        model: what ``measuring.translator`` takes.
+        model: what ``measurement_jobs.translator`` takes.
         training: result of its training point, if it has one.
     """
 

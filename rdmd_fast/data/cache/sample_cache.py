@@ -25,7 +25,7 @@ class CachedSamples:
     """Every sample is decoded once, when first asked for or ahead of that.
 
     Attributes:
-        status: of each sample, uint8 [len] (see ``store``); shared with the node's other processes if ``share``.
+        status: of each sample, uint8 [len] (see ``shared_memory``); of all processes on the node if ``share``.
         complete: whether every sample is known to have been read or found unreadable.
         decoder: who decodes.
     """

@@ -26,7 +26,7 @@ class Store:
 
     Attributes:
         samples: [rows, *shape], of the dtype asked for.
-        status: uint8 [rows], ``reading.UNKNOWN`` at first. A row's samples are written before its status.
+        status: uint8 [rows], ``sample_reader.UNKNOWN`` at first. A row's samples are written before its status.
         memory: samples, then status, as bytes.
         descriptor: of the memory, for workers to map.
         shared: whether other jobs and ranks on this node may be using it too.
