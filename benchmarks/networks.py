@@ -163,15 +163,17 @@ def matmul_peak(dtype: str) -> float:
 
     Each call tries a few: what a machine can do is seen when others leave it alone.
     """
-    size = 8192 if CUDA else 2048
-    a, b = (torch.randn(size, size, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
-    ways = [lambda: a @ b]
-    if not CUDA:  # there products come from another library than convolutions, which may be the faster one
-        image, kernel = a.T[None, :, :, None].contiguous(memory_format=torch.channels_last), b[:, :, None, None]
-        ways.append(lambda: torch.nn.functional.conv2d(image, kernel))
-    with tf32(True):  # as convolutions may
-        best = min(seconds(way) for _ in range(3) for way in ways)
-    _best_matmul[dtype] = max(_best_matmul.get(dtype, 0.0), 2 * size**3 / best)
+    for size in (8192,) if CUDA else (512, 2048):
+        a, b = (torch.randn(size, size, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
+        ways = [functools.partial(torch.matmul, a, b)]
+        if not CUDA:  # there products come from another library than convolutions, which may be the faster one
+            image, kernel = a.T[None, :, :, None].contiguous(memory_format=torch.channels_last), b[:, :, None, None]
+            ways.append(functools.partial(torch.nn.functional.conv2d, image, kernel))
+        with tf32(True):  # as convolutions may
+            best = min(seconds(way) for _ in range(3) for way in ways)
+        _best_matmul[dtype] = max(_best_matmul.get(dtype, 0.0), 2 * size**3 / best)
+        if best > 0.01:  # a CPU without 16-bit products: larger ones would take seconds and tell the same
+            break
     return _best_matmul[dtype]
 
 
