@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.collectives import ITERATIONS
@@ -30,7 +31,7 @@ from rdmd_fast.networks import build_network
 from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
 from rdmd_fast.planning.communication import iteration_payload
 from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks, planned_networks
-from rdmd_fast.planning.states import ZeroSettings
+from rdmd_fast.planning.zero_memory import ZeroSettings
 from rdmd_fast.processes.world import World
 
 ROOT = Path(__file__).parent.parent
@@ -87,28 +88,33 @@ def at_stage(values: dict, stage: int, **zero) -> dict:
     return values
 
 
-def on_ranks(worker: list[str], cases: list[dict], ranks: int, folder: Path) -> list[dict]:
+def on_ranks(worker: list[str], cases: list[dict], ranks: int, folder: Path, launch: Callable | None = None) -> list:
     """What ``worker CASES.json RESULTS.json`` finds for each case in one group of ``ranks`` processes on the CPU.
+
+    Args:
+        launch: ``launch(command, ranks)`` runs the processes; None for torchrun.
 
     Raises:
         RuntimeError: the processes failed; holds the end of what they printed.
     """
     listing, results = folder / "cases.json", folder / "results.json"
     listing.write_text(json.dumps(cases))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [*launcher, *worker, str(listing), str(results)], env=environment, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"{ranks} ranks failed: {done.stderr[-3000:]}")
+    (launch or _torchrun)([*worker, str(listing), str(results)], ranks)
     return json.loads(results.read_text())
 
 
-def count(cases: list[dict], ranks: int, folder: Path, iterations: int = ITERATIONS) -> list[dict]:
+def _torchrun(command: list[str], ranks: int) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{ranks} ranks failed: {done.stderr[-3000:]}")
+
+
+def count(cases: list[dict], ranks: int, folder: Path, iterations: int = ITERATIONS, launch=None) -> list[dict]:
     """``collectives.measure`` of each case."""
-    return on_ranks(["-m", "benchmarks.collectives", "--iterations", str(iterations)], cases, ranks, folder)
+    return on_ranks(["-m", "benchmarks.collectives", "--iterations", str(iterations)], cases, ranks, folder, launch)
 
 
 def formula(values: dict, ranks: int) -> float:

@@ -25,7 +25,7 @@ from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
 from rdmd_fast.planning.activations import Activations, activations
 from rdmd_fast.planning.dry_run import total
 from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks
-from rdmd_fast.planning.states import ModelStates, ZeroSettings, model_states
+from rdmd_fast.planning.zero_memory import ModelStates, ZeroSettings, model_states
 
 GIB = 2**30
 HOST = {"device": "cpu"}

@@ -37,6 +37,9 @@ def own_linear():
     torch.nn.functional.linear = LINEAR
 
 
+ROOT = Path(__file__).parent.parent
+
+
 class RankServer:
     """Starts ranks of the trainer, forked from one process: see rank_server.py."""
 
@@ -77,6 +80,25 @@ def rank_server():
     server = RankServer()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def launch_ranks(rank_server, tmp_path_factory):
+    """``launch_ranks(command, ranks, folder)`` runs ``[script or -m, module, arguments …]`` as torchrun would."""
+
+    def launch(command, ranks, folder="."):
+        run = "runpy.run_module" if command[0] == "-m" else "runpy.run_path"
+        words = command[command[0] == "-m" :]
+        before = (
+            f"import os, runpy, sys; os.chdir({str(folder)!r}); sys.path.insert(0, {str(ROOT)!r}); "
+            f"sys.argv = {list(map(str, words))!r}; {run}({str(words[0])!r}, run_name='__main__'); sys.exit(0)"
+        )
+        log = tmp_path_factory.mktemp("ranks") / "log"
+        ids = rank_server.start([], ranks, log, before)
+        assert rank_server.wait(ids, 600) == [0] * ranks, log.read_text()[-6000:]
+        return log.read_text()
+
+    return launch
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks
-from rdmd_fast.planning.states import WEIGHT_BYTES, ZeroSettings, shard_size
+from rdmd_fast.planning.zero_memory import WEIGHT_BYTES, ZeroSettings, shard_size
 
 
 @dataclass(frozen=True)

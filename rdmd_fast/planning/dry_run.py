@@ -12,8 +12,8 @@ from rdmd_fast.planning.activations import Activations, activations
 from rdmd_fast.planning.communication import iteration_payload
 from rdmd_fast.planning.disk import disk_use
 from rdmd_fast.planning.planned_networks import PlannedNetworks, planned_networks
-from rdmd_fast.planning.states import ModelStates, ZeroSettings, model_states
 from rdmd_fast.planning.timing import WARM_UP, Timing, time_iterations
+from rdmd_fast.planning.zero_memory import ModelStates, ZeroSettings, model_states
 from rdmd_fast.processes.world import World, join_world
 
 MIB = 2**20

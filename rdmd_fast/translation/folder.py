@@ -90,7 +90,7 @@ def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tup
     from rdmd_fast.translation.inputs import open_inputs
     from rdmd_fast.translation.outputs import Outputs
     from rdmd_fast.translation.sizes import make_size
-    from rdmd_fast.translation.work import TranslationPlan
+    from rdmd_fast.translation.translator import TranslationPlan
 
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: must be at least 1")

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from rdmd_fast.errors import InputError, describe_system_error
-from rdmd_fast.translation.work import TranslationPlan, work
+from rdmd_fast.translation.translator import TranslationPlan, work
 
 PATIENCE = 30.0  # seconds that a process has to leave
 
@@ -33,7 +33,7 @@ def work_on(
         return work(job, devices[0], chunks, report, autoencoder)
     # Forks of a process that has done nothing but import: neither CUDA nor OpenMP survives a fork once they are used.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rdmd_fast.translation.work", "rdmd_fast.model_files.models"])
+    context.set_forkserver_preload(["rdmd_fast.translation.translator", "rdmd_fast.model_files.models"])
     job = job._replace(threads=max(1, job.threads // len(devices)))
     workers: dict[Connection, tuple[multiprocessing.Process, str]] = {}
     note = ""

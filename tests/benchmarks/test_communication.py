@@ -18,7 +18,7 @@ from benchmarks.communication import (
 )
 from rdmd_fast.planning.communication import Payload, iteration_payload
 from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks
-from rdmd_fast.planning.states import ZeroSettings
+from rdmd_fast.planning.zero_memory import ZeroSettings
 
 CASES = {
     "toy 0": (0, {}),
@@ -32,7 +32,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory):
+def counted(launch_ranks, tmp_path_factory):
     """(plain configuration, what rank 0 of two sent) by case."""
     folder: Path = tmp_path_factory.mktemp("counted")
     digits = prepare_digits(folder, model_channels=32, channel_mult=[1], num_blocks=1)
@@ -43,7 +43,9 @@ def counted(tmp_path_factory):
             values["train"] = {**values["train"], "dtype": "bf16", "micro_batch_size": 2}
         if "checkpointed" in name:
             values["train"]["activation_checkpointing"] = True
-    results = count(list(values_of.values()), 2, folder, iterations=2)  # where all is gathered, each is alike
+    results = count(
+        list(values_of.values()), 2, folder, iterations=2, launch=launch_ranks
+    )  # where all is gathered, each is alike
     return {name: (values, result) for (name, values), result in zip(values_of.items(), results, strict=True)}
 
 

@@ -1,6 +1,6 @@
 """Runs many short trainings in one group of processes: launching each alone would cost ten seconds a case.
 
-usage: torchrun --nproc_per_node N distributed_worker.py CASES.json
+usage: torchrun --nproc_per_node N distributed_worker.py CASES.json, or by conftest.launch_ranks
 
 CASES.json lists {"values": plain config, "stop_after": iterations or null} and optionally "loss_scaling", changes to
 fp16's. Every case resumes what its run_dir holds.

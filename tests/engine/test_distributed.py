@@ -1,9 +1,9 @@
 """Two ranks on the CPU: ZeRO stages agree; a stopped run goes on bit for bit, or in another layout to rounding."""
 
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -67,18 +67,12 @@ UNET_RDMD = {
 }
 
 
-def launch(folder, ranks, cases):
+def run_cases(launch_ranks, folder, ranks, cases):
     """Run cases in ``ranks`` processes with ``folder`` as working directory; returns their exit statuses."""
     listing = folder / f"cases_{ranks}.json"
     listing.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(WORKER), str(listing)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("statuses")).split(" ", 1)[1])
+    said = launch_ranks([str(WORKER), str(listing)], ranks, folder)
+    return json.loads(next(line for line in said.splitlines() if line.startswith("statuses")).split(" ", 1)[1])
 
 
 def case(base, name, stage, stop_after=None, **changes):
@@ -107,20 +101,21 @@ def metrics(run_dir):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """All trainings of this file, in two launches: one rank, then two."""
+def runs(launch_ranks, tmp_path_factory):
+    """All trainings of this file, in four groups of processes."""
     folder = tmp_path_factory.mktemp("runs")
+    launch = partial(run_cases, launch_ranks, folder)
     subprocess.run(
         [sys.executable, "-m", "rdmd_fast.cli", "pack", "digits", "--out", str(folder / "shards"), "--hues", "1"],
         check=True,
         capture_output=True,
     )
-    launch(folder, 1, [case(UNET_TEACHER, "teacher", 0)])
+    launch(1, [case(UNET_TEACHER, "teacher", 0)])
     first, middle, last = ([*chain.from_iterable(links)] for links in zip(*map(layouts, CHAINS), strict=True))
-    assert launch(folder, 2, first) == [75] * len(first)
+    assert launch(2, first) == [75] * len(first)
     whole_batch = case(MLP_RDMD, "mlp_whole_batch", 0, train={"steps": 20, "global_batch_size": 16})
     any_weight = case(ANY_WEIGHT, "any_weight_mlp_one", 0)
-    statuses = launch(folder, 1, [case(MLP_RDMD, "mlp_one", 0), whole_batch, any_weight, *middle])
+    statuses = launch(1, [case(MLP_RDMD, "mlp_one", 0), whole_batch, any_weight, *middle])
     assert statuses == [0, 0, 0] + [75] * len(middle)
     two, statuses = last, [0] * len(last)
     for stage in STAGES:
@@ -133,7 +128,7 @@ def runs(tmp_path_factory):
             two.append(case(base, f"{name}_{stage}_halves", stage, stop_after=base["train"]["steps"] // 2))
             two.append(case(base, f"{name}_{stage}_halves", stage))
             statuses += [0, 75, 0]
-    assert launch(folder, 2, two) == statuses
+    assert launch(2, two) == statuses
     return folder
 
 

@@ -20,7 +20,7 @@ from rdmd_fast.networks.options import DhariwalUNetOptions, MLPOptions, SongUNet
 from rdmd_fast.planning.activations import activations
 from rdmd_fast.planning.disk import disk_use
 from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks, planned_networks, sample_shape
-from rdmd_fast.planning.states import ZeroSettings, model_states
+from rdmd_fast.planning.zero_memory import ZeroSettings, model_states
 from rdmd_fast.trainer import main
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ SLOW_CASES = {
 SMALL = {"model_channels": 32, "channel_mult": [1], "num_blocks": 1}
 
 
-def measure(folder, cases):
+def measure(folder, cases, launch):
     """(configuration, bytes that rank 0 of two held) by case."""
     base, values_of = prepare_digits(folder, **SMALL), {}
     for name, (dtype, stage, zero) in cases.items():
@@ -52,18 +52,19 @@ def measure(folder, cases):
         values["train"] = {**values["train"], "dtype": dtype}
         if "accumulation" in name:
             values["deepspeed"]["data_types"] = {"grad_accum_dtype": "fp32"}
-    found = on_ranks([str(Path(__file__).with_name("memory_worker.py"))], list(values_of.values()), 2, folder)
+    worker = str(Path(__file__).with_name("memory_worker.py"))
+    found = on_ranks([worker], list(values_of.values()), 2, folder, launch)
     return {name: (values, result) for (name, values), result in zip(values_of.items(), found, strict=True)}
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory):
-    return measure(tmp_path_factory.mktemp("held"), CASES)
+def held(launch_ranks, tmp_path_factory):
+    return measure(tmp_path_factory.mktemp("held"), CASES, launch_ranks)
 
 
 @pytest.fixture(scope="module")
-def held_slow(tmp_path_factory):
-    return measure(tmp_path_factory.mktemp("held_slow"), SLOW_CASES)
+def held_slow(launch_ranks, tmp_path_factory):
+    return measure(tmp_path_factory.mktemp("held_slow"), SLOW_CASES, launch_ranks)
 
 
 def test_damaged_data_that_training_accepts_are_accepted(tmp_path):

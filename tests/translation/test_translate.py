@@ -88,7 +88,7 @@ def test_tiles_of_the_identity_are_the_input(models, photos, tmp_path, batch_siz
 def test_tiles_of_an_image_are_by_themselves_and_few_images_wait(models, photos, tmp_path, monkeypatch):
     """Batches of tiles hold one image's; two images at most wait to be written while the next is made."""
     from rdmd_fast.translation.outputs import Outputs
-    from rdmd_fast.translation.work import Translator
+    from rdmd_fast.translation.translator import Translator
 
     batches, made, written, lock, most = [], set(), set(), threading.Lock(), []
     call, write = Translator.__call__, Outputs.write
