@@ -1,6 +1,6 @@
 """What can be known of the kernels without a GPU: registers, spills, access width, launches and bytes moved.
 
-    python -m benchmarks.static [--json FILE] [--markdown] [--kernels FILE.py] [--jobs N]
+    python -m benchmarks.static [--json FILE] [--markdown] [--kernels FILE.py] [--arch N …] [--jobs N]
 
 Every ``StaticCase`` of tests/kernels/static_cases.py is compiled ahead of time for five architectures; ptxas reports
 registers and spills, the PTX tells the width of each argument's accesses. Launches and bytes of a training turn are
@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -181,13 +182,13 @@ def _compile(task: tuple[int, int]) -> dict:
     return compile_case(_cases[index], architecture)
 
 
-def compile_all(cases: list, jobs: int) -> list[dict]:
-    """Records of all cases on all architectures, in that order."""
+def compile_all(cases: list, architectures: Sequence[int], jobs: int) -> list[dict]:
+    """Records of all cases on each architecture, in that order."""
     names = [case.name for case in cases]
     if len(set(names)) != len(names):
         raise ValueError(f"static cases of one name: {sorted({n for n in names if names.count(n) > 1})}")
     _cases[:] = cases
-    tasks = [(index, architecture) for index in range(len(cases)) for architecture in ARCHITECTURES]
+    tasks = [(index, architecture) for index in range(len(cases)) for architecture in architectures]
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         return list(pool.map(_compile, tasks))
 
@@ -202,12 +203,12 @@ def count_turns() -> dict:
     return json.loads(result.stdout)
 
 
-def print_kernels(records: list[dict]) -> None:
+def print_kernels(records: list[dict], architectures: Sequence[int]) -> None:
     width = max(len(record["name"]) for record in records)
-    heading = " ".join(f"{architecture:>4}" for architecture in ARCHITECTURES)
+    heading = " ".join(f"{architecture:>4}" for architecture in architectures)
     print(f"{'kernel':{width}}  registers on sm_{heading}  spills  bytes of the widest access by argument")
-    for start in range(0, len(records), len(ARCHITECTURES)):
-        rows = records[start : start + len(ARCHITECTURES)]
+    for start in range(0, len(records), len(architectures)):
+        rows = records[start : start + len(architectures)]
         registers = " ".join(f"{row['registers']:>4}" for row in rows)
         narrowest = {name: min(row["accesses"].get(name, 0) for row in rows) for name in rows[0]["accesses"]}
         accesses = ", ".join(f"{name} {size}" for name, size in narrowest.items())
@@ -215,7 +216,7 @@ def print_kernels(records: list[dict]) -> None:
         print(f"{rows[0]['name']:{width}}               {registers}  {spills:>6}  {accesses}")
 
 
-def print_markdown(records: list[dict]) -> None:
+def print_markdown(records: list[dict], architectures: Sequence[int]) -> None:
     """The table of docs/kernels.md: a line a kernel, over all its cases and architectures."""
     kernels: dict[str, list[dict]] = {}
     for record in records:
@@ -229,7 +230,7 @@ def print_markdown(records: list[dict]) -> None:
         widths = [row["vector_bytes"] for row in bulk if row["must_vectorise"]]
         width = min(widths) if widths else max((row["vector_bytes"] for row in bulk), default="tables only")
         print(
-            f"| `{name}` | {len(rows) // len(ARCHITECTURES)} | {min(registers)} to {max(registers)} "
+            f"| `{name}` | {len(rows) // len(architectures)} | {min(registers)} to {max(registers)} "
             f"| {max(row['spill_bytes'] for row in rows)} | {width} |"
         )
 
@@ -247,6 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--kernels", type=Path, help="check the kernels of this file of kernels/, or its own cases, only"
     )
     parser.add_argument("--markdown", action="store_true", help="print the short table of docs/kernels.md")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES, help="90 for sm_90 (default: all)"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiling processes (default: all cores)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="rdmd_static_") as cache:
@@ -255,8 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
             TRITON_INTERPRET="0", TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1", TRITON_CACHE_DIR=cache
         )
         cases = static_cases(options.kernels)
-        records = compile_all(cases, options.jobs)
-    (print_markdown if options.markdown else print_kernels)(records)
+        records = compile_all(cases, options.arch, options.jobs)
+    (print_markdown if options.markdown else print_kernels)(records, options.arch)
     broken = [line for record in records for line in kernel_violations(record)]
     result = {"kernels": records}
     if options.kernels is None:

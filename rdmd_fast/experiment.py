@@ -206,10 +206,10 @@ def _analytic_networks(config: Config, source, world: World) -> tuple[Networks, 
         covariances = variances
     teacher = AnalyticScore(GaussianMixtureDenoiser(means, covariances, weights), diffusion).to(world.device)
     conditioned = bounds_of(config.rdmd.transport_weight) is not None
-    generator = build_network(config.generator, source.shape, condition=conditioned)
+    generator = build_network(config.generator, source.shape, conditioned=conditioned)
     fake = None
     if config.rdmd.fake_score == "learned":
-        fake = build_network(config.network, source.shape, condition=conditioned)
+        fake = build_network(config.network, source.shape, conditioned=conditioned)
     export = ExportConfig(
         role="generator", network=config.generator, sample_shape=list(source.shape), diffusion=diffusion,
         reading=config.generator.kind, generator_sigma=config.rdmd.generator_sigma,
@@ -227,10 +227,10 @@ def _distilled_networks(config: Config, source, layout, world: World) -> tuple[N
     check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
     conditioned = bounds_of(config.rdmd.transport_weight) is not None
     teacher = build_network(start.network, source.shape, dropout=False)
-    fake = build_network(start.network, source.shape, dropout=False, condition=conditioned)
+    fake = build_network(start.network, source.shape, dropout=False, conditioned=conditioned)
     load_weights(teacher, weights, config.teacher)
     load_teacher_weights(fake, weights, config.teacher)
-    generator = build_network(network_options, source.shape, dropout=False, condition=conditioned)
+    generator = build_network(network_options, source.shape, dropout=False, conditioned=conditioned)
     if config.generator.kind == "teacher":
         load_teacher_weights(generator, weights, config.teacher)
     export = ExportConfig(

@@ -277,7 +277,7 @@ class RDMD:
         return network_input
 
     def _feature_cost(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The weighted cost of features of each sample, and its derivative with respect to y; if there is one."""
+        """The features' cost of each sample, and the derivative of its weighted form with respect to y; if there is."""
         if self.feature_cost is None:
             return None, None
         with self.context.phase("feature_cost"):

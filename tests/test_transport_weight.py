@@ -119,7 +119,7 @@ class Engine:
 def mlp(seed, condition=True):
     """Of weights none of which is zero."""
     torch.manual_seed(seed)
-    network = MLP(2, hidden=16, depth=2, embedding=8, condition=condition)
+    network = MLP(2, hidden=16, depth=2, embedding=8, conditioned=condition)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return network
@@ -280,7 +280,7 @@ def test_translate_passes_the_weight_on(tmp_path):
         values | {"network": network, "sample_shape": [3, 8, 8], "diffusion": DiffusionOptions().model_dump()}
     )
     torch.manual_seed(0)
-    raw = build_network(config.network, (3, 8, 8), dropout=False, condition=True)
+    raw = build_network(config.network, (3, 8, 8), dropout=False, conditioned=True)
     for parameter in raw.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     torch.nn.init.normal_(raw.map_condition.layer1.weight)

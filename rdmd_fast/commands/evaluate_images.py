@@ -8,7 +8,7 @@ import torch
 
 from rdmd_fast.data.shards.locate import default_cache
 from rdmd_fast.errors import InputError
-from rdmd_fast.metrics.features import load_features
+from rdmd_fast.metrics.feature_extractor import load_extractor
 from rdmd_fast.metrics.image_candidates import IDENTITY, Candidate, candidates, row_name, row_names
 from rdmd_fast.metrics.image_facts import fact_lines, image_facts
 from rdmd_fast.metrics.image_report import LPIPS_BATCH, ImageReport
@@ -97,7 +97,7 @@ def _judge(arguments: argparse.Namespace) -> DigitJudge | None:
 def _report(arguments: argparse.Namespace, judge: DigitJudge | None, target: ImageSet, device) -> ImageReport:
     features, batch_size = None, arguments.batch_size
     if arguments.features is not None:
-        features = load_features(arguments.features, arguments.features_input, device, batch_size)
+        features = load_extractor(arguments.features, arguments.features_input, device, batch_size)
     lpips = PerceptualDistance(device) if arguments.lpips else False
     cache = Path(arguments.cache) if arguments.cache else default_cache() / "features"
     pairs = min(LPIPS_BATCH, batch_size)

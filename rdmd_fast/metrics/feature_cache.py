@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from rdmd_fast.files import replace_file
-from rdmd_fast.metrics.features import FeatureExtractor
+from rdmd_fast.metrics.feature_extractor import FeatureExtractor
 from rdmd_fast.pixels import PixelImages
 
 FORMAT = 1

@@ -7,7 +7,7 @@ import torch
 
 from rdmd_fast.metrics.checks import image_batch
 from rdmd_fast.metrics.feature_cache import cached_features
-from rdmd_fast.metrics.features import FeatureExtractor
+from rdmd_fast.metrics.feature_extractor import FeatureExtractor
 from rdmd_fast.metrics.frechet import frechet_distance
 from rdmd_fast.metrics.image_distances import l2, mean_colour_cosine, mse_per_pixel, psnr, ssim
 from rdmd_fast.metrics.judges import DigitJudge

@@ -74,4 +74,4 @@ def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str)
 
 def _network_of(config: ExportConfig) -> torch.nn.Module:
     conditioned = config.transport_weights is not None
-    return build_network(config.network, tuple(config.sample_shape), dropout=False, condition=conditioned)
+    return build_network(config.network, tuple(config.sample_shape), dropout=False, conditioned=conditioned)

@@ -12,12 +12,12 @@ from rdmd_fast.options import Options
 
 
 def build_network(
-    options: Options, sample_shape: tuple[int, ...], dropout: bool = True, condition: bool = False
+    options: Options, sample_shape: tuple[int, ...], dropout: bool = True, conditioned: bool = False
 ) -> torch.nn.Module:
     """A raw network for samples of ``sample_shape``, (D,) or (C, H, W), freshly initialised.
 
     ``dropout=False`` leaves it out whatever the options say: distillation wants scores without noise of their own.
-    With ``condition`` the network takes a further number by sample, ``network(..., condition=values)``, of which it
+    With ``conditioned`` the network takes a further number by sample, ``network(..., condition=values)``, of which it
     makes nothing before training.
 
     Raises:
@@ -36,23 +36,23 @@ def build_network(
             hidden=options.hidden,
             depth=options.depth,
             embedding=options.embedding,
-            condition=condition,
+            conditioned=conditioned,
         )
     if options.kind == "affine":
-        if condition:
+        if conditioned:
             raise InputError("network kind 'affine' takes no condition: use mlp")
         from rdmd_fast.networks.mlp import AffineMap
 
         return AffineMap(sample_shape[0], scale=options.scale, angle=options.angle)
     if options.kind == "diffusers_unet":
-        return _build_unet2d(options, sample_shape, dropout, condition)
+        return _build_unet2d(options, sample_shape, dropout, conditioned)
     if points:
         raise InputError(f"network kind {options.kind!r} is for images, the data has shape {sample_shape}: use mlp")
-    return _build_unet(options, sample_shape, dropout, condition)
+    return _build_unet(options, sample_shape, dropout, conditioned)
 
 
 def _build_unet(
-    options: SongUNetOptions | DhariwalUNetOptions, sample_shape: tuple[int, ...], dropout: bool, condition: bool
+    options: SongUNetOptions | DhariwalUNetOptions, sample_shape: tuple[int, ...], dropout: bool, conditioned: bool
 ) -> torch.nn.Module:
     from rdmd_fast.networks.dhariwal_unet import DhariwalUNet
     from rdmd_fast.networks.song_unet import SongUNet
@@ -68,11 +68,13 @@ def _build_unet(
     if not dropout:
         arguments |= {"dropout": 0.0, "label_dropout": 0.0}
     build = {"song_unet": SongUNet, "dhariwal_unet": DhariwalUNet}[options.kind]
-    return build(img_resolution=height, in_channels=channels, out_channels=channels, condition=condition, **arguments)
+    return build(
+        img_resolution=height, in_channels=channels, out_channels=channels, conditioned=conditioned, **arguments
+    )
 
 
 def _build_unet2d(
-    options: DiffusersUNetOptions, sample_shape: tuple[int, ...], dropout: bool, condition: bool
+    options: DiffusersUNetOptions, sample_shape: tuple[int, ...], dropout: bool, conditioned: bool
 ) -> torch.nn.Module:
     from rdmd_fast.networks.diffusers_unet import UNet2D
 
@@ -83,4 +85,4 @@ def _build_unet2d(
             f"the diffusers network takes {options.unet.in_channels} channels and sides that divide by {halvings}, the "
             f"data has shape {tuple(sample_shape)}: pack it at another --resolution"
         )
-    return UNet2D(options, dropout, condition)
+    return UNet2D(options, dropout, conditioned)

@@ -30,7 +30,7 @@ class DhariwalUNet(UNet):
         attn_resolutions: resolutions whose blocks attend; the innermost block always does. Blocks of fewer channels
             than a head has do not (as in EDM).
         dropout, label_dropout: probability, in training, inside the blocks and of dropping a sample's class.
-        condition: whether the network is told a further number by sample (ours; zero weights at first).
+        conditioned: whether the network is told a further number by sample (ours; zero weights at first).
 
     Raises:
         InputError: for sizes that do not divide.
@@ -50,7 +50,7 @@ class DhariwalUNet(UNet):
         attn_resolutions: Sequence[int] = (32, 16, 8),
         dropout: float = 0.10,
         label_dropout: float = 0.0,
-        condition: bool = False,
+        conditioned: bool = False,
     ):
         super().__init__()
         factor = 2 ** (len(channel_mult) - 1)
@@ -73,7 +73,7 @@ class DhariwalUNet(UNet):
         self.out_norm = GroupNormSiLU(widths[0], eps=1e-5)
         self.out_conv = Conv2d(widths[0], out_channels, 3)
         initialise(self)
-        self.map_condition = ConditionEmbedding(emb_channels) if condition else None
+        self.map_condition = ConditionEmbedding(emb_channels) if conditioned else None
 
     def block(self, in_channels: int, out_channels: int, attention: bool = False, **resample) -> UNetBlock:
         heads = out_channels // CHANNELS_PER_HEAD if attention else 0

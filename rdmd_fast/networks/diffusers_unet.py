@@ -220,7 +220,7 @@ class UNet2D(nn.Module):
 
     checkpointing = False
 
-    def __init__(self, options: DiffusersUNetOptions, dropout: bool = True, condition: bool = False):
+    def __init__(self, options: DiffusersUNetOptions, dropout: bool = True, conditioned: bool = False):
         super().__init__()
         unet = options.unet if dropout else options.unet.model_copy(update={"dropout": 0.0})
         widths = unet.block_out_channels
@@ -238,7 +238,7 @@ class UNet2D(nn.Module):
         self.up_blocks = nn.ModuleList(_up_level(unet, embedding, position) for position in range(len(widths)))
         self.conv_norm_out = GroupNorm(unet.norm_num_groups, widths[0], eps=unet.norm_eps)
         self.conv_out = nn.Conv2d(widths[0], unet.out_channels, 3, padding=1)
-        self.map_condition = ConditionEmbedding(embedding) if condition else None
+        self.map_condition = ConditionEmbedding(embedding) if conditioned else None
 
     def forward(
         self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, condition: Tensor | None = None

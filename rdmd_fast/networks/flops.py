@@ -10,12 +10,12 @@ def distillation_flops(generator: float, teacher: float, score: float, fake_upda
     return 3 * generator + teacher + score + fake_updates * 3 * score + max(fake_updates - 1, 0) * generator
 
 
-def forward_flops(options, sample_shape: tuple[int, ...], condition: bool = False) -> float:
+def forward_flops(options, sample_shape: tuple[int, ...], conditioned: bool = False) -> float:
     """FLOPs of one sample's forward pass, counted on shapes alone."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
-        network = build_network(options, sample_shape, dropout=False, condition=condition)
+        network = build_network(options, sample_shape, dropout=False, conditioned=conditioned)
         sample, c_noise = torch.empty(1, *sample_shape), torch.empty(1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(sample, c_noise)

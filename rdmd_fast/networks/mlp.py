@@ -38,7 +38,7 @@ class MLP(nn.Module):
         depth: number of hidden layers, at least 1.
         embedding: number of sinusoidal features of c_noise, even.
         label_dim: length of one-hot class labels; 0 for none.
-        condition: whether the network is told a further number by sample, which adds to the same biases.
+        conditioned: whether the network is told a further number by sample, which adds to the same biases.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class MLP(nn.Module):
         depth: int = 3,
         embedding: int = 64,
         label_dim: int = 0,
-        condition: bool = False,
+        conditioned: bool = False,
     ):
         super().__init__()
         if min(dim, hidden, depth) < 1 or embedding < 2 or embedding % 2 or label_dim < 0:
@@ -68,7 +68,7 @@ class MLP(nn.Module):
         self.output_layer = nn.Linear(hidden, dim)
         nn.init.zeros_(self.output_layer.weight)
         nn.init.zeros_(self.output_layer.bias)
-        self.map_condition = ConditionEmbedding(depth * hidden) if condition else None
+        self.map_condition = ConditionEmbedding(depth * hidden) if conditioned else None
 
     def forward(
         self,

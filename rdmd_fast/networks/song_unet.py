@@ -41,7 +41,7 @@ class SongUNet(UNet):
         encoder_type: "standard", "skip" or "residual": how a shrunken x enters each level again.
         decoder_type: "standard" or "skip": whether each level adds to the output.
         resample_filter: an even number of taps.
-        condition: whether the network is told a further number by sample (ours; zero weights at first).
+        conditioned: whether the network is told a further number by sample (ours; zero weights at first).
 
     Raises:
         InputError: for a choice that does not exist, or sizes that do not divide.
@@ -66,7 +66,7 @@ class SongUNet(UNet):
         encoder_type: str = "standard",
         decoder_type: str = "standard",
         resample_filter: Sequence[float] = (1, 1),
-        condition: bool = False,
+        conditioned: bool = False,
     ):
         super().__init__()
         check_choice("embedding_type", embedding_type, ("positional", "fourier"))
@@ -95,7 +95,7 @@ class SongUNet(UNet):
         self.enc = self.build_encoder(model_channels, widths, num_blocks)
         self.dec = self.build_decoder(widths, num_blocks)
         initialise(self)
-        self.map_condition = ConditionEmbedding(emb_channels) if condition else None
+        self.map_condition = ConditionEmbedding(emb_channels) if conditioned else None
 
     def block(self, in_channels: int, out_channels: int, attention: bool = False, **resample) -> UNetBlock:
         return UNetBlock(in_channels, out_channels, heads=int(attention), **resample, **self.block_options)

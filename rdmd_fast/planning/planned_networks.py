@@ -25,7 +25,7 @@ class PlannedNetwork:
         options: what it is built from.
         shape: of a sample, (D,) or (C, H, W).
         dropout: whether the options' dropout is in it.
-        condition: whether it is told each sample's λ.
+        conditioned: whether it is told each sample's λ.
         sizes: elements of each parameter, in order.
         buffers: bytes of the buffers that exports and checkpoints hold, fp32.
         gathered_again: elements of parameters that activation checkpointing makes ZeRO-3 gather once more: those of
@@ -38,16 +38,16 @@ class PlannedNetwork:
     sizes: tuple[int, ...]
     buffers: int
     gathered_again: int
-    condition: bool = False
+    conditioned: bool = False
 
     @classmethod
-    def of(cls, options: Options, shape: tuple[int, ...], dropout: bool, condition: bool = False) -> PlannedNetwork:
+    def of(cls, options: Options, shape: tuple[int, ...], dropout: bool, conditioned: bool = False) -> PlannedNetwork:
         with torch.device("meta"):
-            network = build_network(options, shape, dropout=dropout, condition=condition)
+            network = build_network(options, shape, dropout=dropout, conditioned=conditioned)
         persistent = {name for name in network.state_dict() if name not in dict(network.named_parameters())}
         buffers = sum(4 * buffer.numel() for name, buffer in network.named_buffers() if name in persistent)
         sizes = tuple(parameter.numel() for parameter in network.parameters())
-        return cls(options, shape, dropout, sizes, buffers, _gathered_again(network), condition)
+        return cls(options, shape, dropout, sizes, buffers, _gathered_again(network), conditioned)
 
     @property
     def parameters(self) -> int:
@@ -56,7 +56,7 @@ class PlannedNetwork:
     def build(self, device: str = "meta") -> nn.Module:
         """The network as initialised, fp32; on the meta device shapes alone."""
         with torch.device(device):
-            return build_network(self.options, self.shape, dropout=self.dropout, condition=self.condition)
+            return build_network(self.options, self.shape, dropout=self.dropout, conditioned=self.conditioned)
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,11 @@ def as_received(images: torch.Tensor) -> torch.Tensor:
 @functools.lru_cache(maxsize=2)
 def report(target: str, count: int, judge: str | None, label: int | None, features: str | None, **digests):
     """The ``ImageReport`` of a study, kept for the points that a process still computes."""
-    from rdmd_fast.metrics.features import load_features
+    from rdmd_fast.metrics.feature_extractor import load_extractor
     from rdmd_fast.metrics.image_report import ImageReport
     from rdmd_fast.metrics.judges import DigitJudge
 
-    digit_judge, extractor = DigitJudge(judge) if judge else None, load_features(features) if features else None
+    digit_judge, extractor = DigitJudge(judge) if judge else None, load_extractor(features) if features else None
     return ImageReport(held_out(target, count), digit_judge, label, extractor)
 
 

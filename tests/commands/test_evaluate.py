@@ -15,7 +15,7 @@ from PIL import Image
 from rdmd_fast import cli, trainer
 from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.errors import InputError
-from rdmd_fast.metrics.features import load_features
+from rdmd_fast.metrics.feature_extractor import load_extractor
 from rdmd_fast.metrics.frechet import frechet_distance
 from rdmd_fast.metrics.image_distances import l2, psnr, ssim
 from rdmd_fast.metrics.image_report import ImageReport
@@ -61,7 +61,7 @@ def export(folder, **more):
     config = ExportConfig.model_validate(values | {"sample_shape": [3, SIDE, SIDE]} | more)
     torch.manual_seed(0)
     condition = config.transport_weights is not None
-    network = build_network(config.network, (3, SIDE, SIDE), dropout=False, condition=condition)
+    network = build_network(config.network, (3, SIDE, SIDE), dropout=False, conditioned=condition)
     weights = {name: 0.3 * torch.randn_like(value) for name, value in network.state_dict().items()}
     write_export(folder, config, weights)
 
@@ -98,7 +98,7 @@ def test_outputs_of_any_method_are_paired_by_name_and_measured(folders, tmp_path
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["identity", "cut"]
     x, y, real = folders["source"], folders["outputs"], folders["target"]
-    extractor = load_features(tmp_path / "f.pt")
+    extractor = load_extractor(tmp_path / "f.pt")
     expected = {
         "images": 4,
         "real_images": 6,
@@ -232,7 +232,7 @@ def test_sets_are_kept_as_pixels_and_measured_as_the_images_they_are(folders, tm
 
     pixels = [torch.from_numpy(pictures(seed, 70)).permute(0, 3, 1, 2) for seed in range(3)]  # more than a block
     lazy, whole = [PixelImages(each) for each in pixels], [each.float() / 127.5 - 1 for each in pixels]
-    extractor = load_features(tmp_path / "f.pt")
+    extractor = load_extractor(tmp_path / "f.pt")
     rows = [ImageReport(target, extractor=extractor).row("", x, y) for x, y, target in (lazy, whole)]
     for row in rows:
         row.pop("kid_std")  # undefined for so few

@@ -36,8 +36,8 @@ def generator_of(name: str) -> Generator:
     values = {"role": "generator", "reading": "teacher", "generator_sigma": 1.0, "network": network, **more}
     config = ExportConfig.model_validate(values | {"sample_shape": shape, "diffusion": {}})
     torch.manual_seed(0)
-    condition = {"condition": True} if config.transport_weights else {}
-    model = build_network(config.network, tuple(shape), dropout=False, **condition)
+    conditioned = config.transport_weights is not None
+    model = build_network(config.network, tuple(shape), dropout=False, conditioned=conditioned)
     with torch.no_grad():
         for parameter in model.parameters():  # layers that begin at zero would hide what comes before them
             parameter.add_(0.1 * torch.randn_like(parameter))

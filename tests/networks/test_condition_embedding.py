@@ -30,7 +30,7 @@ def pair(kind):
     teacher = build_network(options, shape, dropout=False)
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    conditioned = build_network(options, shape, dropout=False, condition=True)
+    conditioned = build_network(options, shape, dropout=False, conditioned=True)
     load_teacher_weights(conditioned, teacher.state_dict(), "here")
     labels = None if kind == "mlp" else torch.eye(3)[[0, 1, 2, 0]]
     return teacher.eval(), conditioned.eval(), torch.randn(4, *shape), torch.linspace(-1, 0.5, 4), labels
@@ -90,7 +90,7 @@ def test_nothing_but_the_conditions_layers_may_be_missing(kind):
 
 def test_an_affine_map_takes_none():
     with pytest.raises(InputError, match="takes no condition"):
-        build_network(AffineOptions(kind="affine"), (2,), condition=True)
+        build_network(AffineOptions(kind="affine"), (2,), conditioned=True)
 
 
 def test_features_stay_exact_in_a_network_of_16_bits():

@@ -6,7 +6,7 @@ import torch
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.feature_cache import cached_features, images_sha256
-from rdmd_fast.metrics.features import load_features
+from rdmd_fast.metrics.feature_extractor import load_extractor
 
 
 class Pooled(torch.nn.Module):
@@ -59,7 +59,7 @@ def images():
 
 
 def test_features_of_images_in_their_range_do_not_depend_on_the_batch(tmp_path, images):
-    extractor = load_features(saved(Pooled(), tmp_path / "f.pt"), batch_size=3)
+    extractor = load_extractor(saved(Pooled(), tmp_path / "f.pt"), batch_size=3)
     with torch.no_grad():
         expected = Pooled().eval()(images).numpy()
     assert extractor.pixels == "float"
@@ -71,12 +71,12 @@ def test_a_file_with_return_features_gets_bytes_and_the_flag_decides_otherwise(t
     path = saved(OfPixels(), tmp_path / "inception.pt")
     with torch.no_grad():
         expected = Pooled().eval()(images).numpy()
-    extractor = load_features(path)
+    extractor = load_extractor(path)
     assert extractor.pixels == "uint8"
     np.testing.assert_allclose(extractor(images), expected, atol=1e-5)
     # What a saved picture would hold: values in between are rounded, values outside cut off.
     np.testing.assert_array_equal(extractor(images + 0.4 / 127.5), extractor(images))
-    as_floats = load_features(path, "float")(images)
+    as_floats = load_extractor(path, "float")(images)
     with torch.no_grad():
         np.testing.assert_allclose(as_floats, OfPixels()(images, True).flatten(1).numpy(), atol=1e-6)
     assert np.abs(as_floats - expected).max() > 0.01
@@ -84,22 +84,22 @@ def test_a_file_with_return_features_gets_bytes_and_the_flag_decides_otherwise(t
 
 def test_what_is_no_feature_network_is_refused_in_one_line(tmp_path, images):
     with pytest.raises(InputError, match="no such file"):
-        load_features(tmp_path / "none.pt")
+        load_extractor(tmp_path / "none.pt")
     torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pt")
     (tmp_path / "text.pt").write_text("not a network")
     for name in ("weights.pt", "text.pt"):
         with pytest.raises(InputError, match="not a TorchScript network"):
-            load_features(tmp_path / name)
+            load_extractor(tmp_path / name)
     for module, message in [(Spatial, r"\[7, 5, 6, 6\]"), (Pair, "tuple"), (Infinite, "NaN or infinity")]:
-        extractor = load_features(saved(module(), tmp_path / f"{module.__name__}.pt"))
+        extractor = load_extractor(saved(module(), tmp_path / f"{module.__name__}.pt"))
         with pytest.raises(InputError, match=message):
             extractor(images)
     with pytest.raises(InputError, match=r"does not take samples of shape \[7, 1, 8, 8\]"):
-        load_features(saved(Pooled(), tmp_path / "f.pt"))(images[:, :1])
+        load_extractor(saved(Pooled(), tmp_path / "f.pt"))(images[:, :1])
 
 
 def test_features_are_kept_for_one_network_and_one_set_of_images(tmp_path, images):
-    extractor, other = (load_features(saved(Pooled(d), tmp_path / f"{d}.pt")) for d in (5, 6))
+    extractor, other = (load_extractor(saved(Pooled(d), tmp_path / f"{d}.pt")) for d in (5, 6))
     folder = tmp_path / "cache"
     computed = []
 
@@ -126,7 +126,7 @@ def test_features_are_kept_for_one_network_and_one_set_of_images(tmp_path, image
 
 @pytest.mark.parametrize("damage", [lambda b: b[:40], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""])
 def test_damaged_features_are_computed_again(tmp_path, images, damage):
-    extractor = load_features(saved(Pooled(), tmp_path / "f.pt"))
+    extractor = load_extractor(saved(Pooled(), tmp_path / "f.pt"))
     expected = cached_features(extractor, images, tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
     whole = path.read_bytes()

@@ -44,7 +44,7 @@ class FeatureExtractor:
         return features
 
 
-def load_features(
+def load_extractor(
     path: str | Path, pixels: PixelInput = "auto", device: torch.device | str = "cpu", batch_size: int = 64
 ) -> FeatureExtractor:
     """The feature network of a TorchScript file: a program, which is run.
