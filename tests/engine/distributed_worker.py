@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from rdmd_fast.config import validate_config
 from rdmd_fast.engine import engine
+from rdmd_fast.monitoring import drawing
 from rdmd_fast.processes.failures import end_process
 from rdmd_fast.processes.world import join_world
 from rdmd_fast.trainer import run
@@ -38,6 +39,7 @@ def main():
 
     # The CPU computes in fp16, slowly, but says that it cannot: let it stand in for a GPU.
     get_accelerator().is_fp16_supported = lambda: True
+    drawing.toy_picture = lambda *_: None  # a second each, and nothing here is about pictures
     statuses = []
     for case in json.loads(Path(sys.argv[1]).read_text()):
         config = validate_config(case["values"], "case")
