@@ -46,4 +46,4 @@ toys: install
 	done
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
