@@ -71,9 +71,8 @@ def end_process(status: int) -> NoReturn:
 
     The interpreter is not taken down: a thread of gloo that lets go of a tensor meanwhile would abort the process.
     """
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join()
+    # As the interpreter begins its own end: pools are told to stop and threads are joined, then exit handlers run.
+    threading._shutdown()
     atexit._run_exitfuncs()
     end_at_once(status)
 

@@ -350,6 +350,7 @@ def test_a_rank_ends_with_its_status_whatever_the_interpreter_would_do_on_its_wa
     """A gloo thread that lets go of a tensor while the interpreter is taken down aborts: here an object does so."""
     program = """
 import atexit, os, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 class Late:
     def __del__(self):
         os.abort()
@@ -359,6 +360,8 @@ from rdmd_fast import trainer
 from rdmd_fast.train import run_rank
 trainer.main = lambda stop: 75
 threading.Thread(target=lambda: (time.sleep(0.5), print("threads end"))).start()
+idle = ThreadPoolExecutor(1)
+idle.submit(int).result()
 run_rank()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
