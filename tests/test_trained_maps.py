@@ -7,6 +7,7 @@ import pytest
 
 from rdmd_fast.trainer import main
 
+SLOW = pytest.mark.slow
 CONFIG = str(Path(__file__).parent.parent / "configs/toy/gaussian_to_gaussian.yaml")
 
 
@@ -28,7 +29,7 @@ EXACT = (
 )
 
 
-@pytest.mark.parametrize("weight", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("weight", [pytest.param(0.05, marks=SLOW), 0.2, pytest.param(1.0, marks=SLOW)])
 @pytest.mark.parametrize("weighting", ["uniform", "sigma2"])
 def test_exact_scores_reach_the_closed_form_optimum(tmp_path, weighting, weight):
     found = train(tmp_path, *EXACT, f"rdmd.weighting={weighting}", f"rdmd.transport_weight={weight}", "train.steps=600")
