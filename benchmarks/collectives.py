@@ -106,6 +106,7 @@ def measure(values: dict, world, iterations: int = ITERATIONS) -> dict:
 
 
 def main() -> None:
+    from rdmd_fast.processes.failures import end_process
     from rdmd_fast.processes.world import join_world
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,6 +118,8 @@ def main() -> None:
     results = [measure(values, world, arguments.iterations) for values in json.loads(arguments.cases.read_text())]
     if world.is_main:
         arguments.results.write_text(json.dumps(results))
+    world.barrier()
+    end_process(0)
 
 
 if __name__ == "__main__":

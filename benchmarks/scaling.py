@@ -23,6 +23,7 @@ def worker(listing: str, results: str) -> None:
     """On each rank: time the iterations of every case of ``listing``, write {case: seconds of each iteration}."""
     from rdmd_fast.config import validate_config
     from rdmd_fast.planning.timing import time_iterations
+    from rdmd_fast.processes.failures import end_process
     from rdmd_fast.processes.world import join_world
 
     world = join_world()
@@ -31,6 +32,8 @@ def worker(listing: str, results: str) -> None:
         found.append(time_iterations(validate_config(case["values"], "case"), world, case["iterations"]).seconds)
     if world.is_main:
         Path(results).write_text(json.dumps(found))
+    world.barrier()
+    end_process(0)
 
 
 def measure(values: dict, ranks: int, stages: list[int], batch: int, iterations: int, folder: Path) -> list[float]:
