@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from rdmd_fast.errors import EXIT_BAD_INPUT, InputError, describe_system_error
+from rdmd_fast.files import print_any_text
 
 # name -> (module with add_arguments(parser) and run(arguments) -> exit status, one line of help)
 COMMANDS = {
@@ -27,6 +28,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    print_any_text()
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="rdmd", description="One-step unpaired image-to-image translation by RDMD.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")

@@ -92,10 +92,12 @@ def print_options() -> int:
 
 def train(config, resume: str, stop: StopSignal | None = None) -> int:
     """Run one stage to its end, a signal or bad input; returns the exit status."""
+    from rdmd_fast.data.sample_names import refuse_inside
     from rdmd_fast.processes.shared_folder import check_shared
     from rdmd_fast.processes.world import join_world
 
     run_dir = Path(config.run_dir)
+    refuse_inside(run_dir, "run_dir", config.data.named_paths())
     with contextlib.ExitStack() as held:
         stop = stop or held.enter_context(StopSignal())
         world = join_world(config.train.collective_timeout)

@@ -30,7 +30,7 @@ from rdmd_fast.checkpoints.options import CheckpointOptions
 from rdmd_fast.checkpoints.training_state import TrainingState, read_state, write_state
 from rdmd_fast.engine.options import zero_stage
 from rdmd_fast.errors import InputError, WriteError
-from rdmd_fast.files import read_text, replace_folder, write_atomically
+from rdmd_fast.files import make_folder, read_text, replace_folder, write_atomically
 from rdmd_fast.processes.world import World, on_all_ranks, on_main
 
 
@@ -81,7 +81,7 @@ def save_checkpoint(
 
 def _make_room(root: Path, partial: Path, what: str) -> None:
     """Clear leftovers; a disk with less space than the newest checkpoint takes is full before any of it is written."""
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     clear_leftovers(root)
     newest = next(filter(looks_whole, checkpoint_folders(root)), None)
     needed = sum(file["size"] for file in read_manifest(newest)["files"].values()) if newest else 0
@@ -152,7 +152,7 @@ def _check_latest(root: Path, folders: list[Path], say) -> None:
         name = read_text(root / "latest", 1024).strip()
     except FileNotFoundError:
         problem = "is missing" if folders else None
-    except (OSError, ValueError):
+    except (InputError, OSError, ValueError):
         problem = "cannot be read"
     else:
         problem = f"points to {name!r}, which is not there" if name else "is empty"

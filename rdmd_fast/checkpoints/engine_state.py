@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from rdmd_fast.engine.fp32_masters import master_parameters, persistent_buffers, shard_pieces, whole_masters
 from rdmd_fast.errors import InputError
+from rdmd_fast.files import check_readable, save_by_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
@@ -47,7 +48,7 @@ def save_engine(folder: Path, engine, rank: int, ema_shards: list[torch.Tensor] 
         return None
     path = folder / f"{rank:05d}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path)
+    save_by_name(path, lambda path: save_file(tensors, path))
     return path
 
 
@@ -151,6 +152,7 @@ class SavedEngine:
             return False
         path = self._paths[len(self._files)]
         try:
+            check_readable(path)
             file = safe_open(path, "pt")
         except (SafetensorError, OSError) as error:
             raise InputError(f"checkpoint file {path}: cannot be read ({error}), resume from another") from None

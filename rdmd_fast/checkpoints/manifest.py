@@ -10,13 +10,22 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.files import fsync_path, read_text, sha256_of, write_atomically
+from rdmd_fast.files import (
+    denied,
+    fsync_path,
+    make_folder,
+    read_text,
+    remove,
+    remove_leftovers,
+    rename_durably,
+    sha256_of,
+    write_atomically,
+)
 
 FORMAT = 2
 FILE = "manifest.json"
@@ -77,6 +86,7 @@ def read_manifest(folder: Path) -> dict:
 
     Raises:
         Defect: it is missing, damaged or of another format.
+        InputError: this account may not read it.
     """
     try:
         manifest = json.loads(read_text(folder / FILE, MOST_BYTES))
@@ -94,12 +104,14 @@ def read_manifest(folder: Path) -> dict:
 
 
 def check_sizes(folder: Path, files: dict[str, dict]) -> None:
-    """Every file of a manifest is there with its size, or else a Defect."""
+    """Every file of a manifest is there with its size, or else a Defect; InputError where they may not be read."""
     for name, expected in files.items():
         try:
             size = (folder / name).stat().st_size
         except FileNotFoundError:
             raise Defect(f"{name} is missing") from None
+        except PermissionError:
+            raise denied(folder / name) from None
         except OSError as error:
             raise Defect(f"{name} cannot be read ({error.strerror})") from None
         if size != expected["size"]:
@@ -107,7 +119,7 @@ def check_sizes(folder: Path, files: dict[str, dict]) -> None:
 
 
 def check_hashes(folder: Path, files: dict[str, dict]) -> None:
-    """Every file has the content that was written, or else a Defect."""
+    """Every file has the content that was written, or else a Defect; InputError where it may not be read."""
     for name, expected in files.items():
         try:
             actual = sha256_of(folder / name)
@@ -128,7 +140,7 @@ def looks_whole(folder: Path) -> bool:
     """By manifest and sizes, without reading the files."""
     try:
         read_whole_manifest(folder)
-    except Defect:
+    except InputError:
         return False
     return True
 
@@ -141,13 +153,13 @@ def clear_leftovers(root: Path) -> None:
     for retired in root.glob(".step_*.retired"):
         folder = root / retired.name[1:].removesuffix(".retired")
         if not folder.exists() and looks_whole(retired):
-            os.replace(retired, folder)
-            fsync_path(root)
+            rename_durably(retired, folder)
         else:
-            shutil.rmtree(retired, ignore_errors=True)
+            remove(retired)
     for partial in root.glob(".step_*.partial"):
         # A reader elsewhere, or an orphan rank of a dead job that still writes, may keep some of it: next time, then.
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
+    remove_leftovers(root)
 
 
 def prune(root: Path, keep: int, keep_every: int) -> None:
@@ -159,18 +171,22 @@ def prune(root: Path, keep: int, keep_every: int) -> None:
             # What is half removed must not bear a checkpoint's name.
             doomed = root / f".{folder.name}.{secrets.token_hex(4)}.partial"
             os.replace(folder, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove(doomed)
 
 
 def set_aside_newer(run_dir: Path, step: int) -> Path | None:
     """Move checkpoints of later steps to RUN/checkpoints.old: they are of a course that this run leaves.
 
-    A later ``--resume auto`` would else take them for its own. Returns the folder if anything was moved.
+    A later ``--resume auto`` would else take them for its own. Returns the folder if anything was moved; where
+    RUN/checkpoints is a link, it lies beside what that points to, on the same disk.
     """
-    root, aside = run_dir / "checkpoints", run_dir / "checkpoints.old"
+    root = run_dir / "checkpoints"
+    if root.is_symlink():
+        root = root.resolve()
+    aside = root.with_name(f"{root.name}.old")
     later = [folder for folder in checkpoint_folders(root) if step_of(folder) > step]
     for folder in later:
-        aside.mkdir(exist_ok=True)
-        shutil.rmtree(aside / folder.name, ignore_errors=True)
-        os.replace(folder, aside / folder.name)
+        make_folder(aside)
+        remove(aside / folder.name)
+        rename_durably(folder, aside / folder.name)
     return aside if later else None

@@ -15,6 +15,7 @@ from rdmd_fast.checkpoints.engine_state import engine_counters, load_engine, sav
 from rdmd_fast.engine.ema import ShardedEMA
 from rdmd_fast.engine.fp32_masters import parameter_shapes
 from rdmd_fast.errors import InputError
+from rdmd_fast.files import save_by_name
 from rdmd_fast.processes.world import World, on_main
 
 # Sums over a rank's samples, as [total, count]; other tensors are the same on every rank.
@@ -63,7 +64,7 @@ def write_state(folder: Path, state: TrainingState, tensors: dict[str, torch.Ten
     own = {"rng.cpu": torch.get_rng_state(), **tensors}
     if world.device.type == "cuda":
         own["rng.cuda"] = torch.cuda.get_rng_state(world.device)
-    save_file(own, written[0])
+    save_by_name(written[0], lambda path: save_file(own, path))
     return [str(path.relative_to(folder)) for path in written if path]
 
 

@@ -8,6 +8,7 @@ import torch
 
 from rdmd_fast.baselines import Models, Translation, translate
 from rdmd_fast.baselines.options import METHODS, NEEDS_SOURCE_TEACHER, BaselineOptions, checked, parse_options
+from rdmd_fast.data.sample_names import refuse_inside
 from rdmd_fast.errors import InputError
 from rdmd_fast.options import Options, options_of
 from rdmd_fast.processes.devices import pick_device
@@ -169,6 +170,7 @@ def _train(arguments: argparse.Namespace, values: dict) -> int:
 
     options = checked(_training_options(), values, "train-energy")
     device, out = pick_device(arguments.device), Path(arguments.out)
+    refuse_inside(out, "--out", [("--source", arguments.source), ("--target", arguments.target)])
     if out.exists():
         try:
             load_energy(out)  # what is replaced must be one

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from rdmd_fast.data.sample_names import refuse_inside
 from rdmd_fast.data.shards.locate import default_cache
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.feature_extractor import load_extractor
@@ -33,6 +34,10 @@ def evaluate_images(arguments: argparse.Namespace) -> dict:
     device, seed, batch_size = pick_device(arguments.device), arguments.seed or 0, arguments.batch_size
     generator = load_generator(arguments.model).to(device) if arguments.model else None
     folders, weights = arguments.outputs or (), arguments.transport_weight or ()
+    inputs = [("--source", arguments.source), ("--target", arguments.target)]
+    for option in ("picture", "out"):
+        if getattr(arguments, option):
+            refuse_inside(getattr(arguments, option), f"--{option}", inputs)
     labels = row_names(folders, [row_name(weight) for weight in weights or (None,)] if generator else [])
     sources, targets = (open_images(getattr(arguments, role), f"--{role}", folders) for role in ("source", "target"))
     others = [open_images(folder, "--outputs") for folder in folders]
@@ -79,7 +84,7 @@ def _size(arguments: argparse.Namespace, generator: Generator | None, folders: l
             f"--resolution {arguments.resolution}: the generator is of {shape[1]}x{shape[2]}, leave it out"
         )
     stored = next((each.size for each in folders if each.size), None)
-    return (shape[1:] if shape else None) or asked or stored or (first_side(folders[2], folders[2].path),) * 2
+    return (shape[1:] if shape else None) or asked or stored or (first_side(folders[2]),) * 2
 
 
 def _judge(arguments: argparse.Namespace) -> DigitJudge | None:

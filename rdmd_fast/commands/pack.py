@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rdmd_fast.data.image_files import default_workers
 from rdmd_fast.data.packing.check import OtherSet, check_sets
 from rdmd_fast.data.packing.pack_sets import pack_sets
 from rdmd_fast.data.packing.sources import SampleSet
@@ -18,6 +17,8 @@ from rdmd_fast.data.packing.sources.generated import TOY_PREFIX, digit_sets, toy
 from rdmd_fast.data.packing.sources.latents import encoded
 from rdmd_fast.data.packing.sources.mnist import PREFIX as MNIST_PREFIX
 from rdmd_fast.data.packing.sources.mnist import mnist_sets
+from rdmd_fast.data.sample_names import refuse_inside
+from rdmd_fast.data.threads import default_workers
 from rdmd_fast.errors import InputError
 
 EPILOG = """\
@@ -49,6 +50,7 @@ DEFAULTS = {
     "crop": None,
     "holdout": 0.0,
     "labels": False,
+    "extension": None,
     "attribute": None,
     "digits": None,
     "encoder": None,
@@ -72,7 +74,9 @@ class Source(NamedTuple):
 
 
 FILES = Source(
-    "image or array files", file_sets, ("resolution", "crop", "holdout", "labels", "encoder", "device", "seed")
+    "image or array files",
+    file_sets,
+    ("resolution", "crop", "holdout", "labels", "extension", "encoder", "device", "seed"),
 )
 DIGITS = Source("digits", digit_sets, ("hues",))
 PREFIXED = {
@@ -128,6 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
     )
     add("labels", "files: the first-level subfolder is the class, in sorted order", action="store_true")
+    add("extension", "files: those that end in .EXT alone, such as jpg where each has a mask.png", metavar="EXT")
     add("attribute", "CelebA: the attribute that divides the images, as in list_attr_celeba.txt", metavar="NAME")
     add("digits", "MNIST: the digits to pack (default: all)", type=int, nargs="+", metavar="D")
     add("encoder", "images: folder of a diffusers AutoencoderKL; packs its latents instead", metavar="DIR")
@@ -167,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--fast: is for --check, which packs nothing")
     source = _source(args.source)
     _check_options(source, args)
+    _check_place(args)
     sets = source.sets(args)
     if args.encoder is not None:
         sets = encoded(sets, args.encoder, args.device or "auto")
@@ -185,6 +191,14 @@ def _check(args) -> int:
         raise InputError(f"{packing[0]}: does nothing with --check, which takes --fast, --other and --workers")
     check_sets(args.check, args.fast, args.workers, OtherSet(args.other, args.workers) if args.other else None)
     return 0
+
+
+def _check_place(args) -> None:
+    """Refuse an --out that would mix shards with what they are made from."""
+    source = args.source
+    for prefix in PREFIXED:
+        source = source.removeprefix(prefix)
+    refuse_inside(args.out, "--out", [("SOURCE", source)])
 
 
 def _source(name: str) -> Source:
@@ -206,5 +220,7 @@ def _check_options(source: Source, args) -> None:
             raise InputError(f"{_flag(option)} {value} must be at least 1")
     if not 0 <= args.holdout < 1:
         raise InputError(f"--holdout {args.holdout} must be a share in [0, 1)")
+    if args.extension is not None:
+        args.extension = args.extension.removeprefix(".")
     if args.device is not None and args.encoder is None:
         raise InputError("--device: is where the encoder runs, give --encoder too")

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from rdmd_fast.data.file_walk import tell_left_out
 from rdmd_fast.data.options import DataOptions
 from rdmd_fast.data.stream import SampleStream, ToyStream, open_stream
 from rdmd_fast.errors import InputError
@@ -79,6 +80,8 @@ def open_domain(
     stream = open_stream(getattr(options, role), philox, role, options)
     if isinstance(stream, SampleStream):
         _warn_of_crowding(role, len(stream.shards.shards), options.workers)
+        if int(os.environ.get("RANK", 0)) == 0:
+            tell_left_out(f"data.{role} {stream.shards.path}", stream.shards.left_out)
     if not options.flip:
         return DeviceStream(stream, device)
     if len(stream.shape) != 3:

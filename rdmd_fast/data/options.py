@@ -1,5 +1,7 @@
 """The ``data`` section of a config."""
 
+from collections.abc import Iterator
+
 from pydantic import Field
 
 from rdmd_fast.data.toys import ToyDistribution
@@ -65,3 +67,10 @@ class DataOptions(Options):
         le=1,
         description="share of a set's samples that may be unreadable; beyond it the run stops with the list (ours)",
     )
+
+    def named_paths(self) -> Iterator[tuple[str, str]]:
+        """(key, what it names) of all data that are no toys."""
+        for role in ("source", "target", "source_holdout", "target_holdout"):
+            spec = getattr(self, role)
+            for piece in spec if isinstance(spec, list) else [spec] * isinstance(spec, str):
+                yield from ((f"data.{role}", path) for path in piece.split("::"))

@@ -8,7 +8,7 @@ import torch
 
 from rdmd_fast.extras import require
 from rdmd_fast.figures.comparison import FAITHFULNESS, LABELS, Setting, compare, dominates, settings_of
-from rdmd_fast.files import replace_file
+from rdmd_fast.files import replace_file, write_atomically
 from rdmd_fast.metrics.tables import format_table, write_rows
 from rdmd_fast.monitoring.drawing import image_grid
 from rdmd_fast.studies.options import FigureOptions, StudyOptions
@@ -37,7 +37,7 @@ def make(out: Path, options: FigureOptions) -> dict:
     table, text = summary_rows(settings), in_words(settings, study.quality, len(runs.seeds))
     write_rows(out / "tradeoff.csv", rows)
     write_rows(out / "tradeoff_table.csv", table)
-    replace_file(out / "tradeoff.txt", lambda file: file.write(f"{text}\n".encode()))
+    write_atomically(out / "tradeoff.txt", f"{text}\n")
     draw(settings, study, out / "tradeoff.png")
     draw_samples(rows, settings, study, runs.folder, out / "tradeoff_samples.png")
     print(format_table([printed(setting) for setting in settings]))

@@ -33,6 +33,8 @@ class FeatureExtractor:
     def _features(self, images: torch.Tensor) -> np.ndarray:
         with naming(self.path, tuple(images.shape), self.device, "--batch-size"):
             features = self.network.measure(images.to(self.device)).cpu()
+        if features.ndim == 1 and len(images) == 1:
+            features = features[None]  # squeeze() in a network drops a batch's dimension, too, where that is of one
         if features.shape[:1] != images.shape[:1] or features.ndim not in (2, 4) or features.shape[2:].numel() != 1:
             raise InputError(
                 f"{self.path}: gives features of shape {list(features.shape)} for {len(images)} images: a metric needs "

@@ -1,5 +1,6 @@
 """The images that an evaluation measures: of shards or of a folder, all of them or some chosen by a seed."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,17 +8,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rdmd_fast.data.image_files import (
-    below,
-    default_workers,
-    image_keys,
-    list_images,
-    load_image,
-    load_picture,
-    map_in_order,
-)
-from rdmd_fast.data.shards.decode_images import UNREADABLE
+from rdmd_fast.data.file_walk import tell_left_out
+from rdmd_fast.data.pictures import UNREADABLE, load_image, load_picture
+from rdmd_fast.data.sample_names import image_keys, pairing_name
+from rdmd_fast.data.shards.folder_kind import Contents, Kind, look_into
 from rdmd_fast.data.shards.shard_set import ShardSet
+from rdmd_fast.data.threads import default_workers, map_in_order
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.feature_cache import images_sha256
 from rdmd_fast.pixels import PixelImages
@@ -106,44 +102,59 @@ def open_images(folder: str, option: str, results: Sequence[str] = ()) -> OpenIm
         InputError: none there, or latents.
     """
     path = Path(folder)
-    if path.is_dir() and not (path / "manifest.json").is_file() and not any(path.glob("*.tar")):
-        return _open_files(path, option, results)
+    if path.is_dir():
+        contents = look_into(path, results)
+        if contents.kind is Kind.NOTHING and results:
+            raise InputError(f"{option} {path}: no images below this folder, those in --outputs aside; name another")
+        contents.require_samples()
+        if contents.kind is Kind.IMAGES:
+            return _open_files(contents, option)
+        if contents.kind is Kind.ARRAYS:
+            raise _arrays(option, path)
     shards = ShardSet(folder)
     if shards.kind != "image":
-        raise InputError(f"{option} {path}: holds arrays, images are measured: decode them, see rdmd translate --help")
-    index_of = {key: index for index, key in enumerate(shards.keys)}
-    if len(index_of) < len(shards):
-        raise InputError(f"{option} {path}: several samples share a name, pack the set again")
-    return OpenImages(path, option, shards.keys, tuple(shards.shape[:2]), lambda key, _: shards.read(index_of[key]))
+        raise _arrays(option, path)
+    tell_left_out(folder, shards.left_out)
+    index_of = _by_pairing_name(shards.sample_names, range(len(shards)), f"{option} {path}")
+    return OpenImages(
+        path, option, list(index_of), tuple(shards.shape[:2]), lambda name, _: shards.read(index_of[name])
+    )
 
 
-def _open_files(path: Path, option: str, results: Sequence[str]) -> OpenImages:
-    files = _without(list_images(path), path, results)
-    if not files:
-        raise InputError(f"{option} {path}: all images below this folder are in --outputs, name another")
-    file_of = dict(zip(image_keys(files), files, strict=True))
+def _arrays(option: str, path: Path) -> InputError:
+    return InputError(f"{option} {path}: holds arrays, images are measured: decode them, see rdmd translate --help")
+
+
+def _open_files(contents: Contents, option: str) -> OpenImages:
+    tell_left_out(contents.folder, contents.left_out)
+    names = image_keys(contents.paths)
+    file_of = _by_pairing_name(names, contents.paths, f"{option} {contents.folder}")
 
     def load(name: str, size: tuple[int, int]) -> np.ndarray:
-        file = path / file_of[name]
+        file = contents.folder / file_of[name]
         try:
             return load_image(file, size[0])
         except UNREADABLE as error:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise InputError(f"{file}: not a readable image ({reason}), take it out or save it again") from None
 
-    return OpenImages(path, option, list(file_of), None, load)
+    return OpenImages(contents.folder, option, list(file_of), None, load)
 
 
-def _without(files: list[str], path: Path, results: Sequence[str]) -> list[str]:
-    """Keep the files of ``path`` that are in none of the folders of results that lie inside it."""
-    real = path.resolve()
-    inside = [folder for folder in map(Path, results) if real in folder.resolve().parents]
-    return [file for file in files if not any(below(path / file, folder) for folder in inside)] if inside else files
+def _by_pairing_name(names: Sequence[str], values: Sequence, where: str) -> dict:
+    """``values`` by their names in the form in which they pair; InputError for two that look alike."""
+    found = dict(zip(map(pairing_name, names), values, strict=True))
+    if len(found) < len(names):
+        twice = next(name for name, count in Counter(map(pairing_name, names)).items() if count > 1)
+        raise InputError(
+            f"{where}: two images are called {twice!r}, spelled in two ways of Unicode; rename one of them"
+        )
+    return found
 
 
-def first_side(images: OpenImages, folder: Path) -> int:
+def first_side(images: OpenImages) -> int:
     """Give the side of the central square of the first file."""
-    file = folder / list_images(folder)[0]
+    file = images.path / look_into(images.path).paths[0]
     try:
         return min(load_picture(file).size)
     except UNREADABLE as error:

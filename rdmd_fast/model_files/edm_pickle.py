@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from rdmd_fast.diffusion import DiffusionOptions
 from rdmd_fast.errors import InputError
+from rdmd_fast.files import check_readable
 from rdmd_fast.model_files.export_format import ExportConfig
 from rdmd_fast.model_files.safe_pickle import (
     Record,
@@ -89,6 +90,7 @@ def read_edm_pickle(path: str | Path) -> tuple[ExportConfig, dict[str, torch.Ten
     try:
         if path.exists() and not path.is_file():
             raise Refused("is not a file")
+        check_readable(path)
         contents = _read(path)
         preconditioning = _network_of(contents)
         config = _config_of(preconditioning)
@@ -112,8 +114,6 @@ def _read(path: Path) -> object:
             raise Refused("is empty, get it again")
         if head.startswith(b"<"):
             raise Refused("is a web page and not an EDM pickle, get the file itself")
-        if not head.startswith(b"\x80") and b"version https://git-lfs" in head:
-            raise Refused("is a Git LFS pointer and not an EDM pickle, get the file itself")
         if head.startswith(b"PK"):
             raise Refused("is a zip file (torch.save writes those) and not an EDM pickle")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:

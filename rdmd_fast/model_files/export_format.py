@@ -7,7 +7,6 @@ DIR/README.md                                  model card
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from rdmd_fast.diffusion import DiffusionOptions
 from rdmd_fast.errors import InputError
-from rdmd_fast.files import fsync_path, read_text, replace_folder, write_atomically
+from rdmd_fast.files import check_readable, encoded, is_file, is_utf8, new_folder, open_to_read, read_text, save_by_name
 from rdmd_fast.networks.class_labels import label_rows
 from rdmd_fast.networks.options import ExportedNetworkOptions
 from rdmd_fast.options import Options
@@ -80,40 +79,30 @@ def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Te
     """
 
     def fill(partial: Path) -> None:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in weights.items()},
-            partial / f"{config.role}.safetensors",
-        )
-        fsync_path(partial / f"{config.role}.safetensors")
+        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_by_name(partial / f"{config.role}.safetensors", lambda path: save_file(tensors, path))
 
     write_folder(folder, config, fill, card)
 
 
 def write_folder(folder: Path, config: ExportConfig, fill: Callable[[Path], None], card: str | None = None) -> None:
     """A folder with config.json, a README.md and what ``fill`` writes into it, whole or not at all."""
-    folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         fill(partial)
         if card is not None:
-            write_atomically(partial / "README.md", card)
-        write_atomically(partial / "config.json", json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    replace_folder(partial, folder)
+            (partial / "README.md").write_bytes(encoded(card))
+        (partial / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
 
 
 def check_replaceable(folder: Path, flag: str = "--out") -> None:
     """Whether ``write_folder`` may put its own in the place of what is there: nothing, or an export and no more.
 
     Raises:
-        InputError: a file, or a folder with anything that is not an export's.
+        InputError: a file, a folder with anything that is not an export's, or one that this account may not read.
     """
     if not folder.exists():
         return
+    check_readable(folder / "config.json")
     try:
         read_export_config(folder, None)
     except InputError:
@@ -131,7 +120,7 @@ def read_export(folder: str | Path, role: str) -> tuple[ExportConfig, dict[str, 
     """
     config = read_export_config(folder, role)
     path = Path(folder) / f"{role}.safetensors"
-    if not path.is_file():
+    if not is_file(path):
         raise InputError(f"{path}: missing, export the run again")
     return config, read_tensors(path, "export the run again")
 
@@ -140,12 +129,14 @@ def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, float32; ``remedy`` ends the message if it is none.
 
     Raises:
-        InputError: damaged, or something in it is no finite number of floating point.
+        InputError: not readable by this account, damaged, or something in it is no finite number of floating point.
     """
     try:
+        check_readable(path)
         if not path.is_file():  # a pipe would never end
             raise ValueError("not a regular file")
-        tensors = load_file(path)
+        with open_to_read(path) as file:
+            tensors = load_file(path if is_utf8(path) else f"/proc/self/fd/{file.fileno()}")
     except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path}: not a whole safetensors file ({reason}), {remedy}") from None
@@ -161,7 +152,7 @@ def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
 def read_export_config(folder: str | Path, role: str | None) -> ExportConfig:
     """config.json of an export, of any role if that is None; errors as ``read_export``."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         raise InputError(f"{folder}: no export there (no config.json), name a RUN/export folder")
     try:
         values = json.loads(read_text(folder / "config.json", MOST_BYTES))

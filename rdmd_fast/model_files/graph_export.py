@@ -17,7 +17,6 @@ import torch
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.extras import require
-from rdmd_fast.files import fsync_path
 from rdmd_fast.model_files.models import Generator
 from rdmd_fast.randomness import Philox, Stream
 from rdmd_fast.transport_weight import with_condition
@@ -73,8 +72,6 @@ def write_graph(generator: Generator, kind: str, folder: Path) -> float:
         path = folder / FILES[kind]
         write, read = {"torch-export": (_write_torch, _read_torch), "onnx": (_write_onnx, _read_onnx)}[kind]
         write(program, generator, path)
-        for written in folder.glob(f"{path.name}*"):
-            fsync_path(written)
         difference = _difference(generator, read(path))
     if not difference <= TOLERANCE:  # NaN, too
         raise InputError(

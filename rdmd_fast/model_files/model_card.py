@@ -160,7 +160,7 @@ def _one_set(part: str) -> str:
         manifest = json.loads(read_text(path, MOST_BYTES))
         facts.append(f"{int(manifest['count']):,} samples")
         facts.append(f"SHA-256 of its manifest {code(sha256_of(path))}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (InputError, OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return ", ".join(facts)
 
@@ -204,7 +204,7 @@ def stated_license(readme: Path) -> str | None:
     """The licence in the front matter of a model card; None where there is none."""
     try:
         text = read_text(readme, 1 << 20)
-    except (OSError, ValueError):
+    except (InputError, OSError, ValueError):
         return None
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     stated = dict(re.findall(r"^(license|license_name):[ \t]*(.*?)[ \t]*$", head[1] if head else "", re.MULTILINE))

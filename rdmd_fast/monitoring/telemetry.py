@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from rdmd_fast.errors import write_error
-from rdmd_fast.files import append_line, fsync_path, write_atomically
+from rdmd_fast.files import append_line, fsync_path, make_folder, write_atomically
 from rdmd_fast.options import Options
 from rdmd_fast.processes.world import World, on_main
 
@@ -317,6 +317,7 @@ def _tensorboard_writer(run_dir: Path):
     except ImportError:
         return None
     threading.excepthook = _quiet_about_tensorboard
+    make_folder(run_dir / "tensorboard")  # a link to a folder that is not there, too
     writer = SummaryWriter(str(run_dir / "tensorboard"))
 
     def write(line: dict) -> None:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.files import sha256_of
+from rdmd_fast.files import check_readable, is_file, sha256_of
 
 PixelInput = Literal["auto", "uint8", "float"]
 LPIPS = "lpips"
@@ -43,8 +43,9 @@ class FeatureNetwork(torch.nn.Module):
     def __init__(self, path: str | Path, pixels: PixelInput = "auto", device: torch.device | str = "cpu"):
         super().__init__()
         self.path = Path(path)
-        if not self.path.is_file():
+        if not is_file(path):
             raise InputError(f"{path}: no such file, name a TorchScript file of a feature network")
+        check_readable(path)
         self.sha256 = sha256_of(self.path)
         try:
             with warnings.catch_warnings():

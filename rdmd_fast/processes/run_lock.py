@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rdmd_fast.errors import InputError
+from rdmd_fast.files import make_folder, owner_of
 
 _held_locks: set[int] = set()
 
@@ -32,11 +33,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises:
         InputError: the folder cannot be written, or another live job holds it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise InputError(f"run_dir {folder}: cannot be written ({error.strerror}), choose another") from None
+    descriptor = _open_lock(folder)
     owner = os.getpid()
     try:
         try:
@@ -59,3 +56,20 @@ def run_lock(folder: Path) -> Iterator[None]:
         if os.getpid() == owner:
             _held_locks.discard(descriptor)
             os.close(descriptor)
+
+
+def _open_lock(folder: Path) -> int:
+    """The lock's file, open to every account that the folder's modes let train there."""
+    lock = folder / ".lock"
+    try:
+        make_folder(folder)
+        return os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if isinstance(error, PermissionError) and os.access(folder, os.W_OK | os.X_OK):
+            # To lock it, reading would do; but it must name the job that holds it.
+            owner = owner_of(lock)
+            raise InputError(
+                f"run_dir {folder}: its lock may be taken by {owner} alone (mode {lock.stat().st_mode & 0o777:04o}), "
+                f"let {owner} run `chmod g+w {lock}`, or remove it while no job trains there"
+            ) from None
+        raise InputError(f"run_dir {folder}: cannot be written ({error.strerror}), choose another") from None

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.files import read_text, strict_json, write_atomically
+from rdmd_fast.files import print_any_text, read_text, strict_json, write_atomically
 
 FORMAT = 1
 MOST_BYTES = 1 << 22  # of a job's result
@@ -159,6 +159,7 @@ def _devices() -> list[str]:
 
 def _settle(devices) -> None:
     """A worker's start: a GPU of its own where there are several, and nothing that outlives the command."""
+    print_any_text()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # of those that wait, no traceback; trainings have their own
     threading.Thread(target=_end_with_parent, daemon=True).start()
     name = devices.get()

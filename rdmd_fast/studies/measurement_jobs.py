@@ -45,7 +45,7 @@ def measure(folder: Path, settings: dict) -> dict:
         row = report(**settings["metrics"], target=data["target"], count=data["held_out"]).row("", sources, run.outputs)
     chosen = torch.linspace(0, len(sources) - 1, min(SAMPLES, len(sources))).long()
     samples = to_uint8(run.outputs[chosen]).numpy()
-    replace_file(folder / "samples.npy", lambda file: np.save(file, samples))
+    replace_file(folder / "samples.npy", lambda file: np.save(file, samples), durable=True)
     return {**without_name(row), **run.evaluations, "seconds_per_image": run.seconds, "device": device.type}
 
 

@@ -11,6 +11,7 @@ from rdmd_fast.config import Config, load_config
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.errors import InputError
+from rdmd_fast.files import replace_file
 from rdmd_fast.model_files.models import load_generator
 from rdmd_fast.monitoring.validation import ImageValidator, PointsValidator, ToyValidator, held_out_images
 from rdmd_fast.randomness import Philox, Stream
@@ -77,8 +78,7 @@ def short_run(folder: Path, settings: dict) -> dict:
     sources = pictured_sources(Config.model_validate(with_teacher(settings["config"])))
     with torch.no_grad():
         outputs = load_generator(folder / EXPORT)(sources).numpy()
-    with open(folder / "samples.npy", "wb") as file:
-        np.save(file, outputs)
+    replace_file(folder / "samples.npy", lambda file: np.save(file, outputs), durable=True)
     return result
 
 

@@ -86,7 +86,8 @@ def translate_folder(
 
 def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tuple[int, ...], overlap: float | None):
     """(Job, its Autoencoder or None) of the command line; InputError where its parts do not fit."""
-    from rdmd_fast.data.image_files import default_workers
+    from rdmd_fast.data.sample_names import check_results, refuse_inside
+    from rdmd_fast.data.threads import default_workers
     from rdmd_fast.translation.inputs import open_inputs
     from rdmd_fast.translation.outputs import Outputs
     from rdmd_fast.translation.sizes import make_size
@@ -99,12 +100,14 @@ def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tup
     autoencoder = _open_autoencoder(arguments.autoencoder, shape) if arguments.autoencoder else None
     image_shape = autoencoder.image_shape(shape) if autoencoder else shape
     size = make_size(arguments.size, *image_shape[1:], overlap)
-    samples = open_inputs(arguments.input, shape, image_shape, arguments.size, arguments.output)
+    refuse_inside(arguments.output, "--output", [("--input", arguments.input)])
+    samples = open_inputs(arguments.input, shape, image_shape, arguments.size)
     pictures = bool(autoencoder) or not samples.latents
     if arguments.format and not pictures:
         raise InputError(f"--format {arguments.format}: is for images, --input {arguments.input} holds latents")
     arrays = samples.latents or (autoencoder is not None and not size.blends)  # the latents of tiles are of no image
     outputs = Outputs(Path(arguments.output), (arguments.format or "png") if pictures else None, arrays)
+    check_results(outputs.folder, outputs.files(samples.names), f"--input {arguments.input}")
     flags = arguments.batch_size, arguments.skip_unreadable, default_workers()
     return TranslationPlan(method, arguments.autoencoder, samples, size, outputs, *flags), autoencoder
 

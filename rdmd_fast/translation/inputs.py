@@ -1,15 +1,15 @@
 """What `rdmd translate` and `rdmd baseline` read: images, .npy latents or shards, by number and in one fixed order."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from rdmd_fast.data.image_files import below
-from rdmd_fast.errors import InputError, is_plain
+from rdmd_fast.data.file_walk import tell_left_out
+from rdmd_fast.data.sample_names import output_names
+from rdmd_fast.errors import InputError
 
 
 class Unreadable(InputError):
@@ -39,8 +39,7 @@ class ImageFiles:
     latents: bool = False
 
     def read(self, index: int) -> np.ndarray:
-        from rdmd_fast.data.image_files import load_picture
-        from rdmd_fast.data.shards.decode_images import UNREADABLE
+        from rdmd_fast.data.pictures import UNREADABLE, load_picture
 
         path = self.folder / self.files[index]
         try:
@@ -58,8 +57,8 @@ class ArrayFiles:
     latents: bool = True
 
     def read(self, index: int) -> np.ndarray:
+        from rdmd_fast.data.pictures import UNREADABLE
         from rdmd_fast.data.shards.decode_arrays import decode_array
-        from rdmd_fast.data.shards.decode_images import UNREADABLE
 
         path = self.folder / self.files[index]
         try:
@@ -97,11 +96,7 @@ class Shards:
 
 
 def open_inputs(
-    folder: str | Path,
-    shape: tuple[int, int, int],
-    image_shape: tuple[int, int, int],
-    size: str = "crop",
-    output: str | Path | None = None,
+    folder: str | Path, shape: tuple[int, int, int], image_shape: tuple[int, int, int], size: str = "crop"
 ) -> Samples:
     """The samples of a shard set, an image folder or a folder of .npy arrays.
 
@@ -109,25 +104,26 @@ def open_inputs(
         shape: (C, H, W) that the network takes.
         image_shape: the same of images; another one where an autoencoder encodes them.
         size: "crop", "resize" or "tiles": whether images of another size are taken.
-        output: a folder whose files are no inputs, should it lie inside ``folder``.
 
     Raises:
-        InputError: nothing there that the network takes.
+        InputError: nothing there that the network takes, or samples of two kinds.
     """
-    from rdmd_fast.data.image_files import list_files
+    from rdmd_fast.data.shards.folder_kind import Kind, look_into
 
-    path = Path(folder)
-    if output is not None and Path(output).resolve() == path.resolve():
-        raise InputError(f"--output {output}: is --input, results would replace what they are made of; name another")
-    if (path / "manifest.json").is_file() or any(path.glob("*.tar")):
-        return _open_shards(path, shape, image_shape, size)
-    files = [file for file in list_files(path) if not below(path / file, output)]
-    if any(file.endswith(".npy") for file in files):
-        return _open_arrays(path, files, shape, size)
-    return _open_images(path, image_shape, size, output)
+    contents = look_into(folder)
+    contents.require_samples()
+    if contents.kind in (Kind.PACKED, Kind.TARS):
+        samples, left_out = _open_shards(contents.folder, shape, image_shape, size)
+    else:
+        left_out = contents.left_out
+        images = contents.kind is Kind.IMAGES
+        open_files, taken = (_open_images, image_shape) if images else (_open_arrays, shape)
+        samples = open_files(contents.folder, contents.paths, taken, size)
+    tell_left_out(folder, left_out)
+    return samples
 
 
-def _open_shards(path: Path, shape, image_shape, size: str) -> Shards:
+def _open_shards(path: Path, shape, image_shape, size: str) -> tuple[Shards, Counter[str]]:
     from rdmd_fast.data.shards.shard_set import ShardSet
 
     shards = ShardSet(path)
@@ -139,24 +135,12 @@ def _open_shards(path: Path, shape, image_shape, size: str) -> Shards:
     if found != expected and (latents or size == "crop" or expected[-1] != 3):
         remedy = "" if latents or expected[-1] != 3 else "; choose --size resize or tiles, or pack the set again"
         raise InputError(f"--input {path}: samples of shape {found}, the network takes {expected}{remedy}")
-    for key in shards.keys:
-        parts = key.split("/")
-        if not is_plain(key) or ".." in parts or "" in parts:
-            raise InputError(
-                f"--input {path}: sample {key!r} has no name for a file below --output; pack the set again"
-            )
-    return Shards(path, shards.keys, latents, shards)
+    return Shards(path, shards.sample_names, latents, shards), shards.left_out
 
 
 def _open_arrays(path: Path, files: list[str], shape, size: str) -> ArrayFiles:
-    from rdmd_fast.data.image_files import is_image
-
-    image = next(filter(is_image, files), None)
-    if image:
-        raise InputError(f"--input {path}: holds arrays and images ({image}), name a folder of one kind")
     _no_size_for_latents(path, size)
-    arrays = [file for file in files if file.endswith(".npy")]
-    return ArrayFiles(path, arrays, [file.removesuffix(".npy") for file in arrays], shape)
+    return ArrayFiles(path, files, output_names(files), shape)
 
 
 def _no_size_for_latents(path: Path, size: str) -> None:
@@ -164,14 +148,8 @@ def _no_size_for_latents(path: Path, size: str) -> None:
         raise InputError(f"--size {size}: is for images, --input {path} holds latents of the network's own size")
 
 
-def _open_images(path: Path, shape, size: str, output) -> ImageFiles:
-    from rdmd_fast.data.image_files import list_images
-
-    found = list_images(path)
-    files = [file for file in found if not below(path / file, output)]
+def _open_images(path: Path, files: list[str], shape, size: str) -> ImageFiles:
     channels, height, width = shape
-    if not files:
-        raise InputError(f"--input {path}: all images below this folder are in --output {output}, name another")
     if channels != 3:
         raise InputError(
             f"--input {path}: image files are RGB, the network takes {channels} channels: use shards, or name the "
@@ -183,22 +161,3 @@ def _open_images(path: Path, shape, size: str, output) -> ImageFiles:
             "or tiles"
         )
     return ImageFiles(path, files, output_names(files))
-
-
-def output_names(files: Sequence[str]) -> list[str]:
-    """Names without suffix of files; those that differ in their suffix alone keep it, as ``name_png``.
-
-    Raises:
-        InputError: two files still share a name.
-    """
-    plain = Counter(str(PurePosixPath(file).with_suffix("")) for file in files)
-    names, taken = [], {}
-    for file in files:
-        path = PurePosixPath(file)
-        name = str(path.with_suffix(""))
-        if plain[name] > 1:
-            name = str(path.with_name(path.stem + path.suffix.replace(".", "_")))
-        if taken.setdefault(name, file) != file:
-            raise InputError(f"--input: {taken[name]} and {file} would both become {name}, rename one of them")
-        names.append(name)
-    return names

@@ -1,6 +1,6 @@
 """What `rdmd translate` and `rdmd baseline` write: an image file or a .npy array a sample, whole or not at all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,13 +31,14 @@ class Outputs(NamedTuple):
     images: str | None
     arrays: bool
 
-    def paths(self, name: str) -> list[Path]:
+    def files(self, names: Iterable[str]) -> Iterator[str]:
+        """Relative paths of the files of samples."""
         suffixes = ["npy"] * self.arrays + [self.images] * bool(self.images)
-        return [self.folder / f"{name}.{suffix}" for suffix in suffixes]
+        return (f"{name}.{suffix}" for name in names for suffix in suffixes)
 
     def are_there(self, name: str) -> bool:
         """Whether all files of a sample are whole."""
-        return all(map(is_whole, self.paths(name)))
+        return all(is_whole(self.folder / file) for file in self.files([name]))
 
     def write(self, name: str, array: np.ndarray | None, image: np.ndarray | None) -> None:
         """Write float32 [C, H, W] and uint8 [H, W, 3 or 1]; InputError for what cannot be written."""

@@ -27,7 +27,7 @@ class Crop(NamedTuple):
     blends = False
 
     def split(self, image: np.ndarray) -> np.ndarray:
-        from rdmd_fast.data.image_files import central_square
+        from rdmd_fast.data.pictures import central_square
 
         if image.shape[:2] == (self.height, self.width):
             return image[None]

@@ -139,7 +139,7 @@ def work(
     Raises:
         InputError: no such model, an unreadable sample (unless skipped), or an output that cannot be written.
     """
-    from rdmd_fast.data.image_files import map_in_order
+    from rdmd_fast.data.threads import map_in_order
 
     translator = Translator(job, torch.device(device), autoencoder)
     ahead = 2 * max(map(len, chunks), default=1)

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -185,10 +187,13 @@ def test_all_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     partial = events[published][1]
     before = {event[1].removeprefix(partial) for event in events[:published] if event[0] == "flushed"}
     names = [str(path.relative_to(final)) for path in final.rglob("*") if path.name != "manifest.json"]
-    assert before == {"", "/.manifest.json.partial", *(f"/{name}" for name in names)}
+    assert {re.sub("[0-9a-f]{16}", "*", name) for name in before} == {
+        str(tmp_path), "", "/.rdmd-*.partial", *(f"/{name}" for name in names)
+    }  # fmt: skip
     assert events[published + 1] == ("flushed", str(final.parent))
     latest = str(final.parent / "latest")
-    assert [event[-1] for event in events[-3:]] == [str(final.parent / ".latest.partial"), latest, str(final.parent)]
+    assert Path(events[-3][-1]).parent == final.parent and Path(events[-3][-1]).name.startswith(".rdmd-")
+    assert [event[-1] for event in events[-2:]] == [latest, str(final.parent)]
 
 
 # -- damaged -----------------------------------------------------------------------------------------------------------

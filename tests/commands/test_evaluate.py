@@ -275,7 +275,7 @@ def test_results_below_the_sources_are_no_sources(folders, tmp_path, capsys):
     (tmp_path / "all").mkdir()
     (tmp_path / "source/cut").rename(tmp_path / "all/cut")
     assert evaluate(tmp_path, "--source", tmp_path / "all", "--outputs", tmp_path / "all/cut") == 2
-    assert f"--source {tmp_path}/all: all images below this folder are in --outputs" in capsys.readouterr().err
+    assert f"--source {tmp_path}/all: no images below this folder, those in --outputs aside" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

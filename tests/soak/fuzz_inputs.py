@@ -30,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import fuzz_sandbox as sandbox  # noqa: E402
 
 MOST_MUTATIONS = 3
-DEFAULTS = {"configs": 2000, "exports": 500, "pickles": 500, "shards": 500, "checkpoints": 100}
+DEFAULTS = {"configs": 2000, "exports": 500, "pickles": 500, "shards": 500, "pictures": 1000, "checkpoints": 100}
 
 
 @dataclass
@@ -50,9 +50,11 @@ class Tally:
 def kinds(material) -> dict:
     from fuzz_configs import Checkpoints, Configs
     from fuzz_networks import Exports, Pickles
+    from fuzz_pictures import Pictures
     from fuzz_shards import Shards
 
-    return {kind.name: kind for kind in (each(material) for each in (Configs, Exports, Pickles, Shards, Checkpoints))}
+    every = (Configs, Exports, Pickles, Shards, Pictures, Checkpoints)
+    return {kind.name: kind for kind in (each(material) for each in every)}
 
 
 def plan_of(kind, seed: int, number: int) -> dict:

@@ -6,6 +6,7 @@ import numpy as np
 
 from rdmd_fast.data.cache.decoder import Decoder
 from rdmd_fast.data.cache.shared_memory import bytes_needed, private_store, shared_store
+from rdmd_fast.data.pictures import DECODING
 from rdmd_fast.data.shards.sample_reader import BAD, UNKNOWN
 from rdmd_fast.data.shards.shard_set import ShardSet
 
@@ -32,7 +33,7 @@ class CachedSamples:
 
     def __init__(self, shards: ShardSet, dtype, workers: int, share: bool):
         shape = (len(shards), shards.shape, dtype)
-        self._store = shared_store(shards.identity, *shape) if share else private_store(*shape)
+        self._store = shared_store(f"{shards.identity} {DECODING}", *shape) if share else private_store(*shape)
         self.status = self._store.status
         self.status[shards.cut & (self.status == UNKNOWN)] = BAD
         self._workers = workers

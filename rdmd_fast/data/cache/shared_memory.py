@@ -98,7 +98,10 @@ def _prefix() -> str:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """One process at a time opens, removes or sweeps."""
+    """One process at a time opens, removes or sweeps.
+
+    Modes here are for one account, whatever its umask: everyone may write in /dev/shm, and what is mapped is trusted.
+    """
     descriptor = os.open(folder / f"{_prefix()}lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from rdmd_fast.data.image_files import map_in_order
+from rdmd_fast.data.file_walk import tell_left_out, walk_files
 from rdmd_fast.data.packing.report import digest_of, shared_samples
-from rdmd_fast.data.shards.decode_images import UNREADABLE
+from rdmd_fast.data.pictures import UNREADABLE
+from rdmd_fast.data.shards.folder_kind import Kind, is_packed, look_into
 from rdmd_fast.data.shards.parts import (
     ARRAY_EXTENSION,
     IMAGE_EXTENSIONS,
@@ -24,10 +25,12 @@ from rdmd_fast.data.shards.parts import (
     MANIFEST_VERSION,
     MOST_INDEX_BYTES,
     UNFINISHED_MANIFEST,
+    choose_members,
 )
 from rdmd_fast.data.shards.sample_reader import decode
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.shards.tar import TarMember, scan_shard
+from rdmd_fast.data.threads import map_in_order
 from rdmd_fast.errors import InputError
 from rdmd_fast.files import read_text, sha256_of
 
@@ -83,12 +86,11 @@ def sets_below(folder: Path) -> list[Path]:
     Raises:
         InputError: there are none.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of shards")
-    marks = (MANIFEST, UNFINISHED_MANIFEST)
-    if any((folder / mark).exists() for mark in marks) or any(folder.glob("*.tar")):
+    if look_into(folder).kind in (Kind.PACKED, Kind.TARS):
         return [folder]
-    found = sorted({path.parent for mark in marks for path in folder.rglob(mark)})
+    marks = (MANIFEST, UNFINISHED_MANIFEST)
+    parents = {(folder / path).parent for path in walk_files(folder).paths if path.rpartition("/")[2] in marks}
+    found = sorted(filter(is_packed, parents))
     if not found:
         raise InputError(f"{folder}: holds no shards; make them with `rdmd pack SOURCE --out {folder}`")
     return found
@@ -96,10 +98,10 @@ def sets_below(folder: Path) -> list[Path]:
 
 def check_set(folder: Path, fast: bool, workers: int) -> tuple[list[Fault], int]:
     """(faults, samples that the headers tell) of one set."""
-    if not (folder / MANIFEST).is_file():
-        if (folder / UNFINISHED_MANIFEST).exists():
-            return [Fault(str(folder), "packing was interrupted")], 0
+    if not is_packed(folder):
         manifest, index, faults = None, {}, []
+    elif not (folder / MANIFEST).is_file():
+        return [Fault(str(folder), "packing was interrupted")], 0
     else:
         manifest, index, faults = _read_manifest(folder)
         if manifest is None:
@@ -115,6 +117,8 @@ def check_set(folder: Path, fast: bool, workers: int) -> tuple[list[Fault], int]
             path = folder / name
             damage, members = _check_file(path, expected)
             if members is not None:
+                members, left_out = (members, Counter()) if manifest else choose_members(members)
+                tell_left_out(path, left_out)
                 samples = [m for m in members if m.extension in IMAGE_EXTENSIONS or m.extension == ARRAY_EXTENSION]
                 count += len(samples)
                 if manifest and index is not None:

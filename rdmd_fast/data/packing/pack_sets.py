@@ -1,9 +1,7 @@
 """Writing the sets of a source: loading in parallel, resuming, repairing, and the report at the end."""
 
 import argparse
-import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -12,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rdmd_fast.data.image_files import map_in_order
+from rdmd_fast.data.file_walk import is_image
 from rdmd_fast.data.packing.check import OtherSet
 from rdmd_fast.data.packing.report import build_report, summary
 from rdmd_fast.data.packing.shard_writer import (
@@ -23,14 +21,16 @@ from rdmd_fast.data.packing.shard_writer import (
     encode_sample,
     folder_lock,
     remove_leftovers,
+    report_text,
     shard_name,
-    write_report,
 )
 from rdmd_fast.data.packing.sources import CHUNK, SampleSet, Unreadable
-from rdmd_fast.data.shards.decode_images import UNREADABLE
-from rdmd_fast.data.shards.parts import INDEX, MANIFEST, UNFINISHED_MANIFEST
+from rdmd_fast.data.pictures import UNREADABLE
+from rdmd_fast.data.shards.folder_kind import is_packed
+from rdmd_fast.data.shards.parts import INDEX, MANIFEST, MOST_INDEX_BYTES, UNFINISHED_MANIFEST
+from rdmd_fast.data.threads import map_in_order
 from rdmd_fast.errors import InputError
-from rdmd_fast.files import sha256_of
+from rdmd_fast.files import read_text, rename_durably, sha256_of, write_atomically
 
 EncodedChunk = tuple[int, list[EncodedSample], list[list[str]]]
 """Number of the shard it goes to, samples, and (path, reason) of unreadable files."""
@@ -50,6 +50,7 @@ def pack_sets(sets: list[SampleSet], command: str, args: argparse.Namespace) -> 
     for each in sets:
         if each.count == 0:
             raise InputError(f"{args.out / each.folder}: {args.source} holds no samples for it; choose otherwise")
+        _check_place(args.out / each.folder)
     # Every set in the way is looked at before anything is written.
     present = [None if args.force else _present_set(args.out / each.folder, each.content) for each in sets]
     other = OtherSet(args.other, args.workers) if args.other else None
@@ -78,8 +79,11 @@ def _write_sets(sets, present, other: OtherSet | None, command: str, args) -> No
             stack.enter_context(writer)
             _write(each, folder, writer, unreadable, args)
             writers.append((folder, each, writer))
-        for folder, each, writer in writers:
-            report = None if each.generated and other is None else _report(folder, writer, other)
+        reports = [
+            None if each.generated and other is None else _report(folder, writer, other)
+            for folder, each, writer in writers
+        ]
+        for (folder, each, writer), report in zip(writers, reports, strict=True):
             writer.commit(report)
             skipped = each.count - writer.count
             note = f"; {skipped} of {each.count} files skipped as unreadable" if skipped else ""
@@ -88,18 +92,28 @@ def _write_sets(sets, present, other: OtherSet | None, command: str, args) -> No
                 _print_summary(folder, report)
 
 
+def _check_place(folder: Path) -> None:
+    """Refuse to put shards beside images or over another program's manifest.json, even with --force."""
+    if folder.is_dir() and not is_packed(folder):
+        others = sorted(path.name for path in folder.iterdir() if is_image(path.name) or path.name == MANIFEST)
+        if others:
+            raise InputError(f"--out {folder}: holds {others[0]}, which is of no packed set; name another folder")
+
+
 def _present_set(folder: Path, content: dict) -> dict | None:
     """Manifest of exactly this set where the folder holds it, None where it holds nothing or an unfinished set.
 
     Raises:
         InputError: it holds another set, or tars of unknown origin.
     """
-    if not (folder / MANIFEST).is_file():
-        if any(folder.glob("*.tar")) and not (folder / UNFINISHED_MANIFEST).exists():
+    if not is_packed(folder):
+        if any(folder.glob("*.tar")):
             raise InputError(f"{folder}: holds .tar files without {MANIFEST}; choose another --out or pass --force")
         return None
+    if not (folder / MANIFEST).is_file():
+        return None
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(read_text(folder / MANIFEST, MOST_INDEX_BYTES))
         present, command = manifest["content"], manifest["command"]
         index_sha256, _ = manifest["index_sha256"], [(s["file"], s["bytes"], s["sha256"]) for s in manifest["shards"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -109,7 +123,7 @@ def _present_set(folder: Path, content: dict) -> dict | None:
             f"{folder}: already holds another set, made by `{command}`; choose another --out or pass --force"
         )
     index = folder / INDEX
-    if not index.is_file() or hashlib.sha256(index.read_bytes()).hexdigest() != index_sha256:
+    if not index.is_file() or sha256_of(index) != index_sha256:
         return None  # nothing says what the shards hold: the set is made again
     return manifest
 
@@ -136,7 +150,7 @@ def _complete(folder: Path, each: SampleSet, manifest: dict, args) -> None:
                     f"{folder / expected['file']}: made again it differs from what {MANIFEST} says, by another Pillow "
                     "or changed files; pass --force to pack the whole set again"
                 )
-            os.replace(path, folder / expected["file"])
+            rename_durably(path, folder / expected["file"])
         finally:
             shard.discard()
     print(f"{folder}: completed, {len(missing)} of {len(manifest['shards'])} shards were missing or damaged")
@@ -218,11 +232,11 @@ def _report(folder: Path, writer: ShardWriter, other: OtherSet | None) -> dict:
 def _add_to_report(folder: Path, in_other: dict) -> None:
     """Note in report.json of a complete set what it shares with another one."""
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = json.loads(read_text(folder / REPORT, MOST_INDEX_BYTES))
     except (OSError, ValueError):
         report = build_report([], [], [])
     report["in_other"] = in_other
-    write_report(folder, report)
+    write_atomically(folder / REPORT, report_text(report))
     _print_summary(folder, report)
 
 

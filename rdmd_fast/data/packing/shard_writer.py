@@ -32,7 +32,7 @@ from rdmd_fast.data.packing.report import Traits, traits_of
 from rdmd_fast.data.shards.parts import INDEX, LABEL_EXTENSION, MANIFEST, MANIFEST_VERSION, UNFINISHED_MANIFEST
 from rdmd_fast.data.shards.tar import scan_shard
 from rdmd_fast.errors import InputError
-from rdmd_fast.files import sha256_of
+from rdmd_fast.files import encoded, fsync_path, make_folder, rename_durably, sha256_of, write_atomically
 
 REPORT = "report.json"
 
@@ -183,7 +183,7 @@ class ShardWriter:
     ):
         self._folder, self._content, self._command, self._shard_size = folder, content, command, shard_size
         self._classes = classes
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         # Another Pillow may encode the same pixels in other bytes.
         identity = json.dumps([MANIFEST_VERSION, PIL.__version__, content], sort_keys=True)
         self._identity = hashlib.sha256(identity.encode()).hexdigest()
@@ -197,7 +197,7 @@ class ShardWriter:
         self._committed = False
         if not (folder / UNFINISHED_MANIFEST).exists():
             marker = {"command": command, "content": content}
-            _write_file(folder / UNFINISHED_MANIFEST, (json.dumps(marker, indent=1) + "\n").encode())
+            write_atomically(folder / UNFINISHED_MANIFEST, json.dumps(marker, indent=1) + "\n")
 
     @property
     def count(self) -> int:
@@ -215,7 +215,9 @@ class ShardWriter:
     def __exit__(self, kind, error, trace) -> None:
         if self._shard is not None:
             self._shard.discard()
-        if not self._committed and (kind is None or issubclass(kind, InputError)):
+        # A commit that was cut short has put these shards in the place of the old set's: nothing else tells of them.
+        half_committed = not (self._folder / MANIFEST).exists() and any(self._folder.glob("shard-*.tar"))
+        if not self._committed and not half_committed and (kind is None or issubclass(kind, InputError)):
             remove_leftovers(self._folder)
             (self._folder / UNFINISHED_MANIFEST).unlink(missing_ok=True)
 
@@ -258,9 +260,7 @@ class ShardWriter:
         record = self._shard.finish(name, self._form, unreadable)
         self._shard = None
         os.replace(self._folder / f"{name}.tmp", self._folder / f"{name}.partial")
-        data = json.dumps({"identity": self._identity, **vars(record)}).encode()
-        _write_file(self._folder / f"{name}.tmp", data)
-        os.replace(self._folder / f"{name}.tmp", self._record_path(self._number))
+        write_atomically(self._record_path(self._number), json.dumps({"identity": self._identity, **vars(record)}))
         self.records[self._number] = record
 
     def commit(self, report: dict | None = None) -> None:
@@ -273,7 +273,9 @@ class ShardWriter:
         if not self.count:
             raise InputError(f"{self._folder}: no samples to pack")
         records = [self.records[number] for number in sorted(self.records)]
-        index_bytes = (json.dumps([record.index_entry for record in records], separators=(",", ":")) + "\n").encode()
+        # All bytes are made before anything is replaced: what can fail for what is in them fails here.
+        index = encoded(json.dumps([record.index_entry for record in records], separators=(",", ":")) + "\n")
+        report_bytes = None if report is None else encoded(report_text(report))
         shape, extension, _ = self._form
         manifest = {
             "version": MANIFEST_VERSION,
@@ -285,10 +287,11 @@ class ShardWriter:
             "content": self._content,
             **({"classes": list(self._classes)} if self._classes is not None else {}),
             "shards": [record.manifest_entry for record in records],
-            "index_sha256": hashlib.sha256(index_bytes).hexdigest(),
+            "index_sha256": hashlib.sha256(index).hexdigest(),
         }
-        _write_file(self._folder / UNFINISHED_MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        write_atomically(self._folder / UNFINISHED_MANIFEST, json.dumps(manifest, indent=1) + "\n")
         (self._folder / MANIFEST).unlink(missing_ok=True)
+        fsync_path(self._folder)  # an old manifest shall not come back beside new shards
         names = {record.file for record in records}
         for name in names:
             if (self._folder / f"{name}.partial").exists():  # else renamed by a commit that was cut short
@@ -296,13 +299,11 @@ class ShardWriter:
         for stale in self._folder.glob("shard-*.tar"):
             if stale.name not in names:
                 stale.unlink()
-        _write_file(self._folder / INDEX, index_bytes)
+        write_atomically(self._folder / INDEX, index)
         (self._folder / REPORT).unlink(missing_ok=True)
-        if report is not None:
-            write_report(self._folder, report)
-        _sync_folder(self._folder)
-        os.replace(self._folder / UNFINISHED_MANIFEST, self._folder / MANIFEST)
-        _sync_folder(self._folder)
+        if report_bytes is not None:
+            write_atomically(self._folder / REPORT, report_bytes)
+        rename_durably(self._folder / UNFINISHED_MANIFEST, self._folder / MANIFEST)
         self._committed = True
         remove_leftovers(self._folder)
 
@@ -347,7 +348,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another one is at work there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
@@ -359,20 +360,6 @@ def folder_lock(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_report(folder: Path, report: dict) -> None:
-    """Put report.json in its place at once."""
-    _write_file(folder / f"{REPORT}.tmp", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
-    os.replace(folder / f"{REPORT}.tmp", folder / REPORT)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def report_text(report: dict) -> str:
+    """report.json."""
+    return json.dumps(report, indent=1, ensure_ascii=False) + "\n"

@@ -2,13 +2,16 @@
 
 import contextlib
 import glob
+import itertools
 import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rdmd_fast.data.shards.parts import MANIFEST, UNFINISHED_MANIFEST, Part, Walked, read_foreign, read_packed, walk
+from rdmd_fast.data.file_walk import suffix_of, walk_files
+from rdmd_fast.data.shards.folder_kind import UNKNOWN_FILE, Contents, Kind, describe_file, look_into
+from rdmd_fast.data.shards.parts import MANIFEST, Part, Walked, read_foreign, read_packed, walk
 from rdmd_fast.data.shards.remote import PIPE, cache_lock, download_folder, fetch_shard, is_remote
 from rdmd_fast.data.shards.tar import TarMember
 from rdmd_fast.errors import InputError
@@ -77,27 +80,42 @@ def _place(piece: str, folders: list[Path], tars: list[Path], tolerant: bool, ca
     elif glob.has_magic(piece) and not Path(piece).exists():
         found = sorted(Path(path) for path in glob.glob(piece, recursive=True))
         if not found:
+            start = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(piece).parts))
+            if start.is_dir():
+                walk_files(start)  # names a folder that may not be listed, which a pattern passes over
             raise InputError(f"{piece}: no file matches; check the pattern")
         for path in found:
             (folders if path.is_dir() else tars).append(path)
+    elif Path(piece).is_file() and not _may_be_tar(Path(piece)):
+        raise InputError(f"{piece}: {describe_file(Path(piece))}")
     elif piece.endswith(".tar") or Path(piece).is_file():
         tars.append(Path(piece))
     else:
         raise InputError(f"{piece}: no such folder of shards; make one with `rdmd pack SOURCE --out {piece}`")
 
 
+def _may_be_tar(path: Path) -> bool:
+    """By its name, or because nothing says that it is something else: a damaged tar is told as such."""
+    return suffix_of(path.name) == ".tar" or describe_file(path) == UNKNOWN_FILE
+
+
 def _open_folder(folder: Path, tolerant: bool, cache: Path) -> Part:
-    if (folder / MANIFEST).is_file():
+    contents = look_into(folder)
+    if contents.kind is Kind.PACKED:
+        if not (folder / MANIFEST).is_file():
+            raise InputError(f"{folder}: packing was interrupted; run the same `rdmd pack` command again")
         return read_packed(folder, tolerant)
-    if (folder / UNFINISHED_MANIFEST).exists():
-        raise InputError(f"{folder}: packing was interrupted; run the same `rdmd pack` command again")
-    tars = sorted(folder.glob("*.tar"))
-    if not tars:
-        raise InputError(f"{folder}: no {MANIFEST} and no .tar shards here{_hint(folder)}")
-    return read_foreign(tars, str(folder), tolerant, _walker(tolerant, cache))
+    if contents.kind is not Kind.TARS:
+        raise InputError(f"{folder}: no {MANIFEST} and no .tar shards here{_hint(contents)}")
+    part = read_foreign([folder / name for name in contents.paths], str(folder), tolerant, _walker(tolerant, cache))
+    part.left_out += contents.left_out
+    return part
 
 
-def _hint(folder: Path) -> str:
+def _hint(contents: Contents) -> str:
+    folder = contents.folder
+    if contents.kind is not Kind.NOTHING:
+        return f", but {contents.kind.value}; make shards of them with `rdmd pack {folder} --out FOLDER`"
     inside = sorted(manifest.parent.name for manifest in folder.glob(f"*/{MANIFEST}"))
     if inside:
         return f"; name one of the sets inside: {', '.join(inside[:8])}"

@@ -5,11 +5,13 @@ import json
 import math
 import os
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from rdmd_fast.data.file_walk import HOUSEKEEPING, IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from rdmd_fast.data.shards.tar import TarMember, walk_shard
 from rdmd_fast.errors import InputError
 from rdmd_fast.files import read_text
@@ -20,9 +22,51 @@ INDEX = "index.json"
 MANIFEST_VERSION = 1
 MOST_INDEX_BYTES = 2**30  # of index.json and manifest.json: ten million samples
 MOST_ELEMENTS, MOST_BYTES = 2**28, 2**60  # of a sample, of a shard: more is damage
-IMAGE_EXTENSIONS = frozenset(("png", "jpg", "jpeg", "webp"))
+IMAGE_EXTENSIONS = frozenset(("png", "jpg", "jpeg", "jfif", "webp"))
 ARRAY_EXTENSION = "npy"
+PICTURE_SUFFIXES = IMAGE_SUFFIXES | UNREAD_SUFFIXES
 LABEL_EXTENSION = "cls"  # WebDataset's: the class as decimal text
+
+
+class Samples(NamedTuple):
+    """What of a tar's members is used: ``members``, and how many images, by what they are called, are not."""
+
+    members: list[TarMember]
+    left_out: Counter[str]
+
+
+def choose_members(members: Sequence[TarMember]) -> Samples:
+    """Read names with several dots, and count the images that are left out.
+
+    ``img v1.3.png`` is an image of its own; ``0001.seg.png`` is a field of sample 0001, as WebDataset has it, where
+    that has an image already or the word "seg" comes again and again.
+    """
+    pictured = {member.key for member in members if member.extension in IMAGE_EXTENSIONS}
+    dotted = [(member.key, *_split(member)) for member in members if "." in member.extension]
+    words = Counter(word for _, word, extension in dotted if extension in IMAGE_EXTENSIONS)
+    of_their_own = {
+        (key, word)
+        for key, word, extension in dotted
+        if extension in IMAGE_EXTENSIONS and key not in pictured and (words[word] == 1 or not word.isalpha())
+    }
+    chosen, left_out = [], Counter()
+    for member in members:
+        word, extension = _split(member)
+        if aside := HOUSEKEEPING.intersection(member.key.split("/")):
+            left_out[f"members in {min(aside)}"] += 1
+            continue
+        if (member.key, word) in of_their_own:
+            member = member._replace(key=f"{member.key}.{word}", extension=extension)
+        elif member.extension not in IMAGE_EXTENSIONS and f".{extension}" in PICTURE_SUFFIXES:
+            left_out[f".{member.extension} members"] += 1
+        chosen.append(member)
+    return Samples(chosen, left_out)
+
+
+def _split(member: TarMember) -> tuple[str, str]:
+    """("seg", "png") of the extension seg.png, ("", "png") of png."""
+    word, _, extension = member.extension.rpartition(".")
+    return word, extension
 
 
 class Walked(NamedTuple):
@@ -71,6 +115,7 @@ class Part:
     kind: str
     shape: tuple[int, ...] | None = None
     classes: list[str] | None = None
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 def read_packed(folder: Path, tolerant: bool = False) -> Part:
@@ -168,12 +213,15 @@ def read_foreign(
         InputError: no samples of a known kind; unless ``tolerant``, also a damaged tar or two samples of one key.
     """
     walked = [_walk(path, tolerant, walk) for path in paths]
+    samples = [choose_members(each.members) for each in walked]
+    left_out = sum((each.left_out for each in samples), Counter())
+    walked = [each._replace(members=chosen.members) for each, chosen in zip(walked, samples, strict=True)]
     found = {member.extension for each in walked for member in each.members}
     wanted = (found & IMAGE_EXTENSIONS) or (found & {ARRAY_EXTENSION})
     if not wanted:
         faults = [f"{path.name} {each.faults[0]}" for path, each in zip(paths, walked, strict=True) if each.faults]
         raise InputError(
-            f"{name}: its shards hold no png, jpg, jpeg, webp or npy samples, only "
+            f"{name}: its shards hold no {', '.join(sorted(IMAGE_EXTENSIONS))} or {ARRAY_EXTENSION} samples, only "
             f"{', '.join(sorted(found)) or 'nothing'}"
             f"{' (' + '; '.join(faults[:3]) + ')' if faults else ''}; convert them or pack the images anew"
         )
@@ -182,8 +230,13 @@ def read_foreign(
         chosen: dict[str, TarMember] = {}
         faults = list(known_faults)
         for member in members:
-            if member.extension in wanted and chosen.setdefault(member.key, member) is not member:
+            if member.extension in wanted and (first := chosen.setdefault(member.key, member)) is not member:
                 fault = f"two images share the key {member.key!r}"
+                if first.extension != member.extension:  # a photo and its mask, say: not damage, and not for us to tell
+                    raise InputError(
+                        f"{path}: {fault} ({first.extension} and {member.extension}); choose one kind, say by "
+                        f"`rdmd pack FOLDER --out SET --extension {first.extension}`"
+                    )
                 if not tolerant:
                     raise InputError(f"{path}: {fault}; keep one of them")
                 faults.append(fault)
@@ -193,7 +246,8 @@ def read_foreign(
             Shard(path, list(chosen), [m.offset for m in samples], [m.size for m in samples], None, labels, faults)
         )
     _estimate_losses(shards, [each.complete for each in walked])
-    return Part(shards, min(wanted), "array" if wanted == {ARRAY_EXTENSION} else "image")
+    kind = "array" if wanted == {ARRAY_EXTENSION} else "image"
+    return Part(shards, min(wanted), kind, left_out=left_out)
 
 
 def _walk(path: Path, tolerant: bool, walk: Callable[[Path], Walked]) -> Walked:

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -13,15 +12,17 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 from urllib.parse import quote
 
 from rdmd_fast.data.shards.parts import INDEX, MANIFEST
 from rdmd_fast.errors import InputError
+from rdmd_fast.files import exclusive, replace_file
 
 PIPE = "pipe:"
 _TRIES = 3
 _TIMEOUT = 60.0  # seconds without a byte
+_LONGEST_NAME = 200  # bytes of a name in the cache: the end of a longer one
 
 
 class MissingDriver(InputError):
@@ -36,14 +37,12 @@ def is_remote(spec: str) -> bool:
 @contextlib.contextmanager
 def cache_lock(cache: Path, name: str) -> Iterator[Path | None]:
     """The cache's file for ``name``, which one process at a time holds; None where the cache cannot be written."""
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:32]
-    entry = cache / "indexes" / f"{digest}.json"
-    try:
-        lock = _locked(entry)
-    except OSError:
-        yield None
-        return
-    with lock:
+    entry = cache / "indexes" / f"{_digest(name, 32)}.json"
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(exclusive(entry))
+        except OSError:
+            entry = None
         yield entry
 
 
@@ -53,13 +52,12 @@ def fetch_shard(spec: str, cache: Path, tolerant: bool) -> Path:
     Raises:
         InputError: a command fails, or, unless ``tolerant``, a URL does; the latter's copy is missing otherwise.
     """
-    digest = hashlib.sha256(spec.encode()).hexdigest()[:16]
     if spec.startswith(PIPE):
-        return _once(cache / "pipes" / f"{digest}.tar", lambda partial: _spool(spec.removeprefix(PIPE), partial))
+        return _once(cache / "pipes" / f"{_digest(spec)}.tar", lambda file: _spool(spec.removeprefix(PIPE), file))
     name = re.sub(r"[^\w.-]", "_", Path(re.split("[?#]", spec)[0]).name)
-    path = cache / "urls" / digest / name
+    path = cache / "urls" / _digest(spec) / name.encode()[-_LONGEST_NAME:].decode(errors="ignore")
     try:
-        return _once(path, lambda partial: _download(spec, partial))
+        return _once(path, lambda file: _download(spec, file))
     except InputError as error:
         if not tolerant or isinstance(error, MissingDriver):
             raise
@@ -74,7 +72,7 @@ def download_folder(url: str, cache: Path, tolerant: bool) -> Path:
         InputError: no packed folder there, or, unless ``tolerant``, a shard that does not come whole.
     """
     base = re.sub(rf"/?({re.escape(MANIFEST)}|{re.escape(INDEX)})?$", "", url)
-    folder = cache / "urls" / hashlib.sha256(base.encode()).hexdigest()[:16]
+    folder = cache / "urls" / _digest(base)
     manifest = json.loads(_file(base, folder, MANIFEST).read_bytes() or b"{}")
     try:
         _file(base, folder, INDEX, manifest["index_sha256"])
@@ -95,19 +93,21 @@ def download_folder(url: str, cache: Path, tolerant: bool) -> Path:
 
 def _file(base: str, folder: Path, name: str, digest: str | None = None, size: int | None = None) -> Path:
     url = re.sub("(?=[?#]|$)", f"/{quote(name)}", base, count=1) if _is_http(base) else f"{base}/{name}"
-    return _once(folder / name, lambda partial: _download(url, partial, digest, size))
+    return _once(folder / name, lambda file: _download(url, file, digest, size))
 
 
-def _once(path: Path, make: Callable[[Path], None]) -> Path:
+def _digest(spec: str, length: int = 16) -> str:
+    return hashlib.sha256(spec.encode(errors="surrogateescape")).hexdigest()[:length]
+
+
+def _once(path: Path, make: Callable[[IO[bytes]], None]) -> Path:
     """``path``, made by one process of the node while others wait; it is there whole or not at all."""
     try:
         if path.exists():
             return path
-        with _locked(path):
+        with exclusive(path):
             if not path.exists():
-                partial = path.with_name(f".{path.name}.partial")
-                make(partial)
-                os.replace(partial, path)
+                replace_file(path, make, durable=True)
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error.strerror}); free some space or change data.cache_dir"
@@ -115,22 +115,15 @@ def _once(path: Path, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def _locked(path: Path) -> contextlib.AbstractContextManager:
-    """Wait until no other process has ``path``; raises OSError where its folder can be neither made nor locked."""
-    from filelock import FileLock
-
-    return FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False).acquire()
-
-
-def _download(url: str, partial: Path, digest: str | None = None, size: int | None = None) -> None:
-    """Write what ``url`` sends to ``partial``.
+def _download(url: str, file: IO[bytes], digest: str | None = None, size: int | None = None) -> None:
+    """Write what ``url`` sends.
 
     Raises:
         InputError: it cannot be had after three tries, or is not what the manifest says.
     """
     for attempt in range(_TRIES):
         try:
-            _transfer(url, partial, digest, size)
+            _transfer(url, file, digest, size)
             return
         except MissingDriver:
             raise
@@ -144,7 +137,6 @@ def _download(url: str, partial: Path, digest: str | None = None, size: int | No
                 reason = error.strerror or f"{type(error).__name__}: {reason}"
                 break
         time.sleep(0.2 * 4**attempt)
-    partial.unlink(missing_ok=True)
     raise InputError(f"{url}: cannot be downloaded ({reason}); check the address and the connection")
 
 
@@ -164,26 +156,22 @@ def _open(url: str) -> BinaryIO:
     return fsspec.open(url).open()
 
 
-def _transfer(url: str, partial: Path, digest: str | None, size: int | None) -> None:
-    with _open(url) as source, open(partial, "wb+") as file:
+def _transfer(url: str, file: IO[bytes], digest: str | None, size: int | None) -> None:
+    file.seek(0)
+    file.truncate()
+    with _open(url) as source:
         told = getattr(source, "length" if _is_http(url) else "size", None)
         shutil.copyfileobj(source, file, 1 << 24)  # a request to an object store brings at least as much
         expected = told if size is None else size
         if expected is not None and file.tell() != expected:
             raise ValueError(f"{file.tell()} bytes came of {expected}")
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        if digest and hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            raise ValueError("its sha256 is not the manifest's")
+    file.seek(0)
+    if digest and hashlib.file_digest(file, "sha256").hexdigest() != digest:
+        raise ValueError("its sha256 is not the manifest's")
 
 
-def _spool(command: str, partial: Path) -> None:
+def _spool(command: str, file: IO[bytes]) -> None:
     """Run the user's own command, as WebDataset does, and keep what it writes."""
-    with open(partial, "wb") as file:
-        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=file, check=False)
-        file.flush()
-        os.fsync(file.fileno())
+    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=file, check=False)
     if done.returncode:
-        partial.unlink(missing_ok=True)
         raise InputError(f"{PIPE}{command}: exit status {done.returncode}; run the command by hand")

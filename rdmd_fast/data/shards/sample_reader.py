@@ -12,7 +12,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-from rdmd_fast.data.shards.decode_images import UNREADABLE, decode_rgb
+from rdmd_fast.data.pictures import UNREADABLE, decode_rgb
 from rdmd_fast.errors import InputError
 
 UNKNOWN, GOOD, BAD = 0, 1, 2
@@ -145,7 +145,7 @@ def _is_the_machines(error: Exception) -> bool:
 
 
 def decode(data: bytes, kind: str) -> tuple[tuple[int, ...], bytes]:
-    """(shape, bytes) of an image file's uint8 [H, W, 3] or a .npy file's float32; raises ``formats.UNREADABLE``."""
+    """(shape, bytes) of an image's uint8 [H, W, 3] or a .npy file's float32; raises ``pictures.UNREADABLE``."""
     if kind == "array":
         from rdmd_fast.data.shards.decode_arrays import decode_array
 

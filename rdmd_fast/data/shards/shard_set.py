@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rdmd_fast.data.sample_names import names_in_shards
 from rdmd_fast.data.shards.locate import locate
 from rdmd_fast.data.shards.parts import Part
 from rdmd_fast.data.shards.sample_reader import SampleReader
@@ -45,6 +47,7 @@ class ShardSet:
         reader: of the samples, for whoever wants bytes.
         cut: bool [len], samples whose bytes are not all there; all False unless ``tolerant``.
         faults: what is wrong with each damaged shard, by its name.
+        left_out: images that are not read, and how many of them.
 
     Raises:
         InputError: folder missing or without shards, unfinished or damaged packing, truncated shard.
@@ -59,6 +62,7 @@ class ShardSet:
             raise InputError(f"{self.path}: holds no samples{_first_fault(self.shards)}; pack it again")
         self.extension, self.kind, self.shape = parts[0].extension, parts[0].kind, parts[0].shape
         self.classes = parts[0].classes if all(part.classes == parts[0].classes for part in parts) else None
+        self.left_out = sum((part.left_out for part in parts), Counter())
         self._first = [0, *accumulate(len(shard.keys) for shard in self.shards)]
         self._offsets = np.concatenate([np.asarray(shard.offsets, dtype=np.int64) for shard in self.shards])
         self._sizes = np.concatenate([np.asarray(shard.sizes, dtype=np.int64) for shard in self.shards])
@@ -130,6 +134,11 @@ class ShardSet:
     def shard_names(self) -> list[str]:
         """What messages and metrics call the shards: file names, with folders where those are not unique."""
         return self._names
+
+    @cached_property
+    def sample_names(self) -> list[str]:
+        """Keys, with the shard's name where shards share them; InputError where two samples still share a name."""
+        return names_in_shards(self._names, [shard.keys for shard in self.shards])
 
     @property
     def counts(self) -> list[int]:

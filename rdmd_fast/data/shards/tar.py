@@ -21,7 +21,10 @@ _BROKEN = (
 
 
 class TarMember(NamedTuple):
-    """One regular file of a tar: WebDataset key and extension, and where its bytes lie."""
+    """One regular file of a tar: WebDataset key and extension, and where its bytes lie.
+
+    The key ends at the first dot of the file's name; of the extension, what follows its last dot is in lower case.
+    """
 
     key: str
     extension: str
@@ -75,10 +78,10 @@ def _walk_from(file: BinaryIO, start: int, size: int) -> tuple[list[TarMember], 
                 if member.size < 0 or member.offset_data < stop or after > size + BLOCK:
                     raise EOFError(f"a member of {member.size} bytes at byte {member.offset_data}")
                 stop = after
-                # WebDataset's naming: the key ends at the first dot of the file name, an extension follows.
-                split = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name, flags=re.DOTALL)
+                split = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*?)([^./]*)", member.name, flags=re.DOTALL)
                 if member.isreg() and not member.issparse() and split:
-                    members.append(TarMember(split[1], split[2].lower(), member.offset_data, member.size))
+                    extension = split[2] + split[3].lower()
+                    members.append(TarMember(split[1], extension, member.offset_data, member.size))
     except _BROKEN as error:
         return members, stop, f"truncated or not an uncompressed tar ({error})"
     file.seek(stop)

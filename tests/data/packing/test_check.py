@@ -196,7 +196,7 @@ def test_foreign_tars_are_decoded(tmp_path, capsys):
     [
         (["--check", "{set}", "--resolution", "8"], "--resolution: does nothing with --check"),
         (["source", "--check", "{set}"], "SOURCE: does nothing with --check"),
-        (["--check", "{set}/nowhere"], "no such folder of shards"),
+        (["--check", "{set}/nowhere"], "no such folder"),
         (["--check", "{empty}"], "holds no shards"),
         (["--check", "{set}", "--workers", "0"], "--workers 0 must be at least 1"),
         (["digits", "--out", "x", "--fast"], "--fast: is for --check"),

@@ -24,7 +24,7 @@ class SampleSet:
         folder: where below --out, "" for --out itself.
         content: what the set is made of, JSON types; equal content means an equal set.
         count: positions in it; fewer samples come where some cannot be read.
-        load: the sample at a position in [0, count), from any thread; raises ``decode_images.UNREADABLE`` for a file
+        load: the sample at a position in [0, count), from any thread; raises ``pictures.UNREADABLE`` for a file
             that cannot be read.
         classes: names of the classes that labels count.
         paths: the file at each position, for messages; needed only where ``load`` meets unreadable files.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rdmd_fast.data.image_files import image_keys
 from rdmd_fast.data.packing.sources import SampleSet
 from rdmd_fast.data.packing.sources.files import Files, image_sets, open_files
+from rdmd_fast.data.sample_names import image_keys
 from rdmd_fast.errors import InputError
 
 PREFIX = "celeba:"

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import stat
+import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -11,28 +12,30 @@ from pathlib import Path
 
 import numpy as np
 
-from rdmd_fast.data.image_files import IMAGE_SUFFIXES, image_keys, is_image, list_files, load_image
+from rdmd_fast.data.file_walk import ARRAY_SUFFIX, HOUSEKEEPING, is_array, is_hidden, is_image, tell_left_out, unread
 from rdmd_fast.data.packing.sources import Sample, SampleSet, hold_out
-from rdmd_fast.data.packing.sources.shards import ShardFiles, is_packed
+from rdmd_fast.data.packing.sources.shards import ShardFiles
+from rdmd_fast.data.pictures import UNREADABLE, load_image
+from rdmd_fast.data.sample_names import image_keys
 from rdmd_fast.data.shards.decode_arrays import checked_array, decode_array
-from rdmd_fast.data.shards.decode_images import UNREADABLE
+from rdmd_fast.data.shards.folder_kind import Contents, Kind, describe_file, look_into
 from rdmd_fast.errors import InputError
 
-ARRAY_SUFFIX = ".npy"
 MAX_FILE_BYTES = 1 << 30  # of one file, unpacked where it is in a zip archive
 
 
 class FolderFiles:
-    """Files below a folder.
+    """Images or arrays below a folder.
 
     Attributes:
         origin: the folder, for messages.
         paths: relative POSIX paths, sorted, hidden files left out.
+        left_out: what else a user may miss, and how often.
     """
 
-    def __init__(self, folder: Path):
-        self.origin, self.paths = str(folder), list_files(folder)
-        self._folder = folder
+    def __init__(self, contents: Contents):
+        self.origin, self._folder = str(contents.folder), contents.folder
+        self.paths, self.left_out = contents.paths, contents.left_out
 
     def read(self, path: str) -> bytes:
         """One file.
@@ -75,8 +78,10 @@ class ZipFiles:
         if not found:
             inside = sorted({name.split("/")[0] for name in names if "/" in name})
             raise InputError(f"{self.origin}: no files there; the archive's folders are {', '.join(inside[:8])}")
-        hidden = (".", "__MACOSX")
-        self.paths = sorted(path for path in found if not any(part.startswith(hidden) for part in path.split("/")))
+        self.paths = sorted(path for path in found if not is_hidden(path))
+        self.left_out = unread(self.paths) + Counter(
+            f"files in {part}" for path in found for part in path.split("/") if part in HOUSEKEEPING
+        )
 
     def read(self, path: str) -> bytes:
         """One member, its checksum verified.
@@ -100,20 +105,26 @@ class ZipFiles:
 Files = FolderFiles | ZipFiles | ShardFiles
 
 
-def open_files(source: str | Path) -> Files:
-    """A folder, ``FILE.zip`` or ``FILE.zip/folder/inside``.
+def open_files(source: str | Path, extension: str | None = None) -> Files:
+    """Images or arrays of a folder, of its tars, of ``FILE.zip`` or of ``FILE.zip/folder/inside``.
+
+    Args:
+        extension: the members of tars that are samples; None for all images or arrays.
 
     Raises:
-        InputError: there is none, or the archive is damaged.
+        InputError: there are none, they are of two kinds, or an archive is damaged.
     """
     path = Path(source)
     if path.is_dir():
-        return FolderFiles(path)
+        contents = look_into(path)
+        contents.require_samples()
+        shards = contents.kind in (Kind.PACKED, Kind.TARS)
+        return ShardFiles(contents, extension) if shards else FolderFiles(contents)
     for archive in (path, *path.parents):
         if archive.suffix.lower() == ".zip" and archive.is_file():
             inner = path.relative_to(archive).as_posix()
             return ZipFiles(archive, "" if inner == "." else inner)
-    raise InputError(f"{source}: no such folder of images, .zip or .npy file")
+    raise InputError(f"{source}: {describe_file(path)}")
 
 
 def file_sets(args) -> list[SampleSet]:
@@ -121,32 +132,38 @@ def file_sets(args) -> list[SampleSet]:
     path = Path(args.source)
     if path.suffix == ARRAY_SUFFIX and path.is_file():
         return _rows_sets(path, args)
-    files = ShardFiles(path) if is_packed(path) else open_files(args.source)
-    if path.is_dir() and not any(map(_is_sample, files.paths)) and any(path.glob("*.tar")):
-        files = ShardFiles(path)
-    images = [path for path in files.paths if is_image(path)]
-    arrays = [path for path in files.paths if is_array(path)]
+    files = open_files(path, args.extension)
+    tell_left_out(files.origin, files.left_out)
+    ending = f".{args.extension.lower()}" if args.extension else ""
+    paths = [path for path in files.paths if path.lower().endswith(ending)]
+    images, arrays = list(filter(is_image, paths)), list(filter(is_array, paths))
     if images and arrays:
         raise InputError(
-            f"{files.origin}: holds {len(images)} images and {len(arrays)} {ARRAY_SUFFIX} files; "
-            "pack each kind from a folder of its own"
+            f"{files.origin}: holds {len(images)} images ({images[0]}) and {len(arrays)} {ARRAY_SUFFIX} files "
+            f"({arrays[0]}); pack each kind from a folder of its own"
         )
     if not images and not arrays:
-        suffixes = ", ".join(sorted({ARRAY_SUFFIX, *IMAGE_SUFFIXES}))
-        raise InputError(f"{files.origin}: no images and no arrays below this folder (looked for {suffixes})")
+        chosen = f"files that end in .{args.extension}" if args.extension else "images and no arrays"
+        raise InputError(f"{files.origin}: no {chosen} there")
     if arrays:
         _refuse_for_arrays(args)
         return sets_of_files(files, arrays, args, {}, decode_array)
+    _tell_twins(files.origin, images)
     return image_sets(files, images, args, {})
 
 
-def is_array(path: str) -> bool:
-    """Whether a path has the suffix of an array file."""
-    return path.lower().endswith(ARRAY_SUFFIX)
-
-
-def _is_sample(path: str) -> bool:
-    return is_image(path) or is_array(path)
+def _tell_twins(origin: str, images: list[str]) -> None:
+    """Say that two images differ in their suffix alone: one may be the mask of the other."""
+    of_stem: dict[str, list[str]] = {}
+    for image in images:
+        of_stem.setdefault(image.rpartition(".")[0], []).append(image)
+    twins = [each for each in of_stem.values() if len(each) > 1]
+    if twins:
+        print(
+            f"{origin}: {' and '.join(twins[0][:2])} differ in their suffix alone, as {len(twins)} names do; each is a "
+            "sample, --extension takes those of one suffix",
+            file=sys.stderr,
+        )
 
 
 def image_sets(
@@ -182,6 +199,7 @@ def sets_of_files(
         "holdout": args.holdout,
         "seed": args.seed,
         "shard_size": args.shard_size,
+        **({"extension": extension} if (extension := getattr(args, "extension", None)) else {}),
         **content,
     }
     keys = keys or image_keys(paths)

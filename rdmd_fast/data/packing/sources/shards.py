@@ -3,60 +3,77 @@
 import json
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
+from rdmd_fast.data.sample_names import names_in_shards
+from rdmd_fast.data.shards.folder_kind import Contents, Kind
 from rdmd_fast.data.shards.parts import (
     ARRAY_EXTENSION,
     IMAGE_EXTENSIONS,
     LABEL_EXTENSION,
     MANIFEST,
-    UNFINISHED_MANIFEST,
+    choose_members,
 )
 from rdmd_fast.data.shards.tar import TarMember, scan_shard
 from rdmd_fast.errors import InputError
 
 
-def is_packed(folder: Path) -> bool:
-    """Whether ``rdmd pack`` wrote, or began to write, a set there."""
-    return any((folder / mark).is_file() for mark in (MANIFEST, UNFINISHED_MANIFEST))
-
-
 class ShardFiles:
     """Images and arrays of a folder of tars in their order, the interface of ``files.FolderFiles``.
+
+    Args:
+        contents: of the folder.
+        extension: of the samples; None for images of any, or arrays.
 
     Attributes:
         origin: the folder, for messages.
         paths: KEY.EXTENSION of each sample; SHARD/KEY.EXTENSION where shards share keys.
         classes: names of the classes, where a manifest tells them.
+        left_out: images that are not read, and how many of them.
 
     Raises:
-        InputError: packing was interrupted, a shard is missing or cut short.
+        InputError: packing was interrupted, a shard is missing or cut short, or two images share a key.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, contents: Contents, extension: str | None = None):
+        folder = self._folder = contents.folder
         self.origin = str(folder)
-        self._folder = folder
-        if not (folder / MANIFEST).is_file() and (folder / UNFINISHED_MANIFEST).exists():
+        packed = contents.kind is Kind.PACKED
+        if packed and not (folder / MANIFEST).is_file():
             raise InputError(f"{folder}: packing was interrupted; run the same `rdmd pack` command again")
-        self.classes, listed = _manifest(folder)
-        names = sorted(listed or (path.name for path in folder.glob("*.tar")))
-        self._places: dict[str, tuple[str, TarMember]] = {}
-        self._label_places: dict[tuple[str, str], TarMember] = {}
-        self._fingerprints = {name: listed.get(name, "") for name in names}
-        scanned = {name: self._scan(name) for name in names}
-        wanted = IMAGE_EXTENSIONS | {ARRAY_EXTENSION}
-        samples = [(name, member) for name in names for member in scanned[name] if member.extension in wanted]
-        taken = Counter((member.key, member.extension) for _, member in samples)
-        for name, member in samples:
-            prefix = f"{Path(name).stem}/" if taken[member.key, member.extension] > 1 else ""
-            path = f"{prefix}{member.key}.{member.extension}"
-            if path in self._places:
-                raise InputError(f"{folder / name}: two samples share the key {member.key!r}; keep one of them")
-            self._places[path] = name, member
-        for name in names:
-            self._label_places |= {(name, m.key): m for m in scanned[name] if m.extension == LABEL_EXTENSION}
+        self.classes, listed = _manifest(folder) if packed else (None, {})
+        shards = sorted(listed) or contents.paths
+        self._fingerprints = {name: listed.get(name, "") for name in shards}
+        self.left_out = contents.left_out.copy()
+        found = [(name, member) for name in shards for member in self._members(name, extension)]
+        wanted = {extension} if extension else IMAGE_EXTENSIONS | {ARRAY_EXTENSION}
+        samples = [(name, member) for name, member in found if member.extension in wanted]
+        self._check_keys(samples)
+        names = names_in_shards([name for name, _ in samples], [[member.key] for _, member in samples])
+        self._places = {f"{name}.{place[1].extension}": place for name, place in zip(names, samples, strict=True)}
+        self._label_places = {(name, m.key): m for name, m in found if m.extension == LABEL_EXTENSION}
         self.paths = list(self._places)
+
+    def _members(self, name: str, extension: str | None) -> list[TarMember]:
+        members = self._scan(name)
+        if extension:  # names are taken as WebDataset has them: this may be one of several dots
+            return members
+        members, left_out = choose_members(members)
+        self.left_out += left_out
+        return members
+
+    def _check_keys(self, samples: list[tuple[str, TarMember]]) -> None:
+        """A photo and its mask under one key are one sample of two images."""
+        taken: dict[tuple[str, str], TarMember] = {}
+        for name, member in samples:
+            first = taken.setdefault((name, member.key), member)
+            if first is not member:
+                kinds = f"({first.extension} and {member.extension})"
+                choice = f", or choose one kind, say by --extension {first.extension}"
+                raise InputError(
+                    f"{self._folder / name}: two samples share the key {member.key!r} {kinds}; keep one of them"
+                    f"{choice if first.extension != member.extension else ''}"
+                )
 
     def read(self, path: str) -> bytes:
         """A sample's bytes; ValueError where the shard is cut short by now."""
@@ -102,10 +119,8 @@ class ShardFiles:
 
 
 def _manifest(folder: Path) -> tuple[list[str] | None, dict[str, str]]:
-    """(class names or None, sha256 by shard) of a packed set; (None, {}) of foreign tars."""
+    """(class names or None, sha256 by shard) of a packed set."""
     path = folder / MANIFEST
-    if not path.is_file():
-        return None, {}
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         shards = {shard["file"]: str(shard["sha256"]) for shard in manifest["shards"]}

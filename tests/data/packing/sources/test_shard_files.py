@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from rdmd_fast import cli
-from rdmd_fast.data.image_files import load_image
+from rdmd_fast.data.pictures import load_image
 from rdmd_fast.data.shards.shard_set import ShardSet
 
 
@@ -62,7 +62,7 @@ def test_foreign_shards_of_mixed_sizes_become_one_size(tmp_path):
     assert pack(tmp_path / "in", "--out", tmp_path / "out", "--resolution", 12, "--crop", 9) == 0
     shards = ShardSet(tmp_path / "out")
     assert (shards.shape, len(shards), shards.labels.tolist()) == ((12, 12, 3), 3, [2, 0, 1])
-    assert shards.keys == ["0", "b/0", "c/0"]
+    assert shards.keys == ["a/0", "b/0", "c/0"]
     expected = load_image(io.BytesIO(encoded(picture(0, 30, 20), "JPEG", exif=turned)), 12, crop=9)
     np.testing.assert_array_equal(shards.read(0), expected)
 
@@ -120,6 +120,6 @@ def test_unfinished_and_cut_sets_are_refused(tmp_path, capsys):
 def test_an_image_folder_with_a_tar_in_it_is_still_images(tmp_path):
     (tmp_path / "in").mkdir()
     picture(5).save(tmp_path / "in/p.png")
-    write_tar(tmp_path / "in/backup.tar", {"0.png": encoded(picture(0))})
+    write_tar(tmp_path / "in/backup.tar", {"originals/p.jpg": encoded(picture(0))})
     assert pack(tmp_path / "in", "--out", tmp_path / "out", "--resolution", 8) == 0
     assert ShardSet(tmp_path / "out").keys == ["p"]

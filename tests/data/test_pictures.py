@@ -1,14 +1,35 @@
+"""What a picture decodes to; plain files by Pillow's decoders at once give what ``Image.open`` gives."""
+
+import io
 import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from rdmd_fast.data.image_files import MOST_PIXELS, image_keys, list_images, load_image, map_in_order
-from rdmd_fast.data.shards.decode_images import UNREADABLE, to_rgb
-from rdmd_fast.errors import InputError
+from rdmd_fast.data.pictures import MOST_FILE_PIXELS, UNREADABLE, decode_rgb, load_image, to_rgb
+
+PLAIN = [
+    ("RGB", "JPEG", {}),
+    ("RGB", "JPEG", {"quality": 95, "subsampling": 0, "progressive": True}),
+    ("RGB", "JPEG", {"quality": 30, "restart_marker_rows": 1, "comment": b"a comment"}),
+    ("L", "JPEG", {}),
+    ("RGB", "PNG", {}),
+    ("L", "PNG", {"compress_level": 0}),
+    ("RGB", "PNG", {"optimize": True}),
+]
+OTHER = [
+    ("CMYK", "JPEG", {}),
+    ("RGBA", "PNG", {}),
+    ("LA", "PNG", {}),
+    ("P", "PNG", {}),
+    ("1", "PNG", {}),
+    ("I;16", "PNG", {}),
+    ("RGB", "PNG", {"transparency": (1, 2, 3)}),
+    ("RGB", "WEBP", {}),
+]
 
 
 def random_image(height, width, channels=3, seed=0):
@@ -87,50 +108,6 @@ def test_shrinking_averages_instead_of_skipping_pixels(tmp_path):
     assert np.abs(load_image(tmp_path / "fine.png", 8).astype(int) - 127).max() <= 3
 
 
-def test_listing_is_sorted_nested_and_leaves_out_other_files(tmp_path):
-    for name in ("b/2.PNG", "b/10.jpg", "a.webp", "notes.txt", ".hidden.png", ".thumbs/x.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert list_images(tmp_path) == ["a.webp", "b/10.jpg", "b/2.PNG"]
-
-
-def test_listing_names_a_missing_or_empty_folder(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
-        list_images(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="no images"):
-        list_images(tmp_path)
-
-
-def test_keys_are_paths_without_dots_and_unique():
-    assert image_keys(["v1.0/cat.1.png", "x.jpg", "x.png"]) == ["v1.0/cat_1", "x_jpg", "x_png"]
-    with pytest.raises(InputError, match="share the key"):
-        image_keys(["a.b.png", "a_b.png"])
-
-
-def test_results_come_in_order_whatever_job_ends_first(tmp_path):
-    import time
-
-    def double(job):
-        time.sleep(0.002 * (job % 3 == 0))
-        return 2 * job
-
-    assert list(map_in_order(double, range(40), workers=3)) == list(range(0, 80, 2))
-
-
-def test_a_failing_job_raises_in_its_place_and_ends_the_rest():
-    started = []
-
-    def invert(job):
-        started.append(job)
-        return 1 / (5 - job)
-
-    results = map_in_order(invert, range(1000), workers=2)
-    assert [next(results) for _ in range(5)] == [1 / (5 - job) for job in range(5)]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-    assert len(started) < 20
-
-
 def test_a_given_crop_is_central_and_refused_where_it_does_not_fit(tmp_path):
     pixels = random_image(30, 20)
     Image.fromarray(pixels).save(tmp_path / "tall.png")
@@ -163,7 +140,7 @@ def test_an_image_of_too_many_pixels_is_refused_ahead_of_decoding(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_large_photos_are_packed(tmp_path, monkeypatch):
-    assert MOST_PIXELS > 108_000_000  # the largest sensors of telephones
+    assert MOST_FILE_PIXELS > 108_000_000  # the largest sensors of telephones
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 50)
     Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png", 8).shape == (8, 8, 3)
@@ -174,8 +151,8 @@ def test_a_webp_of_too_many_pixels_is_refused_before_it_is_opened(tmp_path, monk
     animated = [Image.new("RGB", (300, 200), colour) for colour in ("red", "blue")]
     animated[0].save(tmp_path / "a.webp", lossless=lossless)
     animated[0].save(tmp_path / "b.webp", lossless=lossless, save_all=True, append_images=animated[1:])
-    monkeypatch.setattr("rdmd_fast.data.image_files.MOST_PIXELS", 59_999)
-    monkeypatch.setattr("rdmd_fast.data.image_files.Image.open", None)
+    monkeypatch.setattr("rdmd_fast.data.pictures.MOST_FILE_PIXELS", 59_999)
+    monkeypatch.setattr("rdmd_fast.data.pictures.Image.open", None)
     for name in ("a.webp", "b.webp"):
         with pytest.raises(ValueError, match="300x200 pixels"):
             load_image(tmp_path / name, 8)
@@ -185,3 +162,76 @@ def test_a_pipe_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ValueError, match="not a regular file"):
         load_image(tmp_path / "a.png", 8)
+
+
+def file_of(mode, form, options, size=(37, 21), seed=0):
+    random = np.random.default_rng(seed)
+    image = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(size)
+    buffer = io.BytesIO()
+    (image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def opened(data):
+    with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
+
+
+def outcome(decode, data):
+    try:
+        return np.asarray(decode(data))
+    except UNREADABLE:
+        return None
+
+
+@pytest.mark.parametrize(("mode", "form", "options"), PLAIN + OTHER)
+@pytest.mark.parametrize("size", [(37, 21), (1, 1), (64, 64)])
+def test_pixels_are_those_that_pillow_opens(monkeypatch, mode, form, options, size):
+    data = file_of(mode, form, options, size)
+    expected = opened(data)
+    if (mode, form, options) in PLAIN:
+        monkeypatch.setattr(Image, "open", None)  # the plain way must do
+    image = decode_rgb(data)
+    assert image.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(image), expected)
+
+
+def test_plain_files_with_metadata_are_not_opened(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = [file_of("RGB", form, {"exif": exif, "dpi": (72, 72)}) for form in ("JPEG", "PNG")]
+    expected = [opened(data) for data in files]
+    monkeypatch.setattr(Image, "open", None)
+    for data, pixels in zip(files, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(decode_rgb(data)), pixels)
+
+
+def test_several_idat_chunks_are_one_stream():
+    data = file_of("RGB", "PNG", {"compress_level": 0}, size=(300, 200))
+    assert data.count(b"IDAT") > 1
+    np.testing.assert_array_equal(np.asarray(decode_rgb(data)), opened(data))
+
+
+@pytest.mark.parametrize(("mode", "form", "options"), [PLAIN[0], PLAIN[1], PLAIN[4]])
+def test_damaged_files_decode_to_what_pillow_opens_or_not_at_all(mode, form, options):
+    whole = file_of(mode, form, options)
+    random = np.random.default_rng(1)
+    same = lost = 0
+    for _ in range(400):
+        data = bytearray(whole)
+        if random.random() < 0.3:
+            del data[int(random.integers(len(data))) :]
+        else:
+            data[int(random.integers(len(data)))] ^= int(random.integers(1, 256))
+        ours, theirs = outcome(decode_rgb, bytes(data)), outcome(opened, bytes(data))
+        if theirs is not None:
+            assert ours is not None and np.array_equal(ours, theirs)
+            same += 1
+        lost += ours is None
+    assert same > 4 and lost > 20
+
+
+def test_too_large_pictures_are_refused_before_they_take_memory():
+    for form in ("JPEG", "PNG", "WEBP"):
+        with pytest.raises(ValueError, match="pixels are more than 200"):
+            decode_rgb(file_of("RGB", form, {}), most=200)
