@@ -94,21 +94,7 @@ def mutate_text(text: str, chance: random.Random) -> bytes:
     """One damage to a text's lines, characters or encoding."""
     lines = text.splitlines(keepends=True) or [""]
     at = chance.randrange(len(lines))
-    kind = chance.choice(
-        [
-            "bytes",
-            "drop",
-            "double",
-            "swap",
-            "tab",
-            "indent",
-            "encode",
-            "nul",
-            "quote",
-            "word",
-            "join",
-        ]
-    )
+    kind = chance.choice(["bytes", "drop", "double", "swap", "tab", "indent", "encode", "nul", "quote", "word", "join"])
     if kind == "bytes":
         return mutate_bytes(text.encode(errors="surrogatepass"), chance)
     if kind == "drop":
@@ -161,18 +147,7 @@ def odd_value(chance: random.Random, extra: tuple = ()):
     if kind == 8:
         return nested(chance.choice([1, 2, 30, 400]), chance.choice([None, 1, "a"]), chance.random() < 0.5)
     return chance.choice(
-        [
-            [],
-            {},
-            [[]],
-            [{}],
-            {"": 1},
-            {"kind": "mlp"},
-            {"toy": "gaussian"},
-            list(range(5000)),
-            [0.5] * 300,
-            ["a"] * 50,
-        ]
+        [[], {}, [[]], [{}], {"": 1}, {"kind": "mlp"}, {"toy": "gaussian"}, list(range(5000)), [0.5] * 300, ["a"] * 50]
     )
 
 
@@ -192,19 +167,7 @@ def mutate_tree(tree, chance: random.Random, extra: tuple = ()) -> str:
     old = container[key]
     if kind == "number" and isinstance(old, int | float) and not isinstance(old, bool):
         container[key] = chance.choice(
-            [
-                -old,
-                old + 1,
-                old - 1,
-                old * 2,
-                old * 1000,
-                old * 10**12,
-                old / 3,
-                float(old),
-                old + 0.5,
-                str(old),
-                [old],
-            ]
+            [-old, old + 1, old - 1, old * 2, old * 1000, old * 10**12, old / 3, float(old), old + 0.5, str(old), [old]]
         )
     elif kind == "drop":
         del container[key]

@@ -133,22 +133,7 @@ def mutate_header(data: bytes, chance: random.Random) -> bytes:
         return data
     [size] = struct.unpack("<Q", data[:8])
     if chance.random() < 0.15:
-        wrong = chance.choice(
-            [
-                0,
-                1,
-                7,
-                size - 1,
-                size + 1,
-                size * 2,
-                len(data),
-                2**20,
-                2**31,
-                2**40,
-                2**63,
-                2**64 - 1,
-            ]
-        )
+        wrong = chance.choice([0, 1, 7, size - 1, size + 1, size * 2, len(data), 2**20, 2**31, 2**40, 2**63, 2**64 - 1])
         return struct.pack("<Q", wrong % 2**64) + data[8:]
     try:
         header = json.loads(data[8 : 8 + size])

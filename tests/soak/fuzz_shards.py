@@ -265,15 +265,7 @@ def mutate_headers(data: bytes, chance: random.Random) -> bytes:
             [b"1", b"2", b"3", b"5", b"6", b"7", b"g", b"x", b"L", b"K", b"S", b"V", b"M", b"X", b"\0", b"\xff"]
         )
     elif kind == "name":
-        block[:100] = chance.choice(
-            [
-                bytes(100),
-                b"\xff" * 100,
-                b"../" * 33 + b"a",
-                b"a/" * 50,
-                b"./.png" + bytes(94),
-            ]
-        )
+        block[:100] = chance.choice([bytes(100), b"\xff" * 100, b"../" * 33 + b"a", b"a/" * 50, b"./.png" + bytes(94)])
     elif kind == "magic":
         block[257:265] = chance.choice([b"ustar  \0", bytes(8), b"ustar\00099", b"USTAR\00000"])
     elif kind == "link":
