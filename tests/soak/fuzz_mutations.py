@@ -174,19 +174,10 @@ def mutate_tree(tree, chance: random.Random, extra: tuple = ()) -> str:
     elif kind == "rename" and isinstance(container, dict):
         name = str(key)
         at = chance.randrange(len(name) + 1)
-        new = chance.choice(
-            [
-                name[:at] + name[at + 1 :],
-                name + "s",
-                name.upper(),
-                "",
-                "a" * 3000,
-                f"{name}.{name}",
-                "\x00",
-                "é" * 40,
-                7,
-            ]
-        )
+        new = chance.choice([
+            name[:at] + name[at + 1 :], name + "s", name.upper(), "", "a" * 3000, f"{name}.{name}", "\x00", "é" * 40,
+            7,
+        ])  # fmt: skip
         container[new] = container.pop(key)
     elif kind == "wrap":
         container[key] = chance.choice([[old], {"a": old}, [old] * 3, {str(key): old}])

@@ -143,59 +143,21 @@ def mutate_header(data: bytes, chance: random.Random) -> bytes:
     name = chance.choice(names or ["none"])
     entry = header.get(name)
     if kind == 0 and isinstance(entry, dict) and "dtype" in entry:
-        entry["dtype"] = chance.choice(
-            [
-                "F64",
-                "F16",
-                "BF16",
-                "I8",
-                "U8",
-                "I64",
-                "BOOL",
-                "F8_E4M3",
-                "F8_E5M2",
-                "C64",
-                "U16",
-                "F4",
-                "X",
-                "",
-                7,
-                None,
-            ]
-        )
+        entry["dtype"] = chance.choice([
+            "F64", "F16", "BF16", "I8", "U8", "I64", "BOOL", "F8_E4M3", "F8_E5M2", "C64", "U16", "F4", "X", "", 7,
+            None,
+        ])  # fmt: skip
     elif kind == 1 and isinstance(entry, dict) and "shape" in entry:
-        entry["shape"] = chance.choice(
-            [
-                [],
-                [0],
-                [-1],
-                [1],
-                [2**63],
-                [2**32, 2**32],
-                [1.5],
-                ["a"],
-                None,
-                entry["shape"][::-1],
-                entry["shape"] + [1],
-                [1] * 70,
-            ]
-        )
+        entry["shape"] = chance.choice([
+            [], [0], [-1], [1], [2**63], [2**32, 2**32], [1.5], ["a"], None, entry["shape"][::-1],
+            entry["shape"] + [1], [1] * 70,
+        ])  # fmt: skip
     elif kind == 2 and isinstance(entry, dict) and "data_offsets" in entry:
         begin, end = entry["data_offsets"]
-        entry["data_offsets"] = chance.choice(
-            [
-                [end, begin],
-                [0, end],
-                [begin, end + 4],
-                [begin, 2**63],
-                [-4, 0],
-                [begin],
-                [],
-                None,
-                [begin + 2, end + 2],
-                ["a", 1],
-            ]
-        )
+        entry["data_offsets"] = chance.choice([
+            [end, begin], [0, end], [begin, end + 4], [begin, 2**63], [-4, 0], [begin], [], None,
+            [begin + 2, end + 2], ["a", 1],
+        ])  # fmt: skip
     elif kind == 3 and entry is not None:
         header[chance.choice([name + "x", "", "../" + name, "\x00", "a" * 10000, name.upper(), "model." + name])] = (
             header.pop(name)
@@ -336,22 +298,18 @@ def change_argument(data: bytes, opcodes, chance: random.Random) -> bytes:
     small = [each for each in held if each[2] - each[1] < 200]
     name, start, end = chance.choice(small or held)
     if "UNICODE" in name or "STRING" in name:
-        text = chance.choice(
-            [
-                b"os", b"system", b"builtins", b"eval", b"SongUNet", b"DhariwalUNet", b"EDMPrecond", b"model", b"",
-                b"a" * 70000, b"\xed\xa0\x80", b"_modules", b"_parameters", b"weight", b"../x", b"img_resolution",
-                b"channel_mult", b"\n",
-            ]
-        )  # fmt: skip
+        text = chance.choice([
+            b"os", b"system", b"builtins", b"eval", b"SongUNet", b"DhariwalUNet", b"EDMPrecond", b"model", b"",
+            b"a" * 70000, b"\xed\xa0\x80", b"_modules", b"_parameters", b"weight", b"../x", b"img_resolution",
+            b"channel_mult", b"\n",
+        ])  # fmt: skip
         return data[:start] + b"X" + struct.pack("<I", len(text)) + text + data[end:]
     if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "NEWTRUE", "NEWFALSE"):
-        value = chance.choice(
-            [
-                b"K\x00", b"K\xff", b"J\xff\xff\xff\xff", b"J\xff\xff\xff\x7f", b"\x8a\x09" + b"\xff" * 8 + b"\x00",
-                b"N", b"\x88", b"G" + struct.pack(">d", float("nan")), b"G" + struct.pack(">d", 1e300),
-                b"\x8a\xff" + b"\x7f" * 255, b"]", b"}",
-            ]
-        )  # fmt: skip
+        value = chance.choice([
+            b"K\x00", b"K\xff", b"J\xff\xff\xff\xff", b"J\xff\xff\xff\x7f", b"\x8a\x09" + b"\xff" * 8 + b"\x00", b"N",
+            b"\x88", b"G" + struct.pack(">d", float("nan")), b"G" + struct.pack(">d", 1e300),
+            b"\x8a\xff" + b"\x7f" * 255, b"]", b"}",
+        ])  # fmt: skip
         return data[:start] + value + data[end:]
     return data[: start + 1] + mutate_bytes(data[start + 1 : end], chance) + data[end:]
 

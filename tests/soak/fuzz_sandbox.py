@@ -26,16 +26,8 @@ STOP_AFTER = 12.0  # seconds after which a training is asked to stop
 
 # Libraries compile code of their own; these also have ways to compile what they read.
 READERS = (
-    "pickle",
-    "yaml",
-    "serialization",
-    "unpickler",
-    "numpy/lib",
-    "multiprocessing",
-    "rdmd_fast",
-    "kernels",
-    "tests",
-)
+    "pickle", "yaml", "serialization", "unpickler", "numpy/lib", "multiprocessing", "rdmd_fast", "kernels", "tests",
+)  # fmt: skip
 RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn", "subprocess.Popen")
 REACHES = ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.bind", "urllib.Request")
 CHANGES = ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod")

@@ -31,19 +31,9 @@ NAMES = [
     "0_0.png", "0_0.jpg", "0_0.cls",
 ]  # fmt: skip
 LABELS = [
-    b"",
-    b"-1",
-    b"1e3",
-    b"9" * 30,
-    b"0x1",
-    b"1\n",
-    b" 2 ",
-    b"\xff",
-    "²".encode(),
-    b"3" * 19,
-    b"1" + b"0" * 17,
+    b"", b"-1", b"1e3", b"9" * 30, b"0x1", b"1\n", b" 2 ", b"\xff", "²".encode(), b"3" * 19, b"1" + b"0" * 17,
     b"\x00",
-]
+]  # fmt: skip
 
 
 class Shards:
@@ -207,14 +197,11 @@ def rewrite(path: Path, kind: str, chance: random.Random) -> None:
             )
             info.linkname, content = "/etc/passwd", b""
         if chance.random() < 0.3:
-            info.pax_headers = chance.choice(
-                [
-                    {"size": "-1"}, {"size": "1e30"}, {"path": "\x00"}, {"path": "../x.png"},
-                    {"GNU.sparse.map": "0,1,a"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
-                    {"mtime": "nan"}, {"comment": "x" * 100000}, {"GNU.sparse.size": "1000000000000000"},
-                    {"uid": "9" * 5000}, {"hdrcharset": "BINARY"},
-                ]
-            )  # fmt: skip
+            info.pax_headers = chance.choice([
+                {"size": "-1"}, {"size": "1e30"}, {"path": "\x00"}, {"path": "../x.png"}, {"GNU.sparse.map": "0,1,a"},
+                {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"mtime": "nan"}, {"comment": "x" * 100000},
+                {"GNU.sparse.size": "1000000000000000"}, {"uid": "9" * 5000}, {"hdrcharset": "BINARY"},
+            ])  # fmt: skip
     else:
         form = info.name.rpartition(".")[2]
         content = chance.choice(LABELS) if form == "cls" else odd_sample(content, form, chance)
@@ -233,20 +220,12 @@ def rewrite(path: Path, kind: str, chance: random.Random) -> None:
 
 
 NUMBERS = [
-    b"\x80" + b"\xff" * 11,
-    b"\xff" * 12,
-    b"\x80" + b"\x00" * 3 + b"\x7f" + b"\xff" * 7,
-    b"\xff" * 10 + b"\xfe\x00",
+    b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x80" + b"\x00" * 3 + b"\x7f" + b"\xff" * 7, b"\xff" * 10 + b"\xfe\x00",
     b"77777777777\0",
-]
+]  # fmt: skip
 NUMBERS += [
-    b"-0000000001\0",
-    b"           \0",
-    b"abcdefghijk\0",
-    b"00000000000\0",
-    b"00000001000\0",
-    b"\xff" * 11 + b"\x00",
-]
+    b"-0000000001\0", b"           \0", b"abcdefghijk\0", b"00000000000\0", b"00000001000\0", b"\xff" * 11 + b"\x00",
+]  # fmt: skip
 
 
 def mutate_headers(data: bytes, chance: random.Random) -> bytes:
