@@ -154,16 +154,13 @@ def test_lpips_is_its_own_distance(monkeypatch, pair):
     torch.testing.assert_close(derivative, (y - x) / 192)
 
 
-@pytest.mark.parametrize(
-    ("cost", "message"),
-    [
-        ({"kind": "features"}, "features: missing"),
-        ({"feature_weight": 2.0}, "say nothing without features"),
-        ({"features": "f.pt", "feature_weight": 0.0}, "feature_weight"),
-        ({"features": "f.pt", "feature_input": "int"}, "feature_input"),
-        ({"kind": "lpips"}, "kind"),
-    ],
-)
+@pytest.mark.parametrize(("cost", "message"), [
+    ({"kind": "features"}, "features: missing"),
+    ({"feature_weight": 2.0}, "say nothing without features"),
+    ({"features": "f.pt", "feature_weight": 0.0}, "feature_weight"),
+    ({"features": "f.pt", "feature_input": "int"}, "feature_input"),
+    ({"kind": "lpips"}, "kind"),
+])  # fmt: skip
 def test_costs_that_mean_nothing_are_refused(cost, message):
     with pytest.raises(InputError, match=f"rdmd.cost.*{message}"):
         validate_config({"stage": "rdmd", "run_dir": "r", "rdmd": {"cost": cost}}, "c.yaml")
@@ -225,14 +222,11 @@ def plain(world, points_file, tmp_path_factory):
     return trained(world, points_file, tmp_path_factory.mktemp("plain") / "run", *SHORT)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "tolerance"),
-    [
-        (["train.micro_batch_size=16"], 1e-5),
-        (["deepspeed.zero_optimization={stage: 3, reduce_bucket_size: 1000}"], 1e-5),
-        (["train.dtype=bf16"], 0.2),
-    ],
-)
+@pytest.mark.parametrize(("overrides", "tolerance"), [
+    (["train.micro_batch_size=16"], 1e-5),
+    (["deepspeed.zero_optimization={stage: 3, reduce_bucket_size: 1000}"], 1e-5),
+    (["train.dtype=bf16"], 0.2),
+])  # fmt: skip
 def test_micro_batches_zero_and_bf16_follow_the_same_training(
     world, points_file, plain, tmp_path, overrides, tolerance
 ):

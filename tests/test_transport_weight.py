@@ -306,19 +306,16 @@ def test_translate_passes_the_weight_on(tmp_path):
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ("{log_uniform: [2, 1]}", ["rdmd.transport_weight", "low below high"]),
-        ("{log_uniform: [0, 1]}", ["rdmd.transport_weight.log_uniform.0", "greater"]),
-        ("{log_uniform: [1]}", ["rdmd.transport_weight.log_uniform", "2 items"]),
-        ("{log_uniform: [0.1, 1], low: 3}", ["unknown key rdmd.transport_weight.low"]),
-        ("{uniform: [0, 1]}", ["rdmd.transport_weight.log_uniform: missing"]),
-        ("-1", ["rdmd.transport_weight", "greater", "-1"]),
-        ("much", ["rdmd.transport_weight", "valid number", "much"]),
-        ("[0.1, 1]", ["rdmd.transport_weight", "valid number"]),
-    ],
-)
+@pytest.mark.parametrize(("value", "words"), [
+    ("{log_uniform: [2, 1]}", ["rdmd.transport_weight", "low below high"]),
+    ("{log_uniform: [0, 1]}", ["rdmd.transport_weight.log_uniform.0", "greater"]),
+    ("{log_uniform: [1]}", ["rdmd.transport_weight.log_uniform", "2 items"]),
+    ("{log_uniform: [0.1, 1], low: 3}", ["unknown key rdmd.transport_weight.low"]),
+    ("{uniform: [0, 1]}", ["rdmd.transport_weight.log_uniform: missing"]),
+    ("-1", ["rdmd.transport_weight", "greater", "-1"]),
+    ("much", ["rdmd.transport_weight", "valid number", "much"]),
+    ("[0.1, 1]", ["rdmd.transport_weight", "valid number"]),
+])  # fmt: skip
 def test_what_is_no_weight_is_refused_by_name(value, words):
     with pytest.raises(InputError) as raised:
         load_config(TOY, [f"rdmd.transport_weight={value}", "generator={kind: mlp}"])

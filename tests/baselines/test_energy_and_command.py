@@ -153,23 +153,20 @@ def reweighted(change):
     return damage
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda folder: (folder / "config.json").unlink(), r"no energy network there \(no config.json\)"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json: not readable as JSON"),
-        (edited(lambda v: v.update(role="teacher")), "holds a teacher, an energy network is needed"),
-        (edited(lambda v: v.update(extra=1)), "config.json: unknown option extra"),
-        (edited(lambda v: v["network"].update(num_blocks=64)), "too few for the layers"),
-        (edited(lambda v: v["network"].update(model_channels=32)), "weight .* has shape"),
-        (edited(lambda v: v.update(sample_shape=[3, 4, 5])), "needs square images"),
-        (lambda folder: (folder / "energy.safetensors").write_bytes(b"x"), "not a whole safetensors file"),
-        (lambda folder: (folder / "energy.safetensors").unlink(), "not a whole safetensors file"),
-        (reweighted(lambda w: w | {"dec.head.bias": w["dec.head.bias"] * torch.nan}), "values that are not finite"),
-        (reweighted(lambda w: {k: v for k, v in w.items() if k != "dec.head.bias"}), "has no weight dec.head.bias"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda folder: (folder / "config.json").unlink(), r"no energy network there \(no config.json\)"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
+    (lambda folder: (folder / "config.json").write_text("[1]"), "config.json: not readable as JSON"),
+    (edited(lambda v: v.update(role="teacher")), "holds a teacher, an energy network is needed"),
+    (edited(lambda v: v.update(extra=1)), "config.json: unknown option extra"),
+    (edited(lambda v: v["network"].update(num_blocks=64)), "too few for the layers"),
+    (edited(lambda v: v["network"].update(model_channels=32)), "weight .* has shape"),
+    (edited(lambda v: v.update(sample_shape=[3, 4, 5])), "needs square images"),
+    (lambda folder: (folder / "energy.safetensors").write_bytes(b"x"), "not a whole safetensors file"),
+    (lambda folder: (folder / "energy.safetensors").unlink(), "not a whole safetensors file"),
+    (reweighted(lambda w: w | {"dec.head.bias": w["dec.head.bias"] * torch.nan}), "values that are not finite"),
+    (reweighted(lambda w: {k: v for k, v in w.items() if k != "dec.head.bias"}), "has no weight dec.head.bias"),
+])  # fmt: skip
 def test_damaged_exports_are_refused_in_one_line(export, damage, said):
     folder, _ = export
     damage(folder)
@@ -335,22 +332,19 @@ def test_train_energy_writes_a_network_that_egsde_takes(folder, tmp_path, capsys
     assert "tells the domains apart in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("method", "arguments", "said"),
-    [
-        ("sdedit", ["sigma=1"], "sdedit: unknown option sigma"),
-        ("sdedit", ["sigma0"], "override 'sigma0': write it as key=value"),
-        ("sdedit", ["--batch-size", "0"], "--batch-size 0"),
-        ("egsde", ["factor=3"], "factor 3"),
-        ("ddib", ["--source-teacher", "nowhere"], "teacher nowhere: not there"),
-        ("egsde", ["--energy", "nowhere"], "nowhere: no energy network there"),
-        ("sdedit", ["--input", "nowhere"], "nowhere"),
-        ("ddib", ["--size", "tiles"], "--size tiles: is for `rdmd translate`"),
-        ("sdedit", ["--seed", "-1"], "seed -1 is outside"),
-        ("sdedit", ["--workers", "0"], "--workers 0: must be at least 1"),
-        ("egsde", ["lambda_i=1000000000", "factor=2"], "egsde: the translation of sub/0 is not finite"),
-    ],
-)
+@pytest.mark.parametrize(("method", "arguments", "said"), [
+    ("sdedit", ["sigma=1"], "sdedit: unknown option sigma"),
+    ("sdedit", ["sigma0"], "override 'sigma0': write it as key=value"),
+    ("sdedit", ["--batch-size", "0"], "--batch-size 0"),
+    ("egsde", ["factor=3"], "factor 3"),
+    ("ddib", ["--source-teacher", "nowhere"], "teacher nowhere: not there"),
+    ("egsde", ["--energy", "nowhere"], "nowhere: no energy network there"),
+    ("sdedit", ["--input", "nowhere"], "nowhere"),
+    ("ddib", ["--size", "tiles"], "--size tiles: is for `rdmd translate`"),
+    ("sdedit", ["--seed", "-1"], "seed -1 is outside"),
+    ("sdedit", ["--workers", "0"], "--workers 0: must be at least 1"),
+    ("egsde", ["lambda_i=1000000000", "factor=2"], "egsde: the translation of sub/0 is not finite"),
+])  # fmt: skip
 def test_command_says_what_is_wrong(folder, tmp_path, capsys, method, arguments, said):
     assert command(folder, method, "--output", tmp_path / "out", *arguments) == 2
     error = capsys.readouterr().err

@@ -167,33 +167,29 @@ MERGES = "deepspeed: {a: &a {k: 1}, " + ", ".join(
 )
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ('seed: !!int ""', "not valid YAML"),
-        ("seed: !!bool maybe", "not valid YAML"),
-        ("seed: !!timestamp maybe", "not valid YAML"),
-        ('seed: !!python/object/apply:os.system ["touch executed"]', "not valid YAML"),
-        (LAUGHS + "}", "remove aliases"),
-        (MERGES + "}", "too many values"),
-        ("data: {target: [" + "a.tar, " * 30_000 + "]}", "write a long list of shards as a pattern"),
-        ("deepspeed: &a {b: *a}", "nested deeper"),
-        ("deepspeed: {a: &a {k: 1, b: &b {<<: [*a, *a]}}}", "nested deeper"),
-        ("deepspeed: {a: &a {" + "".join(f"k{i}: 1, " for i in range(3000)) + "}, b: {<<: [*a, *a, *a]}}", "too many"),
-        ("deepspeed: {a: &a " + "x" * 10**5 + ", b: [" + "*a , " * 9000 + '], c: "\\0"}', "c: holds control"),
-        ("deepspeed: {a: .nan}", "deepspeed.a: is nan"),
-        ("deepspeed: {a: 2001-01-01}", "deepspeed.a: is a date"),
-        ("deepspeed: {1: 2}", "key '1' is no name"),
-        ('deepspeed: {"a\\nb": 2}', r"key 'a\nb' is no name"),
-        ("seed: 0x" + "f" * 5000, "huge number"),
-        ('teacher: "a\\0b"', "teacher: holds control characters"),
-        ('teacher: "a\\x9bb"', "teacher: holds control characters"),
-        ('teacher: "\\ud800"', "teacher: holds control characters"),
-        ("train: {steps: " + "[" * 20 + "]" * 20 + "}", "train.steps"),
-        (f"train: {{steps: {'x' * 10**5}}}", "train.steps"),
-    ],
-    ids=lambda value: value[:30],
-)
+@pytest.mark.parametrize(("text", "says"), [
+    ('seed: !!int ""', "not valid YAML"),
+    ("seed: !!bool maybe", "not valid YAML"),
+    ("seed: !!timestamp maybe", "not valid YAML"),
+    ('seed: !!python/object/apply:os.system ["touch executed"]', "not valid YAML"),
+    (LAUGHS + "}", "remove aliases"),
+    (MERGES + "}", "too many values"),
+    ("data: {target: [" + "a.tar, " * 30_000 + "]}", "write a long list of shards as a pattern"),
+    ("deepspeed: &a {b: *a}", "nested deeper"),
+    ("deepspeed: {a: &a {k: 1, b: &b {<<: [*a, *a]}}}", "nested deeper"),
+    ("deepspeed: {a: &a {" + "".join(f"k{i}: 1, " for i in range(3000)) + "}, b: {<<: [*a, *a, *a]}}", "too many"),
+    ("deepspeed: {a: &a " + "x" * 10**5 + ", b: [" + "*a , " * 9000 + '], c: "\\0"}', "c: holds control"),
+    ("deepspeed: {a: .nan}", "deepspeed.a: is nan"),
+    ("deepspeed: {a: 2001-01-01}", "deepspeed.a: is a date"),
+    ("deepspeed: {1: 2}", "key '1' is no name"),
+    ('deepspeed: {"a\\nb": 2}', r"key 'a\nb' is no name"),
+    ("seed: 0x" + "f" * 5000, "huge number"),
+    ('teacher: "a\\0b"', "teacher: holds control characters"),
+    ('teacher: "a\\x9bb"', "teacher: holds control characters"),
+    ('teacher: "\\ud800"', "teacher: holds control characters"),
+    ("train: {steps: " + "[" * 20 + "]" * 20 + "}", "train.steps"),
+    (f"train: {{steps: {'x' * 10**5}}}", "train.steps"),
+], ids=lambda value: value[:30])  # fmt: skip
 def test_yaml_that_is_no_configuration(capsys, tmp_path, monkeypatch, text, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(f"{text}\nstage: teacher\n")
@@ -246,22 +242,12 @@ def test_a_class_that_the_teacher_does_not_have(capsys, tmp_path, shards, teache
         assert "data.target_class: the network has 3 classes, name one from 0 to 2" in line
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "train.steps=10000000000000",
-        "train.global_batch_size=100000000",
-        "network.model_channels=1000000",
-        "network.channel_mult=[1,-1]",
-        "network.num_blocks=1000",
-        "teacher_stage.optimizer.lr=.inf",
-        "teacher_stage.optimizer.lr=1e-300",
-        "teacher_stage.optimizer.betas=[0.9,1.0]",
-        "diffusion.sigma_data=1e-30",
-        "teacher_stage.sigma={kind: log_uniform, sigma_min: 2, sigma_max: 1}",
-        "deepspeed.zero_optimization.stage=true",
-    ],
-)
+@pytest.mark.parametrize("override", [
+    "train.steps=10000000000000", "train.global_batch_size=100000000", "network.model_channels=1000000",
+    "network.channel_mult=[1,-1]", "network.num_blocks=1000", "teacher_stage.optimizer.lr=.inf",
+    "teacher_stage.optimizer.lr=1e-300", "teacher_stage.optimizer.betas=[0.9,1.0]", "diffusion.sigma_data=1e-30",
+    "teacher_stage.sigma={kind: log_uniform, sigma_min: 2, sigma_max: 1}", "deepspeed.zero_optimization.stage=true",
+])  # fmt: skip
 def test_options_that_nobody_means(capsys, tmp_path, override):
     line = fails(capsys, CONFIGS / "digits/teacher_3.yaml", tmp_path / "run", "data.target=nowhere", override)
     assert override.partition("=")[0].split(".")[-1] in line
@@ -282,23 +268,17 @@ def altered(teacher, folder, **changes):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"role": "generator"}, "reading and generator_sigma"),
-        ({"reading": "as it is"}, "reading"),
-        ({"sample_shape": [3, -8, 8]}, "sample_shape"),
-        ({"sample_shape": []}, "sample_shape"),
-        ({"diffusion": {"sigma_data": float("nan")}}, "sigma_data"),
-        ({"diffusion": {"sigma_data": 1e300}}, "sigma_data"),
-        ({"target_class": -1}, "target_class"),
-        (
-            {"network": {"kind": "song_unet", "model_channels": 16384, "channel_mult": [64], "num_blocks": 1}},
-            "has shape",
-        ),
-        ({"network": {"kind": "song_unet", "channel_mult": [1] * 10, "num_blocks": 64}}, "too few for the layers"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"role": "generator"}, "reading and generator_sigma"),
+    ({"reading": "as it is"}, "reading"),
+    ({"sample_shape": [3, -8, 8]}, "sample_shape"),
+    ({"sample_shape": []}, "sample_shape"),
+    ({"diffusion": {"sigma_data": float("nan")}}, "sigma_data"),
+    ({"diffusion": {"sigma_data": 1e300}}, "sigma_data"),
+    ({"target_class": -1}, "target_class"),
+    ({"network": {"kind": "song_unet", "model_channels": 16384, "channel_mult": [64], "num_blocks": 1}}, "has shape"),
+    ({"network": {"kind": "song_unet", "channel_mult": [1] * 10, "num_blocks": 64}}, "too few for the layers"),
+])  # fmt: skip
 def test_exports_that_say_what_they_are_not(tmp_path, teacher, changes, says):
     from rdmd_fast import load_denoiser
     from rdmd_fast.errors import InputError

@@ -188,24 +188,21 @@ def test_files_are_cropped_and_resized_alike(folders, tmp_path):
     assert evaluate(tmp_path, *photos, "--resolution", 5)["size"] == [5, 5]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "missing --model or --outputs"),
-        (["--outputs", "{0}/few"], r"{0}/few: has no translation of source 'deep/b_c' (3 of 4 are missing)"),
-        (["--outputs", "{0}/cut", "--label", "3"], "--label: says nothing without --judge"),
-        (["--outputs", "{0}/cut", "--teacher", "{0}"], "--teacher: says nothing without --model"),
-        (["--outputs", "{0}/cut", "--transport-weight", "1"], "--transport-weight: says nothing without --model"),
-        (["--outputs", "{0}/cut", "--count", "1"], "--count 1: must be at least 2"),
-        (["--outputs", "{0}/cut", "--resolution", "9"], "--target {0}/target: has images of 8x8, 9x9 are measured"),
-        (["--outputs", "{0}/cut", "--features", "{0}/a.pt"], "{0}/a.pt: no such file"),
-        (["--outputs", "{0}/cut", "--lpips"], "lpips: cannot be used"),
-        (["--outputs", "{0}/none"], "{0}/none"),
-        (["--outputs", "{0}/torn"], "{0}/torn/a.png: not a readable image"),
-        (["--model", "{0}/none"], "{0}/none: no export there"),
-        (["--outputs", "{0}/cut", "{0}/source/../cut"], "--outputs: two rows would be {0}/cut, name it once"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "missing --model or --outputs"),
+    (["--outputs", "{0}/few"], r"{0}/few: has no translation of source 'deep/b_c' (3 of 4 are missing)"),
+    (["--outputs", "{0}/cut", "--label", "3"], "--label: says nothing without --judge"),
+    (["--outputs", "{0}/cut", "--teacher", "{0}"], "--teacher: says nothing without --model"),
+    (["--outputs", "{0}/cut", "--transport-weight", "1"], "--transport-weight: says nothing without --model"),
+    (["--outputs", "{0}/cut", "--count", "1"], "--count 1: must be at least 2"),
+    (["--outputs", "{0}/cut", "--resolution", "9"], "--target {0}/target: has images of 8x8, 9x9 are measured"),
+    (["--outputs", "{0}/cut", "--features", "{0}/a.pt"], "{0}/a.pt: no such file"),
+    (["--outputs", "{0}/cut", "--lpips"], "lpips: cannot be used"),
+    (["--outputs", "{0}/none"], "{0}/none"),
+    (["--outputs", "{0}/torn"], "{0}/torn/a.png: not a readable image"),
+    (["--model", "{0}/none"], "{0}/none: no export there"),
+    (["--outputs", "{0}/cut", "{0}/source/../cut"], "--outputs: two rows would be {0}/cut, name it once"),
+])  # fmt: skip
 def test_what_cannot_be_measured_is_one_line(folders, tmp_path, capsys, arguments, message):
     save(tmp_path / "few", pictures(0, 1), ["a.png"])
     save(tmp_path / "torn", pictures(0, 4), NAMES)
@@ -278,13 +275,10 @@ def test_results_below_the_sources_are_no_sources(folders, tmp_path, capsys):
     assert f"--source {tmp_path}/all: all images below this folder are in --outputs" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
-        RuntimeError("in the TorchScript interpreter.\nOutOfMemoryError: CUDA out of memory. Tried to allocate\n"),
-    ],
-)
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+    RuntimeError("in the TorchScript interpreter.\nOutOfMemoryError: CUDA out of memory. Tried to allocate\n"),
+])  # fmt: skip
 def test_memory_that_is_not_there_is_not_blamed_on_the_shape(error):
     where = torch.device("cuda:0")
     with pytest.raises(InputError) as raised, naming("f.pt", (64, 3, 8, 8), where, "--batch-size"):

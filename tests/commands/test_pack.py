@@ -202,20 +202,17 @@ def test_digits_are_packed_by_digit_and_split(tmp_path):
         ShardSet(tmp_path / "2")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["{photos}"], "--resolution"),
-        (["{photos}", "--resolution", 0], "at least 1"),
-        (["{photos}", "--resolution", 4, "--holdout", 1.5], r"\[0, 1\)"),
-        (["{photos}", "--resolution", 4, "--holdout", 0.001], "one side empty"),
-        (["toy:blob"], "toy:8gaussians"),
-        (["toy:gaussian", "--scale", 2], "toy:gaussian: toy gaussian has no scale"),
-        (["toy:circles", "--std", -1], "toy:circles: --std: input should be greater than 0, found -1"),
-        (["digits", "--std", 1], "--std: does nothing for digits"),
-        (["nowhere", "--resolution", 4], "no such folder"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (["{photos}"], "--resolution"),
+    (["{photos}", "--resolution", 0], "at least 1"),
+    (["{photos}", "--resolution", 4, "--holdout", 1.5], r"\[0, 1\)"),
+    (["{photos}", "--resolution", 4, "--holdout", 0.001], "one side empty"),
+    (["toy:blob"], "toy:8gaussians"),
+    (["toy:gaussian", "--scale", 2], "toy:gaussian: toy gaussian has no scale"),
+    (["toy:circles", "--std", -1], "toy:circles: --std: input should be greater than 0, found -1"),
+    (["digits", "--std", 1], "--std: does nothing for digits"),
+    (["nowhere", "--resolution", 4], "no such folder"),
+])  # fmt: skip
 def test_bad_requests_are_refused_in_one_line(photos, tmp_path, words, message):
     with pytest.raises(InputError, match=message) as caught:
         run(*(str(word).format(photos=photos) for word in words), "--out", tmp_path / "out")

@@ -273,14 +273,11 @@ def test_a_disk_that_fails_twice_costs_the_sample(tmp_path, monkeypatch):
     assert stream.dropped.sum() == 1
 
 
-@pytest.mark.parametrize(
-    ("patched", "error", "says"),
-    [
-        ("os.pread", OSError(errno.EMFILE, "Too many open files"), "shard-00000.*: Too many open files"),
-        ("os.pread", OSError(errno.ENOMEM, "Cannot allocate memory"), "shard-00000.*: Cannot allocate memory"),
-        ("rdmd_fast.data.shards.sample_reader.decode_rgb", MemoryError(), "not enough memory"),
-    ],
-)
+@pytest.mark.parametrize(("patched", "error", "says"), [
+    ("os.pread", OSError(errno.EMFILE, "Too many open files"), "shard-00000.*: Too many open files"),
+    ("os.pread", OSError(errno.ENOMEM, "Cannot allocate memory"), "shard-00000.*: Cannot allocate memory"),
+    ("rdmd_fast.data.shards.sample_reader.decode_rgb", MemoryError(), "not enough memory"),
+])  # fmt: skip
 def test_what_the_machine_lacks_is_no_fault_of_a_sample(tmp_path, monkeypatch, patched, error, says):
     stream = stream_of(packed(tmp_path / "set"))
     original = sample_reader.decode_rgb if "decode" in patched else os.pread

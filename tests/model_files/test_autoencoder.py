@@ -158,18 +158,15 @@ def damage(name):
     return locals()[name]
 
 
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        ("shape", "a.npy: has shape (4, 8, 8), the network takes (5, 8, 8)"),
-        ("objects", "a.npy: not a .npy array of floats"),
-        ("text", "a.npy: not a .npy array of floats"),
-        ("integers", "a.npy: not a .npy array of floats (holds int32; save float32 or float16)"),
-        ("longer_than_the_file", "a.npy: not a .npy array of floats"),
-        ("mixed", "holds arrays and images (b.png)"),
-        ("images", "image files are RGB, the network takes 5 channels"),
-    ],
-)
+@pytest.mark.parametrize(("case", "expected"), [
+    ("shape", "a.npy: has shape (4, 8, 8), the network takes (5, 8, 8)"),
+    ("objects", "a.npy: not a .npy array of floats"),
+    ("text", "a.npy: not a .npy array of floats"),
+    ("integers", "a.npy: not a .npy array of floats (holds int32; save float32 or float16)"),
+    ("longer_than_the_file", "a.npy: not a .npy array of floats"),
+    ("mixed", "holds arrays and images (b.png)"),
+    ("images", "image files are RGB, the network takes 5 channels"),
+])  # fmt: skip
 def test_bad_inputs_of_translate_are_one_line(folder, tmp_path, capsys, case, expected):
     damage(case)(tmp_path)
     assert translate(tmp_path / "out", folder / "rdmd/export", tmp_path) == 2
@@ -186,14 +183,11 @@ def test_missing_library_names_the_extra(tmp_path, monkeypatch):
         Autoencoder(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (None, "config.json: missing"),
-        ("{", "not readable as JSON"),
-        ('{"_class_name": "VQModel"}', "_class_name is 'VQModel', supported: AutoencoderKL"),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [
+    (None, "config.json: missing"),
+    ("{", "not readable as JSON"),
+    ('{"_class_name": "VQModel"}', "_class_name is 'VQModel', supported: AutoencoderKL"),
+])  # fmt: skip
 def test_folder_without_an_autoencoder_is_one_line(tmp_path, text, expected):
     if text:
         (tmp_path / "config.json").write_text(text)

@@ -85,15 +85,12 @@ def test_old_names_of_attention_weights(folder):
     assert_same(read_diffusers(folder), expected)
 
 
-@pytest.mark.parametrize(
-    ("changes", "parameterization", "kind"),
-    [
-        (dict(prediction_type="v_prediction"), "v", "vp"),
-        (dict(prediction_type="sample", _class_name="DDIMScheduler"), "x0", "vp"),
-        (dict(prediction_type=None, _class_name="EulerDiscreteScheduler"), "epsilon", "vp"),
-        (dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=3.0), "flow", "flow"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "parameterization", "kind"), [
+    (dict(prediction_type="v_prediction"), "v", "vp"),
+    (dict(prediction_type="sample", _class_name="DDIMScheduler"), "x0", "vp"),
+    (dict(prediction_type=None, _class_name="EulerDiscreteScheduler"), "epsilon", "vp"),
+    (dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=3.0), "flow", "flow"),
+])  # fmt: skip
 def test_scheduler_decides_the_parameterization(folder, changes, parameterization, kind):
     edit(folder / SCHEDULER, **changes)
     config = read_diffusers_config(folder)

@@ -51,14 +51,9 @@ TINY = SongUNetOptions(
     kind="song_unet", model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[8], dropout=0.0
 )
 CONDITIONAL = DhariwalUNetOptions(
-    kind="dhariwal_unet",
-    model_channels=32,
-    channel_mult=[1],
-    num_blocks=1,
-    attn_resolutions=[],
-    label_dim=3,
+    kind="dhariwal_unet", model_channels=32, channel_mult=[1], num_blocks=1, attn_resolutions=[], label_dim=3,
     dropout=0.0,
-)
+)  # fmt: skip
 SHAPE = [3, SIDE, SIDE]
 
 

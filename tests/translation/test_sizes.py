@@ -11,15 +11,9 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.translation.sizes import Crop, Resize, Tiles, make_size, tile_axis
 
 AXES = [
-    (8, 8, 0.25),
-    (9, 8, 0.25),
-    (15, 8, 0.25),
-    (16, 8, 0.0),
-    (100, 8, 0.25),
-    (101, 7, 0.5),
-    (64, 16, 0.9),
+    (8, 8, 0.25), (9, 8, 0.25), (15, 8, 0.25), (16, 8, 0.0), (100, 8, 0.25), (101, 7, 0.5), (64, 16, 0.9),
     (5, 1, 0.5),
-]
+]  # fmt: skip
 
 
 def picture(height: int, width: int) -> np.ndarray:

@@ -117,23 +117,20 @@ def pixels_under_a_right_hash(folder):
 
 
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize(
-    ("damage", "faults"),
-    [
-        (damage_pixels, ["shard-000001.tar: sha256 differs"]),
-        (cut, ["shard-000001.tar: has 5000 bytes of", "shard-000001.tar: truncated"]),
-        (delete, ["shard-000002.tar: is missing"]),
-        (empty_shard, ["shard-000001.tar: has 0 bytes of", "shard-000001.tar: truncated"]),
-        (swap_index, ["index.json: sha256 differs", "index.json tells other samples than"]),
-        (swap_index_and_its_hash, ["shard-000000.tar: index.json tells other samples than the shard's headers"]),
-        (relabel, ["shard-000000.tar: index.json tells other labels than the shard"]),
-        (lambda folder: (folder / "index.json").unlink(), ["index.json: cannot be read"]),
-        (stray_shard, ["shard-000007.tar: is not in manifest.json"]),
-        (other_count, ["counts 12 samples where the shards hold 13"]),
-        (no_json, ["manifest.json: unreadable"]),
-        (outside, ["manifest.json: unreadable", "is no file name"]),
-    ],
-)
+@pytest.mark.parametrize(("damage", "faults"), [
+    (damage_pixels, ["shard-000001.tar: sha256 differs"]),
+    (cut, ["shard-000001.tar: has 5000 bytes of", "shard-000001.tar: truncated"]),
+    (delete, ["shard-000002.tar: is missing"]),
+    (empty_shard, ["shard-000001.tar: has 0 bytes of", "shard-000001.tar: truncated"]),
+    (swap_index, ["index.json: sha256 differs", "index.json tells other samples than"]),
+    (swap_index_and_its_hash, ["shard-000000.tar: index.json tells other samples than the shard's headers"]),
+    (relabel, ["shard-000000.tar: index.json tells other labels than the shard"]),
+    (lambda folder: (folder / "index.json").unlink(), ["index.json: cannot be read"]),
+    (stray_shard, ["shard-000007.tar: is not in manifest.json"]),
+    (other_count, ["counts 12 samples where the shards hold 13"]),
+    (no_json, ["manifest.json: unreadable"]),
+    (outside, ["manifest.json: unreadable", "is no file name"]),
+])  # fmt: skip
 def test_each_kind_of_damage_is_found(shards, capsys, damage, faults, fast):
     damage(shards)
     assert check(shards, *["--fast"] * fast) == 2
@@ -143,13 +140,10 @@ def test_each_kind_of_damage_is_found(shards, capsys, damage, faults, fast):
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ") and faults[0] in captured.err
 
 
-@pytest.mark.parametrize(
-    ("damage", "fault"),
-    [
-        (pixels_under_a_right_hash, "shard-000001.tar: sample 'k07': cannot be decoded"),
-        (other_shape, "shard-000000.tar: sample 'k00': has shape (8, 8, 3) where manifest.json says (9, 9, 3)"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "fault"), [
+    (pixels_under_a_right_hash, "shard-000001.tar: sample 'k07': cannot be decoded"),
+    (other_shape, "shard-000000.tar: sample 'k00': has shape (8, 8, 3) where manifest.json says (9, 9, 3)"),
+])  # fmt: skip
 def test_what_only_decoding_tells_is_found_without_fast(shards, capsys, damage, fault):
     damage(shards)
     assert check(shards, "--fast") == 0
@@ -191,18 +185,15 @@ def test_foreign_tars_are_decoded(tmp_path, capsys):
     assert "a.tar: sample '2': cannot be decoded" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--check", "{set}", "--resolution", "8"], "--resolution: does nothing with --check"),
-        (["source", "--check", "{set}"], "SOURCE: does nothing with --check"),
-        (["--check", "{set}/nowhere"], "no such folder of shards"),
-        (["--check", "{empty}"], "holds no shards"),
-        (["--check", "{set}", "--workers", "0"], "--workers 0 must be at least 1"),
-        (["digits", "--out", "x", "--fast"], "--fast: is for --check"),
-        ([], "name a SOURCE and --out DIR"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (["--check", "{set}", "--resolution", "8"], "--resolution: does nothing with --check"),
+    (["source", "--check", "{set}"], "SOURCE: does nothing with --check"),
+    (["--check", "{set}/nowhere"], "no such folder of shards"),
+    (["--check", "{empty}"], "holds no shards"),
+    (["--check", "{set}", "--workers", "0"], "--workers 0 must be at least 1"),
+    (["digits", "--out", "x", "--fast"], "--fast: is for --check"),
+    ([], "name a SOURCE and --out DIR"),
+])  # fmt: skip
 def test_requests_that_make_no_sense_are_refused(shards, tmp_path, capsys, words, message):
     (tmp_path / "empty").mkdir()
     assert cli.main(["pack", *(word.format(set=shards, empty=tmp_path / "empty") for word in words)]) == 2

@@ -10,24 +10,14 @@ from rdmd_fast.data.shards import decode_images
 from rdmd_fast.data.shards.decode_images import UNREADABLE, decode_rgb, to_rgb
 
 PLAIN = [
-    ("RGB", "JPEG", {}),
-    ("RGB", "JPEG", {"quality": 95, "subsampling": 0, "progressive": True}),
-    ("RGB", "JPEG", {"quality": 30, "restart_marker_rows": 1, "comment": b"a comment"}),
-    ("L", "JPEG", {}),
-    ("RGB", "PNG", {}),
-    ("L", "PNG", {"compress_level": 0}),
-    ("RGB", "PNG", {"optimize": True}),
-]
+    ("RGB", "JPEG", {}), ("RGB", "JPEG", {"quality": 95, "subsampling": 0, "progressive": True}),
+    ("RGB", "JPEG", {"quality": 30, "restart_marker_rows": 1, "comment": b"a comment"}), ("L", "JPEG", {}),
+    ("RGB", "PNG", {}), ("L", "PNG", {"compress_level": 0}), ("RGB", "PNG", {"optimize": True}),
+]  # fmt: skip
 OTHER = [
-    ("CMYK", "JPEG", {}),
-    ("RGBA", "PNG", {}),
-    ("LA", "PNG", {}),
-    ("P", "PNG", {}),
-    ("1", "PNG", {}),
-    ("I;16", "PNG", {}),
-    ("RGB", "PNG", {"transparency": (1, 2, 3)}),
-    ("RGB", "WEBP", {}),
-]
+    ("CMYK", "JPEG", {}), ("RGBA", "PNG", {}), ("LA", "PNG", {}), ("P", "PNG", {}), ("1", "PNG", {}),
+    ("I;16", "PNG", {}), ("RGB", "PNG", {"transparency": (1, 2, 3)}), ("RGB", "WEBP", {}),
+]  # fmt: skip
 
 
 def file_of(mode, form, options, size=(37, 21), seed=0):

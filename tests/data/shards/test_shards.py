@@ -268,24 +268,21 @@ def reindexed(folder, change):
 
 
 @pytest.mark.parametrize("tolerant", [False, True])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda manifest, index: manifest.update(shape=[10**6, 10**6, 3]),
-        lambda manifest, index: manifest.update(shape=[5, 5]),
-        lambda manifest, index: manifest.update(shape=None),
-        lambda manifest, index: manifest.update(kind="pickle"),
-        lambda manifest, index: manifest.update(classes=7),
-        lambda manifest, index: index[0].update(file="../other/shard-000000.tar"),
-        lambda manifest, index: index[0].update(keys=[1, 2, 3, 4]),
-        lambda manifest, index: index[0].update(keys=["a"]),
-        lambda manifest, index: index[0]["offsets"].__setitem__(0, -512),
-        lambda manifest, index: index[0]["sizes"].__setitem__(0, 10**15),
-        lambda manifest, index: index[0]["sizes"].__setitem__(0, 1.5),
-        lambda manifest, index: index[0].update(labels=["a"] * 4),
-        lambda manifest, index: index.__setitem__(0, [1]),
-    ],
-)
+@pytest.mark.parametrize("change", [
+    lambda manifest, index: manifest.update(shape=[10**6, 10**6, 3]),
+    lambda manifest, index: manifest.update(shape=[5, 5]),
+    lambda manifest, index: manifest.update(shape=None),
+    lambda manifest, index: manifest.update(kind="pickle"),
+    lambda manifest, index: manifest.update(classes=7),
+    lambda manifest, index: index[0].update(file="../other/shard-000000.tar"),
+    lambda manifest, index: index[0].update(keys=[1, 2, 3, 4]),
+    lambda manifest, index: index[0].update(keys=["a"]),
+    lambda manifest, index: index[0]["offsets"].__setitem__(0, -512),
+    lambda manifest, index: index[0]["sizes"].__setitem__(0, 10**15),
+    lambda manifest, index: index[0]["sizes"].__setitem__(0, 1.5),
+    lambda manifest, index: index[0].update(labels=["a"] * 4),
+    lambda manifest, index: index.__setitem__(0, [1]),
+])  # fmt: skip
 def test_an_index_that_makes_no_sense_is_refused(tmp_path, change, tolerant):
     reindexed(pack(tmp_path / "set", images(4)), change)
     with pytest.raises(InputError, match="unreadable packing"):
@@ -336,19 +333,16 @@ def array(values, **options):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "says"),
-    [
-        ("0.png", bomb(5000), "pixels"),
-        ("0.png", bomb(100_000), "cannot be decoded"),
-        ("0.npy", array(np.zeros(4), zipped=True), "several arrays"),
-        ("0.npy", array(np.array([1.0, np.nan])), "not finite"),
-        ("0.npy", array(np.array([1e300])), "not finite"),
-        ("0.npy", array(np.zeros(4)).replace(b"(4,)", b"(4000000000,)"), "cannot be decoded"),
-        ("0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"-" * 8999 + b"1", "cannot be decoded"),
-        ("0.npy", b"\x93NUMPY\x09\x09", "unknown .npy version"),
-    ],
-)
+@pytest.mark.parametrize(("name", "data", "says"), [
+    ("0.png", bomb(5000), "pixels"),
+    ("0.png", bomb(100_000), "cannot be decoded"),
+    ("0.npy", array(np.zeros(4), zipped=True), "several arrays"),
+    ("0.npy", array(np.array([1.0, np.nan])), "not finite"),
+    ("0.npy", array(np.array([1e300])), "not finite"),
+    ("0.npy", array(np.zeros(4)).replace(b"(4,)", b"(4000000000,)"), "cannot be decoded"),
+    ("0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"-" * 8999 + b"1", "cannot be decoded"),
+    ("0.npy", b"\x93NUMPY\x09\x09", "unknown .npy version"),
+])  # fmt: skip
 def test_samples_that_ask_for_more_than_they_are_cannot_be_decoded(tmp_path, recwarn, name, data, says):
     write_tar(tmp_path / "a.tar", [(name, data)])
     with pytest.raises(InputError, match=says):

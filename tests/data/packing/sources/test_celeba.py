@@ -124,23 +124,20 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: edit(f / celeba.ATTRIBUTES, "12\n", "13\n"), "lists 12 images where its first line says 13"),
-        (lambda f: edit(f / celeba.ATTRIBUTES, "12\n", "x\n"), "no image count"),
-        (lambda f: edit(f / celeba.ATTRIBUTES, "000002.jpg -1 -1", "000002.jpg 0 -1"), "line 4"),
-        (lambda f: edit(f / celeba.ATTRIBUTES, "000002.jpg -1 -1", "000002.jpg -1"), "line 4"),
-        (lambda f: (f / celeba.ATTRIBUTES).write_bytes(b"\xff\xfe\x00"), "cannot be read as text"),
-        (lambda f: (f / celeba.ATTRIBUTES).write_text(""), "no image count"),
-        (lambda f: (f / celeba.ATTRIBUTES).unlink(), "holds no list_attr_celeba.txt"),
-        (lambda f: edit(f / celeba.PARTITION, "000005.jpg 1", "000005.jpg 7"), "line 5"),
-        (lambda f: edit(f / celeba.PARTITION, "000005.jpg 1\n", ""), "lacks 1 of 12 images, first 000005.jpg"),
-        (lambda f: (f / "img_align_celeba/000005.jpg").unlink(), "lacks 1 of the 12 images"),
-        (lambda f: (f / "img_align_celeba/000005.jpg").write_bytes(b"x"), "000005.jpg"),
-        (lambda f: (f / "img_align_celeba").rename(f / "img"), "holds neither img_align_celeba/"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda f: edit(f / celeba.ATTRIBUTES, "12\n", "13\n"), "lists 12 images where its first line says 13"),
+    (lambda f: edit(f / celeba.ATTRIBUTES, "12\n", "x\n"), "no image count"),
+    (lambda f: edit(f / celeba.ATTRIBUTES, "000002.jpg -1 -1", "000002.jpg 0 -1"), "line 4"),
+    (lambda f: edit(f / celeba.ATTRIBUTES, "000002.jpg -1 -1", "000002.jpg -1"), "line 4"),
+    (lambda f: (f / celeba.ATTRIBUTES).write_bytes(b"\xff\xfe\x00"), "cannot be read as text"),
+    (lambda f: (f / celeba.ATTRIBUTES).write_text(""), "no image count"),
+    (lambda f: (f / celeba.ATTRIBUTES).unlink(), "holds no list_attr_celeba.txt"),
+    (lambda f: edit(f / celeba.PARTITION, "000005.jpg 1", "000005.jpg 7"), "line 5"),
+    (lambda f: edit(f / celeba.PARTITION, "000005.jpg 1\n", ""), "lacks 1 of 12 images, first 000005.jpg"),
+    (lambda f: (f / "img_align_celeba/000005.jpg").unlink(), "lacks 1 of the 12 images"),
+    (lambda f: (f / "img_align_celeba/000005.jpg").write_bytes(b"x"), "000005.jpg"),
+    (lambda f: (f / "img_align_celeba").rename(f / "img"), "holds neither img_align_celeba/"),
+])  # fmt: skip
 def test_damage_is_one_line(folder, tmp_path, capsys, damage, message):
     damage(folder)
     capsys.readouterr()

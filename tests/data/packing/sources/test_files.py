@@ -248,25 +248,22 @@ def header(shape):
     return npy(np.zeros(3, np.float32)).replace(b"(3,), }" + b" " * 30, shape.ljust(37))
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"a.npy": npy(np.zeros((4, 2, 2), np.float32)), "b.png": png(1)}, "1 images and 1 .npy files"),
-        ({"a.npy": npy(np.zeros(3, np.int64))}, "holds int64"),
-        ({"a.npy": npy(np.zeros((2, 2)))}, r"has shape \(2, 2\)"),
-        ({"a.npy": npy(np.array([1.0, np.nan]))}, "not finite"),
-        ({"a.npy": npy(np.array([1e300]))}, "not finite"),
-        ({"a.npy": npy(np.array([Bomb()]), allow_pickle=True)}, "a.npy"),
-        ({"a.npy": npy(np.zeros(300))[:-8]}, "a.npy"),
-        ({"a.npy": npy(np.zeros(300))[:20]}, "a.npy"),
-        ({"a.npy": b""}, "a.npy"),
-        ({"a.npy": npz()}, "several arrays"),
-        ({"a.npy": npz()[:-20]}, "a.npy"),
-        ({"a.npy": header(b"(8000000000000000,), }")}, "a.npy"),
-        ({"a.npy": npy(np.zeros(3)), "b.npy": npy(np.zeros(4))}, r"b: npy of shape \(4,\)"),
-        ({"readme.txt": b""}, "no images and no arrays"),
-    ],
-)
+@pytest.mark.parametrize(("files", "message"), [
+    ({"a.npy": npy(np.zeros((4, 2, 2), np.float32)), "b.png": png(1)}, "1 images and 1 .npy files"),
+    ({"a.npy": npy(np.zeros(3, np.int64))}, "holds int64"),
+    ({"a.npy": npy(np.zeros((2, 2)))}, r"has shape \(2, 2\)"),
+    ({"a.npy": npy(np.array([1.0, np.nan]))}, "not finite"),
+    ({"a.npy": npy(np.array([1e300]))}, "not finite"),
+    ({"a.npy": npy(np.array([Bomb()]), allow_pickle=True)}, "a.npy"),
+    ({"a.npy": npy(np.zeros(300))[:-8]}, "a.npy"),
+    ({"a.npy": npy(np.zeros(300))[:20]}, "a.npy"),
+    ({"a.npy": b""}, "a.npy"),
+    ({"a.npy": npz()}, "several arrays"),
+    ({"a.npy": npz()[:-20]}, "a.npy"),
+    ({"a.npy": header(b"(8000000000000000,), }")}, "a.npy"),
+    ({"a.npy": npy(np.zeros(3)), "b.npy": npy(np.zeros(4))}, r"b: npy of shape \(4,\)"),
+    ({"readme.txt": b""}, "no images and no arrays"),
+])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_what_no_sample_can_be_made_of_is_refused(tmp_path, capsys, monkeypatch, files, message):
     import re
@@ -277,18 +274,15 @@ def test_what_no_sample_can_be_made_of_is_refused(tmp_path, capsys, monkeypatch,
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (npy(np.zeros((3, 2), np.int32)), "int32"),
-        (npy(np.zeros(3)), r"[3]"),
-        (npz(), "several arrays"),
-        (npz()[:-20], "not a whole .npy file"),
-        (npy(np.zeros((3, 2)))[:-1], "not a whole .npy file"),
-        (npy(np.array([[Bomb()]]), allow_pickle=True), "not a whole .npy file"),
-        (npy(np.array([[0.0], [np.inf]])), "row 1 holds values that are not finite"),
-    ],
-)
+@pytest.mark.parametrize(("data", "message"), [
+    (npy(np.zeros((3, 2), np.int32)), "int32"),
+    (npy(np.zeros(3)), r"[3]"),
+    (npz(), "several arrays"),
+    (npz()[:-20], "not a whole .npy file"),
+    (npy(np.zeros((3, 2)))[:-1], "not a whole .npy file"),
+    (npy(np.array([[Bomb()]]), allow_pickle=True), "not a whole .npy file"),
+    (npy(np.array([[0.0], [np.inf]])), "row 1 holds values that are not finite"),
+])  # fmt: skip
 def test_one_large_file_that_does_not_fit_is_refused(tmp_path, capsys, monkeypatch, data, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "z.npy").write_bytes(data)
@@ -344,21 +338,18 @@ def test_an_encoder_turns_images_into_latents(tmp_path, autoencoder, capsys):
     assert pack(*words) == 2
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["{images}", "--resolution", 4, "--encoder", "{images}"], "no config.json there"),
-        (["{images}", "--resolution", 4, "--device", "cpu"], "give --encoder too"),
-        (["{arrays}", "--encoder", "{vae}"], "--encoder: is for images"),
-        (["{arrays}", "--resolution", 4], "--resolution: is for images"),
-        (["{images}", "--resolution", 4, "--crop", 5], "too few for a central square of 5"),
-        (["{images}", "--resolution", 4, "--crop", 0], "at least 1"),
-        (["{images}", "--resolution", 4, "--hues", 3], "--hues: does nothing for image or array files"),
-        (["digits", "--resolution", 8], "--resolution: does nothing for digits, which take --hues"),
-        (["toy:circles", "--labels"], "--labels: does nothing for toys"),
-        (["{images}/nowhere.zip", "--resolution", 4], "no such folder"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (["{images}", "--resolution", 4, "--encoder", "{images}"], "no config.json there"),
+    (["{images}", "--resolution", 4, "--device", "cpu"], "give --encoder too"),
+    (["{arrays}", "--encoder", "{vae}"], "--encoder: is for images"),
+    (["{arrays}", "--resolution", 4], "--resolution: is for images"),
+    (["{images}", "--resolution", 4, "--crop", 5], "too few for a central square of 5"),
+    (["{images}", "--resolution", 4, "--crop", 0], "at least 1"),
+    (["{images}", "--resolution", 4, "--hues", 3], "--hues: does nothing for image or array files"),
+    (["digits", "--resolution", 8], "--resolution: does nothing for digits, which take --hues"),
+    (["toy:circles", "--labels"], "--labels: does nothing for toys"),
+    (["{images}/nowhere.zip", "--resolution", 4], "no such folder"),
+])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(tmp_path, capsys, autoencoder, words, message):
     write_tree(tmp_path / "images", {"a.png": png(1)})
     write_tree(tmp_path / "arrays", {"a.npy": npy(np.zeros(3))})

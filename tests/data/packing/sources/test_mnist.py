@@ -114,30 +114,24 @@ def test_random_damage_of_a_gzipped_file_is_refused_or_harmless(tmp_path):
             np.testing.assert_array_equal(mnist.read_idx(path), array)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"<html>", "no IDX file of bytes"),
-        (struct.pack(">BBBBI", 0, 0, 0x0D, 1, 4) + bytes(16), "no IDX file of bytes"),
-        (struct.pack(">BBBBI", 0, 0, 8, 1, 4) + bytes(5), "too long"),
-        (struct.pack(">BBBBII", 0, 0, 8, 2, 2**31, 2**31), "declares"),
-    ],
-)
+@pytest.mark.parametrize(("data", "message"), [
+    (b"<html>", "no IDX file of bytes"),
+    (struct.pack(">BBBBI", 0, 0, 0x0D, 1, 4) + bytes(16), "no IDX file of bytes"),
+    (struct.pack(">BBBBI", 0, 0, 8, 1, 4) + bytes(5), "too long"),
+    (struct.pack(">BBBBII", 0, 0, 8, 2, 2**31, 2**31), "declares"),
+])  # fmt: skip
 def test_other_files_are_told_apart(tmp_path, data, message):
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(InputError, match=message):
         mnist.read_idx(tmp_path / "a")
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("train-labels-idx1-ubyte", idx(np.zeros(39, np.uint8)), "40 images where"),
-        ("train-labels-idx1-ubyte", idx(np.full(40, 10, np.uint8)), "holds label 10"),
-        ("train-labels-idx1-ubyte", idx(np.zeros((40, 1, 1), np.uint8)), "3-D labels"),
-        ("t10k-images-idx3-ubyte", None, "holds neither t10k-images-idx3-ubyte nor"),
-    ],
-)
+@pytest.mark.parametrize(("name", "data", "message"), [
+    ("train-labels-idx1-ubyte", idx(np.zeros(39, np.uint8)), "40 images where"),
+    ("train-labels-idx1-ubyte", idx(np.full(40, 10, np.uint8)), "holds label 10"),
+    ("train-labels-idx1-ubyte", idx(np.zeros((40, 1, 1), np.uint8)), "3-D labels"),
+    ("t10k-images-idx3-ubyte", None, "holds neither t10k-images-idx3-ubyte nor"),
+])  # fmt: skip
 def test_files_that_do_not_belong_together_are_refused(folder, tmp_path, capsys, name, data, message):
     (folder / name).unlink()
     if data is not None:

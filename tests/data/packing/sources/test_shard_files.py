@@ -88,16 +88,13 @@ def test_a_changed_set_is_another_source(tmp_path, capsys):
     assert "another set" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("files", "words", "message"),
-    [
-        ({"0.png": encoded(picture(0)), "0.cls": b"x"}, [], "has no class number in a .cls member"),
-        ({"0.png": encoded(picture(0)), "0.cls": b"1", "1.png": encoded(picture(1))}, [], "sample '1' has no class"),
-        ({"0.png": encoded(picture(0))}, ["--labels"], "whose own labels are kept"),
-        ({"0.txt": b"x"}, [], "no images and no arrays"),
-        ({"0.png": encoded(picture(0))[:50]}, [], "1 of 1 files are unreadable"),
-    ],
-)
+@pytest.mark.parametrize(("files", "words", "message"), [
+    ({"0.png": encoded(picture(0)), "0.cls": b"x"}, [], "has no class number in a .cls member"),
+    ({"0.png": encoded(picture(0)), "0.cls": b"1", "1.png": encoded(picture(1))}, [], "sample '1' has no class"),
+    ({"0.png": encoded(picture(0))}, ["--labels"], "whose own labels are kept"),
+    ({"0.txt": b"x"}, [], "no images and no arrays"),
+    ({"0.png": encoded(picture(0))[:50]}, [], "1 of 1 files are unreadable"),
+])  # fmt: skip
 def test_shards_that_cannot_be_packed_are_refused(tmp_path, capsys, files, words, message):
     write_tar(tmp_path / "in/a.tar", files)
     assert pack(tmp_path / "in", "--out", tmp_path / "out", "--resolution", 8, *words) == 2
