@@ -17,13 +17,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    assert cli.main(["pack", "digits", "--out", str(folder), "--hues", "1"]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
 def teacher(shards, tmp_path_factory):
     """A teacher of 8×8 digits, trained for one step."""
     run = tmp_path_factory.mktemp("teacher") / "run"

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from material import write_shards
 
 from rdmd_fast.data import domain
 from rdmd_fast.data.cache.sample_cache import WindowedSamples
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.data.shards import sample_reader
 from rdmd_fast.data.shards import shard_set as shards_module
 from rdmd_fast.data.shards.shard_set import ShardSet
@@ -163,10 +163,7 @@ def test_a_shard_that_vanishes_while_the_run_reads_it(tmp_path, monkeypatch, cac
 
 
 def test_labels_are_the_substitutes_own(tmp_path):
-    with ShardWriter(tmp_path / "set", {}, "test", EACH) as writer:
-        for number in range(COUNT):
-            writer.write(f"{number}", picture(number), number)
-        writer.commit()
+    write_shards(tmp_path / "set", map(picture, range(COUNT)), EACH, labels=range(COUNT))
     truncate(tmp_path / "set" / SHARD)
     stream = stream_of(tmp_path / "set", cache_bytes=0)
     flip(tmp_path / "set/shard-000002.tar", stream.shards.shards[2].offsets[1] + 300)

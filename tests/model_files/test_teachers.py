@@ -126,13 +126,6 @@ def test_what_is_no_teacher(edm, tmp_path):
         read_teacher_config(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    assert cli.main(["pack", "digits", "--out", str(folder), "--hues", "1"]) == 0
-    return folder
-
-
 SHORT = ["train.steps=2", "train.global_batch_size=2", "telemetry.tensorboard=false", "telemetry.log_every=1"]
 
 

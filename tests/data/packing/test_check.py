@@ -1,33 +1,24 @@
 """``rdmd pack --check`` against each kind of damage."""
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
-
-from rdmd_fast import cli
-from rdmd_fast.data.packing.shard_writer import ShardWriter
+from material import encoded, error_line, pack, random_pixels, write_shards, write_tar
 
 
 def check(*words):
-    return cli.main(["pack", "--check", *map(str, words)])
+    return pack("--check", *words)
 
 
-def images(count, seed=0, side=8):
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+def images(count, seed=0):
+    return random_pixels(seed, count, 8, 8, 3)
 
 
 def packed(folder, samples, labels=True):
-    with ShardWriter(folder, {}, "test", 5) as writer:
-        for i, sample in enumerate(samples):
-            writer.write(f"k{i:02d}", sample, i % 3 if labels else None)
-        writer.commit()
-    return folder
+    return write_shards(folder, samples, 5, "k{:02d}", [i % 3 for i in range(len(samples))] if labels else None)
 
 
 @pytest.fixture
@@ -173,14 +164,8 @@ def test_whole_sets_pass(tmp_path, capsys):
 
 
 def test_foreign_tars_are_decoded(tmp_path, capsys):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for i, image in enumerate(images(4)):
-            buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "JPEG")
-            data = buffer.getvalue()[: 200 if i == 2 else None]
-            member = tarfile.TarInfo(f"{i}.jpg")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    files = [encoded(image, "JPEG")[: 200 if i == 2 else None] for i, image in enumerate(images(4))]
+    write_tar(tmp_path / "a.tar", {f"{i}.jpg": data for i, data in enumerate(files)})
     assert check(tmp_path) == 2
     assert "a.tar: sample '2': cannot be decoded" in capsys.readouterr().err
 
@@ -196,6 +181,5 @@ def test_foreign_tars_are_decoded(tmp_path, capsys):
 ])  # fmt: skip
 def test_requests_that_make_no_sense_are_refused(shards, tmp_path, capsys, words, message):
     (tmp_path / "empty").mkdir()
-    assert cli.main(["pack", *(word.format(set=shards, empty=tmp_path / "empty") for word in words)]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert pack(*(word.format(set=shards, empty=tmp_path / "empty") for word in words)) == 2
+    assert message in error_line(capsys)

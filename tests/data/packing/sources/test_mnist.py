@@ -3,11 +3,11 @@ import contextlib
 import gzip
 import struct
 
+import material
 import numpy as np
 import pytest
 import torch
 
-from rdmd_fast import cli
 from rdmd_fast.data.packing.sources import mnist
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.errors import InputError
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 
 def pack(source, out, *words):
-    return cli.main(["pack", f"mnist:{source}", "--out", str(out), *map(str, words)])
+    return material.pack(f"mnist:{source}", "--out", out, *words)
 
 
 def test_each_digit_is_painted_in_the_hue_of_its_place(folder, tmp_path):
@@ -137,8 +137,7 @@ def test_files_that_do_not_belong_together_are_refused(folder, tmp_path, capsys,
     if data is not None:
         (folder / name).write_bytes(data)
     assert pack(folder, tmp_path / "out", "--resolution", 32) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
+    assert message in material.error_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
