@@ -6,19 +6,10 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import material
 import numpy as np
 import pytest
 import torch
-from material import (
-    FakeLPIPS,
-    error_line,
-    generator_of,
-    random_pixels,
-    save_images,
-    save_script,
-    small_unet,
-    write_shards,
-)
 from PIL import Image
 
 from rdmd_fast import cli, trainer
@@ -48,11 +39,11 @@ class Pooled(torch.nn.Module):
 
 
 def pictures(seed, count, height=SIDE, width=SIDE):
-    return random_pixels(seed, count, height, width, 3)
+    return material.random_pixels(seed, count, height, width, 3)
 
 
 def save(folder, images, names):
-    save_images(folder, dict(zip(names, images, strict=True)))
+    material.save_images(folder, dict(zip(names, images, strict=True)))
 
 
 def as_tensor(images):
@@ -60,7 +51,7 @@ def as_tensor(images):
 
 
 def export(folder, **more):
-    config, network = generator_of(small_unet(1), (3, SIDE, SIDE), **more)
+    config, network = material.generator_of(material.small_unet(1), (3, SIDE, SIDE), **more)
     weights = {name: 0.3 * torch.randn_like(value) for name, value in network.state_dict().items()}
     write_export(folder, config, weights)
 
@@ -74,8 +65,8 @@ def folders(tmp_path):
     source, target, outputs = pictures(0, 4), pictures(1, 6), pictures(2, 4)
     save(tmp_path / "source", source, NAMES)
     save(tmp_path / "cut", outputs, NAMES)
-    write_shards(tmp_path / "target", target, 4, "{:03d}")
-    save_script(Pooled(), tmp_path / "f.pt")
+    material.write_shards(tmp_path / "target", target, 4, "{:03d}")
+    material.save_script(Pooled(), tmp_path / "f.pt")
     return {"source": as_tensor(source), "target": as_tensor(target), "outputs": as_tensor(outputs)}
 
 
@@ -137,7 +128,7 @@ def test_a_generator_of_a_range_has_a_row_for_each_weight(folders, tmp_path, cap
 
 
 def test_lpips_is_the_mean_over_the_pairs(folders, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=FakeLPIPS))
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=material.FakeLPIPS))
     report = evaluate(tmp_path, "--outputs", tmp_path / "cut", "--lpips")
     assert report["rows"][0]["lpips"] == 0
     assert report["rows"][1]["lpips"] == pytest.approx(0.5 * report["rows"][1]["mse_per_pixel"], rel=1e-6)
@@ -184,7 +175,7 @@ def test_what_cannot_be_measured_is_one_line(folders, tmp_path, capsys, argument
     save(tmp_path / "torn", pictures(0, 4), NAMES)
     (tmp_path / "torn/a.png").write_bytes(b"\x89PNG")
     assert evaluate(tmp_path, *(each.format(tmp_path) for each in arguments)) == 2
-    assert message.format(tmp_path) in error_line(capsys)
+    assert message.format(tmp_path) in material.error_line(capsys)
 
 
 def test_a_generator_that_diverged_is_not_measured(folders, tmp_path, capsys):

@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from material import error_line
 
 from rdmd_fast import cli
 from rdmd_fast.errors import InputError
@@ -286,8 +287,7 @@ def test_harm_is_refused_by_name_with_status_2_and_one_line(tmp_path, capfd, nam
     assert says in refused(path)
     capfd.readouterr()
     assert cli.main(["import-edm", str(path), "--out", str(tmp_path / "out")]) == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
+    assert says in error_line(capfd)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.pkl"]
 
 

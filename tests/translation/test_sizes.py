@@ -5,6 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from material import random_pixels
 from PIL import Image
 
 from rdmd_fast.errors import InputError
@@ -17,7 +18,7 @@ AXES = [
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(height * 100 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return random_pixels(height * 100 + width, height, width, 3)
 
 
 @pytest.mark.parametrize(("length", "side", "overlap"), AXES)
