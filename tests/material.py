@@ -110,6 +110,16 @@ def small_unet(*multipliers: int) -> dict:
     return {"kind": "song_unet", **sizes}
 
 
+def toy_rdmd(**sections) -> dict:
+    """A small distillation between toys that does nothing but train; ``sections`` take the place of its own."""
+    network = {"kind": "mlp", "hidden": 16, "depth": 1}
+    data = {"source": {"toy": "gaussian"}, "target": {"toy": "8gaussians"}}
+    values = {"stage": "rdmd", "data": data, "teacher": "analytic", "network": network, "generator": dict(network)}
+    values |= {"rdmd": {"weighting": "sigma2"}, "train": {"steps": 1_000_000, "global_batch_size": 8}}
+    quiet = {"telemetry": {"log_every": 1, "sample_every": 0, "tensorboard": False}, "validation": {"count": 16}}
+    return values | quiet | {"checkpoint": {"every": 0}} | sections
+
+
 def generator_of(network: dict, shape: tuple[int, ...], **more) -> tuple[ExportConfig, torch.nn.Module]:
     """Config of a generator's export and its network, new from seed 0."""
     values = {"role": "generator", "reading": "mlp", "generator_sigma": 1.0, "network": network, "diffusion": {}}

@@ -24,6 +24,19 @@ WORDS = [
 ODD = ["fifo", "folder", "loop", "dangling", "empty", "zeros", "noise", "to_zero"]
 
 
+class Edits(list):
+    """(mutation, seed) pairs of an input in the making, and how it starts: ``start`` as attributes."""
+
+    def __init__(self, **start):
+        super().__init__()
+        vars(self).update(start)
+
+
+def noted(*names: str) -> dict:
+    """Mutations that ``Edits`` keep for the end."""
+    return {name: lambda case, chance, name=name: case.append((name, chance.randrange(2**31))) for name in names}
+
+
 def odd_files(folder: Path) -> None:
     """What may stand where a file is expected."""
     os.mkfifo(folder / "fifo")
