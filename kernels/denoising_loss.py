@@ -125,28 +125,3 @@ def denoising_gradient(
     factor = 2.0 * loss_scale / (batch_size or output.shape[0])
     gradient, losses = _denoising_loss(_Operands(output, clean, factor, table, noise))
     return gradient, add_chunks(losses)
-
-
-class _DenoisingLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, output, clean, table, noise):
-        gradient, losses = _denoising_loss(_Operands(output, clean, 2.0, Coefficients(table), noise))
-        ctx.save_for_backward(gradient)
-        return add_chunks(losses)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        (gradient,) = ctx.saved_tensors
-        upstream = upstream.view(-1, *(1,) * (gradient.ndim - 1))
-        return (gradient * upstream).to(gradient.dtype), None, None, None
-
-
-def denoising_loss(output: Tensor, clean: Tensor, *, noise: CounterNoise, table: Coefficients) -> Tensor:
-    """Each sample's loss, differentiable in the network's output; for the mean, ``denoising_gradient`` saves a pass.
-
-    Arguments as ``denoising_gradient``.
-
-    Returns:
-        float32 [N]: sums over each sample's elements.
-    """
-    return _DenoisingLoss.apply(output, clean.detach(), table.rows, noise)

@@ -11,13 +11,13 @@ The ``dmd`` weighting (DMD, arXiv 2311.18828, Equation 8; DMD2, arXiv 2405.14867
 sample's elements. Since y - D_real = c_out (F* - F_real) with F* of coefficients.py, it is
 g = sign(c_out) (F_fake - F_real) / mean |F* - F_real|.
 
-For a generator read as y = skip x + scale F_G, ``generator_gradient`` goes on to dL/dF_G = scale dL/dy in F_G's dtype,
-and reads F_G instead of y.
+For a generator read as y = skip x + scale F_G it goes on to dL/dF_G = scale dL/dy in F_G's dtype, and reads F_G instead
+of y.
 
 Launches: one, and for ``dmd`` one before it that sums |F* - F_real| by chunks of 1,024 elements. Sums by chunk are
 added in a fixed order, without atomics, so they depend neither on the batch nor on the run.
 λ is a number, or one of each sample, read with the table.
-Memory: reads F_real, F_fake, x and y (or F_G), writes the gradient; ``dmd`` reads F_real and y twice.
+Memory: reads F_real, F_fake, x and F_G, writes the gradient; ``dmd`` reads F_real and F_G twice, or y instead of F_G.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ class _Operands(NamedTuple):
     """Operands of the gradient, as the operator's schema can hold them but for table and noise.
 
     Attributes:
-        clean: y, or F_G where ``from_generator``: then y = skip x + scale F_G, given too where it is at hand.
+        output: F_G.
+        y: skip x + scale F_G, where it is at hand.
         weights: λ of each sample, float32 [N], in the place of the number ``transport_weight``.
         factor: of the whole: 1/B, the generator's scale and the loss scale.
-        dtype: of the gradient.
     """
 
-    clean: Tensor
+    output: Tensor
     x: Tensor
     y: Tensor | None
     f_real: Tensor
@@ -98,10 +98,8 @@ class _Operands(NamedTuple):
     cost: str
     delta: float
     factor: float
-    from_generator: bool
     skip: float
     scale: float
-    dtype: torch.dtype
     table: Coefficients
     noise: CounterNoise
 
@@ -128,10 +126,8 @@ def elementwise_cost(displacement: Tensor, cost: str, delta: float) -> tuple[Ten
 
 def _reference(given: _Operands) -> tuple[Tensor, Tensor, Tensor]:
     table, y = given.table, given.y
-    if y is None and given.from_generator:
-        y = generator_output(given.clean, given.x, given.skip, given.scale)
-    elif y is None:
-        y = given.clean.float()
+    if y is None:
+        y = generator_output(given.output, given.x, given.skip, given.scale)
     f_real = given.f_real.float()
     difference = given.f_fake.float() - f_real
     if given.weighting == "dmd":
@@ -150,7 +146,7 @@ def _reference(given: _Operands) -> tuple[Tensor, Tensor, Tensor]:
     else:
         gradient = score_gradient.addcmul(cost_gradient, given.weights.view(scale.shape))  # with the bits of add
     gradient.mul_(given.factor)
-    return in_element_order(gradient.to(given.dtype)), chunk_sums(score_gradient.square()), chunk_sums(cost)
+    return in_element_order(gradient.to(given.output.dtype)), chunk_sums(score_gradient.square()), chunk_sums(cost)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -207,17 +203,15 @@ def _elementwise_cost(displacement, delta, COST: tl.constexpr):
 
 @jit(do_not_specialize=["n", "chunks"])
 def _gradient_kernel(
-    gradient, score_partials, cost_partials, f_real, f_fake, clean, x, extra, weights, residuals, table,
+    gradient, score_partials, cost_partials, f_real, f_fake, output, x, extra, weights, residuals, table,
     skip, scale, transport_weight, factor, delta, floor, n, count, chunks,
-    COST: tl.constexpr, FROM_GENERATOR: tl.constexpr, PARTIALS: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    COST: tl.constexpr, PARTIALS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     row, chunk, offsets, mask = tile_pointers(n, count, chunks, ROWS, WIDTH)
     difference = load_samples(f_fake, offsets, mask) - load_samples(f_real, offsets, mask)
-    y = load_samples(clean, offsets, mask)
+    y = load_samples(output, offsets, mask)
     source = load_samples(x, offsets, mask)
-    if FROM_GENERATOR:
-        y = skip * source + scale * y
+    y = skip * source + scale * y
     score_gradient = difference * _score_scale(residuals, table, floor, row, n, count, chunks, ROWS, PARTIALS)
     cost, cost_gradient = _elementwise_cost(y - source, delta, COST)
     if extra is not None:
@@ -241,31 +235,30 @@ def _partials_width(chunks: int) -> int:
 
 
 def _shapes(given: _Operands) -> tuple[Tensor, Tensor, Tensor]:
-    clean = given.clean
-    partials = (clean.shape[0], chunk_count(clean[0].numel()))
-    score, cost = (clean.new_empty(partials, dtype=torch.float32) for _ in range(2))
-    return empty_in_element_order(clean, given.dtype), score, cost
+    output = given.output
+    partials = (output.shape[0], chunk_count(output[0].numel()))
+    score, cost = (output.new_empty(partials, dtype=torch.float32) for _ in range(2))
+    return empty_in_element_order(output, output.dtype), score, cost
 
 
 def _triton(given: _Operands) -> tuple[Tensor, Tensor, Tensor]:
-    dmd, samples = given.weighting == "dmd", (given.clean, given.x, given.y, given.f_real, given.f_fake, given.extra)
-    check_shapes(given.clean, given.table, given.noise if dmd else None, *samples)
-    clean, x, y, f_real, f_fake, extra = map(in_element_order, samples)
+    dmd, samples = given.weighting == "dmd", (given.output, given.x, given.y, given.f_real, given.f_fake, given.extra)
+    check_shapes(given.output, given.table, given.noise if dmd else None, *samples)
+    output, x, y, f_real, f_fake, extra = map(in_element_order, samples)
     gradient, score_partials, cost_partials = _shapes(given)
     rows, residuals = given.table.rows.contiguous(), None
     if dmd:
         residuals = torch.empty_like(score_partials)
-        first = (clean, x if given.from_generator else None) if y is None else (y, None)
+        clean = (output, x) if y is None else (y, None)
         launch(
-            _residual_kernel, clean, residuals, f_real, *first, rows,
-            *noise_pointers(given.noise, clean.device), given.skip, given.scale,
+            _residual_kernel, output, residuals, f_real, *clean, rows,
+            *noise_pointers(given.noise, output.device), given.skip, given.scale,
         )  # fmt: skip
     launch(
-        _gradient_kernel, clean, gradient, score_partials, cost_partials, f_real, f_fake, clean, x, extra,
+        _gradient_kernel, output, gradient, score_partials, cost_partials, f_real, f_fake, output, x, extra,
         given.weights, residuals, rows,
         given.skip, given.scale, given.transport_weight, given.factor, given.delta, NORMALIZER_FLOOR,
-        COST=given.cost, FROM_GENERATOR=given.from_generator,
-        PARTIALS=_partials_width(score_partials.shape[1]) if dmd else 1,
+        COST=given.cost, PARTIALS=_partials_width(score_partials.shape[1]) if dmd else 1,
     )  # fmt: skip
     return gradient, score_partials, cost_partials
 
@@ -273,71 +266,6 @@ def _triton(given: _Operands) -> tuple[Tensor, Tensor, Tensor]:
 _rdmd_gradient = noised_operation(
     "rdmd_gradient", _Operands, "(Tensor, Tensor, Tensor)", triton=_triton, reference=_reference, shapes=_shapes
 )
-
-
-def _gradient(clean, x, transport_weight, weighting, cost, **rest) -> tuple[Tensor, GradientStatistics]:
-    """Check the choices, tell a λ of each sample from a number, and run the operation."""
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting {weighting!r}: one of {', '.join(WEIGHTINGS)}")
-    if cost not in COSTS:
-        raise ValueError(f"transport cost {cost!r}: one of {', '.join(COSTS)}")
-    weights = None
-    if isinstance(transport_weight, Tensor):
-        weights, transport_weight = transport_weight.contiguous(), 0.0
-        if (weights.shape, weights.dtype, weights.device) != (clean.shape[:1], torch.float32, clean.device):
-            raise ValueError(
-                f"transport_weight: {weights.dtype} {list(weights.shape)} on {weights.device}, give float32 "
-                f"[{clean.shape[0]}] on {clean.device}"
-            )
-    gradient, *partials = _rdmd_gradient(
-        _Operands(
-            clean=clean, x=x, weights=weights, transport_weight=transport_weight, weighting=weighting, cost=cost, **rest
-        )
-    )
-    return gradient, GradientStatistics(*partials)
-
-
-def rdmd_gradient(
-    *,
-    f_real: Tensor,
-    f_fake: Tensor,
-    y: Tensor,
-    x: Tensor,
-    noise: CounterNoise,
-    table: Coefficients,
-    transport_weight: float | Tensor,
-    weighting: str = "dmd",
-    cost: str = "squared_l2",
-    delta: float = 0.1,
-    extra: Tensor | None = None,
-    batch_size: int | None = None,
-) -> tuple[Tensor, GradientStatistics]:
-    """Compute dL/dy of one batch, averaged over its samples. No gradient flows.
-
-    Args:
-        f_real, f_fake: raw outputs of teacher and fake score at y_t, [N, ...], any floating dtype.
-        y, x: generator's outputs and the sources they came from, [N, ...], data units.
-        noise: the noise of y_t; read by ``dmd`` only.
-        table: coefficients of the N samples.
-        transport_weight: λ, a number, or float32 [N] on the samples' device.
-        weighting: one of ``WEIGHTINGS``.
-        cost: one of ``COSTS``.
-        delta: scale of the pseudo-Huber cost in data units.
-        extra: derivative of a further cost of each sample with respect to y [N, ...], weighted by λ too; not part
-            of the statistics.
-        batch_size: B, the samples that the loss is the mean of; N if None.
-
-    Returns:
-        (gradient float32 [N, ...], statistics); images in channels_last.
-
-    Raises:
-        ValueError: unknown weighting or cost, or a λ of another shape, dtype or device.
-    """
-    return _gradient(
-        y, x, transport_weight, weighting, cost, y=None, f_real=f_real, f_fake=f_fake, extra=extra, delta=delta,
-        factor=1.0 / (batch_size or y.shape[0]), from_generator=False, skip=0.0, scale=1.0, dtype=torch.float32,
-        table=table, noise=noise,
-    )  # fmt: skip
 
 
 def generator_gradient(
@@ -358,17 +286,48 @@ def generator_gradient(
     batch_size: int | None = None,
     loss_scale: float = 1.0,
 ) -> tuple[Tensor, GradientStatistics]:
-    """Compute dL/dF_G = scale dL/dy for the generator y = skip x + scale F_G, in the dtype of F_G.
+    """Compute dL/dF_G = scale dL/dy for the generator y = skip x + scale F_G, in the dtype of F_G. No gradient flows.
 
     Args:
+        f_real, f_fake: raw outputs of teacher and fake score at y_t, [N, ...], any floating dtype.
         f_generator: raw output of the generator's network [N, ...]; y is formed again from it and x.
+        x: the sources that it came from [N, ...], data units.
         y: the generator's output, if it is at hand: the first launch of ``dmd`` reads it with fewer bytes.
         reading: how that network is read as a generator.
+        noise: the noise of y_t; read by ``dmd`` only.
+        table: coefficients of the N samples.
+        transport_weight: λ, a number, or float32 [N] on the samples' device.
+        weighting: one of ``WEIGHTINGS``.
+        cost: one of ``COSTS``.
+        delta: scale of the pseudo-Huber cost in data units.
+        extra: derivative of a further cost of each sample with respect to y [N, ...], weighted by λ too; not part
+            of the statistics.
+        batch_size: B, the samples that the loss is the mean of; N if None.
         loss_scale: factor of the gradient, applied in fp32 before it is rounded to the dtype of F_G.
-        others: as ``rdmd_gradient``.
+
+    Returns:
+        (gradient [N, ...], statistics); images in channels_last.
+
+    Raises:
+        ValueError: unknown weighting or cost, or a λ of another shape, dtype or device.
     """
-    return _gradient(
-        f_generator, x, transport_weight, weighting, cost, y=y, f_real=f_real, f_fake=f_fake, extra=extra, delta=delta,
-        factor=reading.scale * loss_scale / (batch_size or x.shape[0]), from_generator=True, skip=reading.skip,
-        scale=reading.scale, dtype=f_generator.dtype, table=table, noise=noise,
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r}: one of {', '.join(WEIGHTINGS)}")
+    if cost not in COSTS:
+        raise ValueError(f"transport cost {cost!r}: one of {', '.join(COSTS)}")
+    weights = None
+    if isinstance(transport_weight, Tensor):
+        weights, transport_weight = transport_weight.contiguous(), 0.0
+        if (weights.shape, weights.dtype, weights.device) != (x.shape[:1], torch.float32, f_generator.device):
+            raise ValueError(
+                f"transport_weight: {weights.dtype} {list(weights.shape)} on {weights.device}, give float32 "
+                f"[{x.shape[0]}] on {f_generator.device}"
+            )
+    factor = reading.scale * loss_scale / (batch_size or x.shape[0])
+    gradient, *partials = _rdmd_gradient(
+        _Operands(
+            f_generator, x, y, f_real, f_fake, extra, weights, transport_weight, weighting, cost, delta, factor,
+            reading.skip, reading.scale, table, noise,
+        )
     )  # fmt: skip
+    return gradient, GradientStatistics(*partials)

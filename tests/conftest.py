@@ -12,6 +12,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+sys.path.append(str(Path(__file__).parent))  # of material.py
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +100,16 @@ def launch_ranks(rank_server, tmp_path_factory):
         return log.read_text()
 
     return launch
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """Packed 8x8 digits of one hue, which no test may change."""
+    from material import pack
+
+    folder = tmp_path_factory.mktemp("digits")
+    assert pack("digits", "--out", folder, "--hues", 1) == 0
+    return folder
 
 
 @pytest.fixture

@@ -28,32 +28,29 @@ def test_every_shipped_config_is_valid_and_round_trips():
         assert validate_config(yaml.safe_load(dump_config(config)), "dump") == config
 
 
-@pytest.mark.parametrize(
-    "override,parts",
-    [
-        ("rdmd.transport_wieght=1", ["rdmd.transport_wieght", "did you mean rdmd.transport_weight"]),
-        ("train.step=5", ["train.step", "train.steps"]),
-        ("transport_weight=5", ["transport_weight", "rdmd.transport_weight"]),
-        ("train.steps=many", ["train.steps", "integer", "'many'"]),
-        ("train.steps=-1", ["train.steps", "greater than or equal to 0"]),
-        ("train.steps=true", ["train.steps", "integer"]),
-        ("rdmd.weighting=dmd3", ["rdmd.weighting", "'dmd3'"]),
-        ("rdmd.sigma.kind=normal", ["rdmd.sigma", "lognormal"]),
-        ("rdmd.sigma.sigma_min=0.1", ["rdmd.sigma.sigma_min"]),
-        ("deepspeed.train_batch_size=4", ["deepspeed.train_batch_size", "train.global_batch_size"]),
-        ("deepspeed.zero_optimization.stage=4", ["deepspeed.zero_optimization.stage"]),
-        ("deepspeed.zero_optimization.round_robin_gradients=true", ["round_robin_gradients: must stay false"]),
-        ("deepspeed.zero_optimization.offload_optimizer.device=nvme", ["offload_optimizer.device", "use cpu"]),
-        ("deepspeed.zero_optimization.offload_param.device=nvme", ["offload_param.device", "use cpu"]),
-        ("teacher=null", ["teacher", "missing"]),
-        ("network=null", ["network", "missing"]),
-        ("network={kind: dhariwal_unet, num_bloks: 3}", ["network.num_bloks", "did you mean network.num_blocks"]),
-        ("train=3", ["train"]),
-        ("train.steps.x=3", ["train.steps"]),
-        ("justtext", ["key=value"]),
-        ("seed=[1", ["YAML"]),
-    ],
-)
+@pytest.mark.parametrize("override,parts", [
+    ("rdmd.transport_wieght=1", ["rdmd.transport_wieght", "did you mean rdmd.transport_weight"]),
+    ("train.step=5", ["train.step", "train.steps"]),
+    ("transport_weight=5", ["transport_weight", "rdmd.transport_weight"]),
+    ("train.steps=many", ["train.steps", "integer", "'many'"]),
+    ("train.steps=-1", ["train.steps", "greater than or equal to 0"]),
+    ("train.steps=true", ["train.steps", "integer"]),
+    ("rdmd.weighting=dmd3", ["rdmd.weighting", "'dmd3'"]),
+    ("rdmd.sigma.kind=normal", ["rdmd.sigma", "lognormal"]),
+    ("rdmd.sigma.sigma_min=0.1", ["rdmd.sigma.sigma_min"]),
+    ("deepspeed.train_batch_size=4", ["deepspeed.train_batch_size", "train.global_batch_size"]),
+    ("deepspeed.zero_optimization.stage=4", ["deepspeed.zero_optimization.stage"]),
+    ("deepspeed.zero_optimization.round_robin_gradients=true", ["round_robin_gradients: must stay false"]),
+    ("deepspeed.zero_optimization.offload_optimizer.device=nvme", ["offload_optimizer.device", "use cpu"]),
+    ("deepspeed.zero_optimization.offload_param.device=nvme", ["offload_param.device", "use cpu"]),
+    ("teacher=null", ["teacher", "missing"]),
+    ("network=null", ["network", "missing"]),
+    ("network={kind: dhariwal_unet, num_bloks: 3}", ["network.num_bloks", "did you mean network.num_blocks"]),
+    ("train=3", ["train"]),
+    ("train.steps.x=3", ["train.steps"]),
+    ("justtext", ["key=value"]),
+    ("seed=[1", ["YAML"]),
+])  # fmt: skip
 def test_a_bad_override_is_one_line_that_names_the_key(override, parts):
     with pytest.raises(InputError) as caught:
         load_config(TOY, [override])
@@ -82,14 +79,11 @@ def test_every_option_is_documented_with_its_origin():
     assert not undocumented
 
 
-@pytest.mark.parametrize(
-    "train,section,message",
-    [
-        ({"dtype": "bf16"}, {"data_types": {"grad_accum_dtype": "fp32"}}, "bf16 without ZeRO accumulates bf16"),
-        ({}, {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}, "ratio must stay 1"),
-        ({}, {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow off"),
-    ],
-)
+@pytest.mark.parametrize("train,section,message", [
+    ({"dtype": "bf16"}, {"data_types": {"grad_accum_dtype": "fp32"}}, "bf16 without ZeRO accumulates bf16"),
+    ({}, {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}}, "ratio must stay 1"),
+    ({}, {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow off"),
+])  # fmt: skip
 def test_sections_that_our_engines_cannot_honour_are_refused(train, section, message):
     values = {"stage": "teacher", "run_dir": "r", "data": {"target": {"toy": "circles"}}, "network": {"kind": "mlp"}}
     with pytest.raises(InputError, match=message):

@@ -2,11 +2,11 @@
 
 import json
 import sys
-import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from material import FakeLPIPS, save_script
 
 from rdmd_fast.config import load_config, validate_config
 from rdmd_fast.costs import CostOptions, FeatureCost
@@ -58,13 +58,6 @@ class Cusp(torch.nn.Module):
         return (images - images).flatten(1).sqrt()
 
 
-def saved(module, path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(module), str(path))
-    return path
-
-
 @pytest.fixture
 def pair():
     generator = torch.Generator().manual_seed(1)
@@ -77,7 +70,7 @@ def of(path, shape=(3, 8, 8), **options):
 
 def test_the_gradient_agrees_with_finite_differences_and_with_autograd_of_the_whole(tmp_path, pair):
     x, y = pair
-    cost = of(saved(OfImages().double(), tmp_path / "f.pt"))
+    cost = of(save_script(OfImages().double(), tmp_path / "f.pt"))
     value, derivative = cost(x, y)
     assert value.dtype == derivative.dtype == torch.float64
 
@@ -96,15 +89,15 @@ def test_the_gradient_agrees_with_finite_differences_and_with_autograd_of_the_wh
 
 def test_a_network_of_pixels_gives_the_cost_of_the_images_it_shows(tmp_path, pair):
     x, y = (each.float() for each in pair)
-    of_pixels = of(saved(OfPixels(), tmp_path / "p.pt"))
-    of_images = of(saved(OfImages(), tmp_path / "i.pt"))
+    of_pixels = of(save_script(OfPixels(), tmp_path / "p.pt"))
+    of_images = of(save_script(OfImages(), tmp_path / "i.pt"))
     for ours, expected in zip(of_pixels(x, y), of_images(x, y), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     assert of(tmp_path / "p.pt", feature_input="float")(x, y)[0].max() < 0.01 * of_images(x, y)[0].min()
 
 
 def test_the_network_is_frozen_and_in_evaluation_mode(tmp_path, pair):
-    network = FeatureNetwork(saved(OfImages().train(), tmp_path / "f.pt"))
+    network = FeatureNetwork(save_script(OfImages().train(), tmp_path / "f.pt"))
     assert not any(parameter.requires_grad for parameter in network.parameters())
     x, y = (each.float() for each in pair)
     with torch.no_grad():  # as in the trainer's scores; dropout would differ each time
@@ -113,13 +106,12 @@ def test_the_network_is_frozen_and_in_evaluation_mode(tmp_path, pair):
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [(Bytes, "lets no gradient through"), (Mean, "samples for 2"), (Cusp, "not finite"), (OfPoints, "does not take")],
-)
+@pytest.mark.parametrize(("module", "message"), [
+    (Bytes, "lets no gradient through"), (Mean, "samples for 2"), (Cusp, "not finite"), (OfPoints, "does not take"),
+])  # fmt: skip
 def test_a_network_that_cannot_serve_is_refused_before_the_training(tmp_path, module, message):
     with pytest.raises(InputError, match=message):
-        of(saved(module(), tmp_path / "f.pt"))
+        of(save_script(module(), tmp_path / "f.pt"))
 
 
 def test_a_file_that_is_missing_is_named_with_its_key(tmp_path):
@@ -128,22 +120,9 @@ def test_a_file_that_is_missing_is_named_with_its_key(tmp_path):
 
 
 def test_lpips_where_it_is_not_installed_is_one_line():
-    with pytest.raises(
-        InputError, match=r"rdmd.cost.features: lpips: cannot be used \(.*pip install rdmd_fast\[lpips\]"
-    ):
+    message = r"rdmd.cost.features: lpips: cannot be used \(.*pip install rdmd_fast\[lpips\]"
+    with pytest.raises(InputError, match=message):
         of("lpips")
-
-
-class FakeLPIPS(torch.nn.Module):
-    """Stands in for lpips.LPIPS: a distance of the same call and shape."""
-
-    def __init__(self, net, verbose):
-        super().__init__()
-        assert net == "alex"
-        self.weight = torch.nn.Parameter(torch.full((1, 3, 1, 1), 0.5))
-
-    def forward(self, first, second):
-        return (self.weight * (first - second) ** 2).mean((1, 2, 3), keepdim=True)
 
 
 def test_lpips_is_its_own_distance(monkeypatch, pair):
@@ -154,16 +133,13 @@ def test_lpips_is_its_own_distance(monkeypatch, pair):
     torch.testing.assert_close(derivative, (y - x) / 192)
 
 
-@pytest.mark.parametrize(
-    ("cost", "message"),
-    [
-        ({"kind": "features"}, "features: missing"),
-        ({"feature_weight": 2.0}, "say nothing without features"),
-        ({"features": "f.pt", "feature_weight": 0.0}, "feature_weight"),
-        ({"features": "f.pt", "feature_input": "int"}, "feature_input"),
-        ({"kind": "lpips"}, "kind"),
-    ],
-)
+@pytest.mark.parametrize(("cost", "message"), [
+    ({"kind": "features"}, "features: missing"),
+    ({"feature_weight": 2.0}, "say nothing without features"),
+    ({"features": "f.pt", "feature_weight": 0.0}, "feature_weight"),
+    ({"features": "f.pt", "feature_input": "int"}, "feature_input"),
+    ({"kind": "lpips"}, "kind"),
+])  # fmt: skip
 def test_costs_that_mean_nothing_are_refused(cost, message):
     with pytest.raises(InputError, match=f"rdmd.cost.*{message}"):
         validate_config({"stage": "rdmd", "run_dir": "r", "rdmd": {"cost": cost}}, "c.yaml")
@@ -179,7 +155,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def points_file(tmp_path_factory):
-    return saved(OfPoints(), tmp_path_factory.mktemp("features") / "points.pt")
+    return save_script(OfPoints(), tmp_path_factory.mktemp("features") / "points.pt")
 
 
 def configuration(file, run_dir, *overrides):
@@ -206,12 +182,9 @@ def test_a_training_brings_the_cost_down_and_reports_it_with_the_elementwise_one
         assert line["transport_cost"] == pytest.approx(line["feature_cost"], rel=1e-6)
     assert not any("expected" in key for line in lines for key in line)  # no closed form of this cost
 
-    alone = trained(
-        world, points_file, tmp_path / "alone", "rdmd.cost.features=null", "train.steps=1", "telemetry.log_every=1"
-    )
-    first = trained(
-        world, points_file, tmp_path / "first", "rdmd.cost.feature_weight=3.0", "train.steps=1", "telemetry.log_every=1"
-    )
+    one = ["train.steps=1", "telemetry.log_every=1"]
+    alone = trained(world, points_file, tmp_path / "alone", "rdmd.cost.features=null", *one)
+    first = trained(world, points_file, tmp_path / "first", "rdmd.cost.feature_weight=3.0", *one)
     assert "feature_cost" not in alone[0]
     expected = alone[0]["transport_cost"] + 3 * first[0]["feature_cost"]
     assert first[0]["transport_cost"] == pytest.approx(expected, rel=1e-6)
@@ -225,17 +198,12 @@ def plain(world, points_file, tmp_path_factory):
     return trained(world, points_file, tmp_path_factory.mktemp("plain") / "run", *SHORT)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "tolerance"),
-    [
-        (["train.micro_batch_size=16"], 1e-5),
-        (["deepspeed.zero_optimization={stage: 3, reduce_bucket_size: 1000}"], 1e-5),
-        (["train.dtype=bf16"], 0.2),
-    ],
-)
-def test_micro_batches_zero_and_bf16_follow_the_same_training(
-    world, points_file, plain, tmp_path, overrides, tolerance
-):
+@pytest.mark.parametrize(("overrides", "tolerance"), [
+    (["train.micro_batch_size=16"], 1e-5),
+    (["deepspeed.zero_optimization={stage: 3, reduce_bucket_size: 1000}"], 1e-5),
+    (["train.dtype=bf16"], 0.2),
+])  # fmt: skip
+def test_micro_batches_zero_and_bf16_follow_one_training(world, points_file, plain, tmp_path, overrides, tolerance):
     other = trained(world, points_file, tmp_path / "other", *SHORT, *overrides)
     assert plain[1]["feature_cost"] < plain[0]["feature_cost"]
     for ours, theirs in zip(other, plain, strict=True):
@@ -254,4 +222,4 @@ def test_a_network_that_does_not_fit_the_memory_is_not_blamed_on_the_shape(tmp_p
 
     monkeypatch.setattr(FeatureNetwork, "forward", forward)
     with pytest.raises(InputError, match=r"f\.pt: does not fit the memory of cpu, lower train\.micro_batch_size$"):
-        of(saved(OfImages(), tmp_path / "f.pt"))
+        of(save_script(OfImages(), tmp_path / "f.pt"))

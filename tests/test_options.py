@@ -30,21 +30,18 @@ class Drawing(Options):
 ROUND, SQUARE = {"kind": "round"}, {"kind": "square"}
 
 
-@pytest.mark.parametrize(
-    ("values", "line"),
-    [
-        ({}, "shape: missing"),
-        ({"shape": {**ROUND, "radius": -1}}, "shape.radius: input should be greater than 0, found -1"),
-        ({"shape": {**ROUND, "raduis": 1}}, "unknown key shape.raduis, did you mean shape.radius?"),
-        ({"shape": {**ROUND, "side": 1}}, "unknown key shape.side for this kind"),
-        ({"shape": {**ROUND, "round": 1}}, "unknown key shape.round, did you mean"),
-        ({"shape": ROUND, "others": [ROUND, {**SQUARE, "side": "x"}]}, "others.1.side: input should be a valid number"),
-        ({"shape": ROUND, "radius": 1}, "unknown key radius, did you mean shape.radius?"),
-        ({"shape": {**SQUARE, "side": [1, 1e13]}}, "shape.side: must be 0 or from 1e-30 to 1e+12 in size, found [1, "),
-        ({"shape": ROUND, "source": {"kind": "rund"}}, "source.kind: input should be 'round', found 'rund'"),
-        (3, "input should be a valid dictionary or instance of Drawing, found 3"),
-    ],
-)
+@pytest.mark.parametrize(("values", "line"), [
+    ({}, "shape: missing"),
+    ({"shape": {**ROUND, "radius": -1}}, "shape.radius: input should be greater than 0, found -1"),
+    ({"shape": {**ROUND, "raduis": 1}}, "unknown key shape.raduis, did you mean shape.radius?"),
+    ({"shape": {**ROUND, "side": 1}}, "unknown key shape.side for this kind"),
+    ({"shape": {**ROUND, "round": 1}}, "unknown key shape.round, did you mean"),
+    ({"shape": ROUND, "others": [ROUND, {**SQUARE, "side": "x"}]}, "others.1.side: input should be a valid number"),
+    ({"shape": ROUND, "radius": 1}, "unknown key radius, did you mean shape.radius?"),
+    ({"shape": {**SQUARE, "side": [1, 1e13]}}, "shape.side: must be 0 or from 1e-30 to 1e+12 in size, found [1, "),
+    ({"shape": ROUND, "source": {"kind": "rund"}}, "source.kind: input should be 'round', found 'rund'"),
+    (3, "input should be a valid dictionary or instance of Drawing, found 3"),
+])  # fmt: skip
 def test_a_wrong_key_is_named_without_the_kinds_of_unions(values, line):
     with pytest.raises(InputError) as caught:
         Drawing.parse(values, "drawing", remedy=", draw again")

@@ -42,27 +42,15 @@ def reports(digits):
     for seed in range(3):
         run, shards = digits / f"rdmd_{seed}", digits / "shards"
         arguments = [
-            f"run_dir={run}",
-            f"seed={seed}",
-            f"teacher={digits}/teacher/export",
-            f"data.source={shards}/2/train",
-            f"data.source_holdout={shards}/2/test",
-            f"data.target_holdout={shards}/3/test",
-            "validation.judge=null",
+            f"run_dir={run}", f"seed={seed}", f"teacher={digits}/teacher/export", f"data.source={shards}/2/train",
+            f"data.source_holdout={shards}/2/test", f"data.target_holdout={shards}/3/test", "validation.judge=null",
             "validation.every=0",
-        ]
+        ]  # fmt: skip
         assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments]) == 0
         evaluate = ["--model", f"{run}/export", "--teacher", f"{digits}/teacher/export", "--source", f"{shards}/2/test"]
         evaluate += [
-            "--target",
-            f"{shards}/3/test",
-            "--judge",
-            str(shards),
-            "--label",
-            "3",
-            "--out",
-            f"{run}/report.json",
-        ]
+            "--target", f"{shards}/3/test", "--judge", str(shards), "--label", "3", "--out", f"{run}/report.json",
+        ]  # fmt: skip
         assert cli.main(["evaluate", *evaluate]) == 0
         rows = json.loads((run / "report.json").read_text())["rows"]
         found.append({row["name"].split()[0]: row for row in rows})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rdmd_fast import cli, experiment, load_denoiser
+from rdmd_fast import experiment, load_denoiser
 from rdmd_fast.data.domain import DeviceStream
 from rdmd_fast.errors import InputError
 from rdmd_fast.networks.class_labels import training_labels, varied_labels
@@ -18,13 +18,6 @@ CONFIG = str(Path(__file__).parent.parent / "configs/digits/teacher_3.yaml")
 CPU = torch.device("cpu")
 SMALL = ["network.channel_mult=[1]", "network.attn_resolutions=[]", "train.steps=2", "train.global_batch_size=6"]
 QUIET = ["telemetry.tensorboard=false", "telemetry.log_every=1", "telemetry.sample_count=4"]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    assert cli.main(["pack", "digits", "--out", str(folder), "--hues", "1"]) == 0
-    return folder
 
 
 @pytest.fixture

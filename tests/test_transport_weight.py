@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from material import generator_of, pixels_of, random_pixels, save_images, small_unet
 from safetensors.torch import load_file
 
 from rdmd_fast import cli, load_denoiser, load_generator
@@ -18,7 +18,7 @@ from rdmd_fast.diffusion import DiffusionOptions, LogNormalSigma, Reading
 from rdmd_fast.engine.batch_layout import BatchLayout
 from rdmd_fast.engine.stage_context import StageContext
 from rdmd_fast.errors import InputError
-from rdmd_fast.model_files.export_format import ExportConfig, read_export_config, write_export
+from rdmd_fast.model_files.export_format import read_export_config, write_export
 from rdmd_fast.networks import build_network
 from rdmd_fast.networks.condition_embedding import conditioning_weights
 from rdmd_fast.networks.mlp import MLP
@@ -274,20 +274,13 @@ def test_a_run_of_a_range_does_not_go_on_with_a_number(run, capsys):
 
 
 def test_translate_passes_the_weight_on(tmp_path):
-    network = {"kind": "song_unet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
-    values = {"role": "generator", "reading": "mlp", "generator_sigma": 1.0, "transport_weights": [0.05, 1.0]}
-    config = ExportConfig.model_validate(
-        values | {"network": network, "sample_shape": [3, 8, 8], "diffusion": DiffusionOptions().model_dump()}
-    )
-    torch.manual_seed(0)
-    raw = build_network(config.network, (3, 8, 8), dropout=False, conditioned=True)
+    config, raw = generator_of(small_unet(1), (3, 8, 8), transport_weights=[0.05, 1.0])
     for parameter in raw.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     torch.nn.init.normal_(raw.map_condition.layer1.weight)
     write_export(tmp_path / "model", config, raw.state_dict())
-    photo = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    (tmp_path / "in").mkdir()
-    Image.fromarray(photo).save(tmp_path / "in/a.png")
+    photo = random_pixels(0, 8, 8, 3)
+    save_images(tmp_path / "in", {"a.png": photo})
     x = torch.from_numpy(photo).permute(2, 0, 1)[None] / 127.5 - 1
     command = ["translate", "--model", str(tmp_path / "model"), "--input", str(tmp_path / "in")]
     outputs = []
@@ -296,7 +289,7 @@ def test_translate_passes_the_weight_on(tmp_path):
         assert cli.main([*command, "--output", str(tmp_path / name), *flag]) == 0
         with torch.no_grad():
             expected = to_uint8(load_generator(tmp_path / "model")(x, weight))[0].permute(1, 2, 0).numpy()
-        outputs.append(np.asarray(Image.open(tmp_path / name / "a.png")).astype(int))
+        outputs.append(pixels_of(tmp_path / name / "a.png").astype(int))
         assert np.abs(outputs[-1] - expected).max() <= 1
     assert np.abs(outputs[0] - outputs[1]).mean() > 1
     assert cli.main([*command, "--output", str(tmp_path / "none"), "--transport-weight", "2"]) == 2
@@ -306,19 +299,16 @@ def test_translate_passes_the_weight_on(tmp_path):
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("value", "words"),
-    [
-        ("{log_uniform: [2, 1]}", ["rdmd.transport_weight", "low below high"]),
-        ("{log_uniform: [0, 1]}", ["rdmd.transport_weight.log_uniform.0", "greater"]),
-        ("{log_uniform: [1]}", ["rdmd.transport_weight.log_uniform", "2 items"]),
-        ("{log_uniform: [0.1, 1], low: 3}", ["unknown key rdmd.transport_weight.low"]),
-        ("{uniform: [0, 1]}", ["rdmd.transport_weight.log_uniform: missing"]),
-        ("-1", ["rdmd.transport_weight", "greater", "-1"]),
-        ("much", ["rdmd.transport_weight", "valid number", "much"]),
-        ("[0.1, 1]", ["rdmd.transport_weight", "valid number"]),
-    ],
-)
+@pytest.mark.parametrize(("value", "words"), [
+    ("{log_uniform: [2, 1]}", ["rdmd.transport_weight", "low below high"]),
+    ("{log_uniform: [0, 1]}", ["rdmd.transport_weight.log_uniform.0", "greater"]),
+    ("{log_uniform: [1]}", ["rdmd.transport_weight.log_uniform", "2 items"]),
+    ("{log_uniform: [0.1, 1], low: 3}", ["unknown key rdmd.transport_weight.low"]),
+    ("{uniform: [0, 1]}", ["rdmd.transport_weight.log_uniform: missing"]),
+    ("-1", ["rdmd.transport_weight", "greater", "-1"]),
+    ("much", ["rdmd.transport_weight", "valid number", "much"]),
+    ("[0.1, 1]", ["rdmd.transport_weight", "valid number"]),
+])  # fmt: skip
 def test_what_is_no_weight_is_refused_by_name(value, words):
     with pytest.raises(InputError) as raised:
         load_config(TOY, [f"rdmd.transport_weight={value}", "generator={kind: mlp}"])

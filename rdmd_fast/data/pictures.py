@@ -12,6 +12,7 @@ them, torch for none.
 from __future__ import annotations
 
 import io
+import logging
 import re
 import struct
 import warnings
@@ -50,7 +51,9 @@ FILE_FORMATS = (*SHARD_FORMATS, "BMP", "GIF", "TIFF", "PPM")
 
 _MOST_NOTE_BYTES = 8 << 20  # of a profile or an XMP packet: the largest profiles of printers have 3 MiB
 
-warnings.filterwarnings("ignore", module=r"PIL\.")  # an odd file is refused, or read without a word
+# An odd file is refused, or read without a word.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def load_picture(file: str | Path | BinaryIO) -> Image.Image:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from material import error_line, files_of, pack, pixels_of, random_pixels, save_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -153,23 +154,20 @@ def reweighted(change):
     return damage
 
 
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda folder: (folder / "config.json").unlink(), r"no energy network there \(no config.json\)"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
-        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json: not readable as JSON"),
-        (edited(lambda v: v.update(role="teacher")), "holds a teacher, an energy network is needed"),
-        (edited(lambda v: v.update(extra=1)), "config.json: unknown option extra"),
-        (edited(lambda v: v["network"].update(num_blocks=64)), "too few for the layers"),
-        (edited(lambda v: v["network"].update(model_channels=32)), "weight .* has shape"),
-        (edited(lambda v: v.update(sample_shape=[3, 4, 5])), "needs square images"),
-        (lambda folder: (folder / "energy.safetensors").write_bytes(b"x"), "not a whole safetensors file"),
-        (lambda folder: (folder / "energy.safetensors").unlink(), "not a whole safetensors file"),
-        (reweighted(lambda w: w | {"dec.head.bias": w["dec.head.bias"] * torch.nan}), "values that are not finite"),
-        (reweighted(lambda w: {k: v for k, v in w.items() if k != "dec.head.bias"}), "has no weight dec.head.bias"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda folder: (folder / "config.json").unlink(), r"no energy network there \(no config.json\)"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json: not readable as JSON"),
+    (lambda folder: (folder / "config.json").write_text("[1]"), "config.json: not readable as JSON"),
+    (edited(lambda v: v.update(role="teacher")), "holds a teacher, an energy network is needed"),
+    (edited(lambda v: v.update(extra=1)), "config.json: unknown option extra"),
+    (edited(lambda v: v["network"].update(num_blocks=64)), "too few for the layers"),
+    (edited(lambda v: v["network"].update(model_channels=32)), "weight .* has shape"),
+    (edited(lambda v: v.update(sample_shape=[3, 4, 5])), "needs square images"),
+    (lambda folder: (folder / "energy.safetensors").write_bytes(b"x"), "not a whole safetensors file"),
+    (lambda folder: (folder / "energy.safetensors").unlink(), "not a whole safetensors file"),
+    (reweighted(lambda w: w | {"dec.head.bias": w["dec.head.bias"] * torch.nan}), "values that are not finite"),
+    (reweighted(lambda w: {k: v for k, v in w.items() if k != "dec.head.bias"}), "has no weight dec.head.bias"),
+])  # fmt: skip
 def test_damaged_exports_are_refused_in_one_line(export, damage, said):
     folder, _ = export
     damage(folder)
@@ -199,12 +197,9 @@ def folder(tmp_path_factory):
     energy = build_energy(config_of())
     write_export(root / "energy", energy.config, energy.model.state_dict())
     for domain in "ab":
-        pixels = np.random.default_rng(ord(domain)).integers(0, 256, (7, 4, 4, 3), dtype=np.uint8)
-        for number, image in enumerate(pixels):
-            (root / domain / "sub").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(root / domain / "sub" / f"{number}.png")
-        packed = ["pack", str(root / domain), "--out", str(root / f"shards_{domain}"), "--workers", "1"]
-        assert cli.main([*packed, "--resolution", "4"]) == 0
+        pixels = random_pixels(ord(domain), 7, 4, 4, 3)
+        save_images(root / domain / "sub", {f"{number}.png": image for number, image in enumerate(pixels)})
+        assert pack(root / domain, "--out", root / f"shards_{domain}", "--workers", 1, "--resolution", 4) == 0
     return root
 
 
@@ -223,23 +218,14 @@ def test_command_writes_what_the_library_returns_under_the_same_names(folder, tm
     assert command(folder, method, "--output", tmp_path, "--seed", 4, "--batch-size", 3, *settings) == 0
     paths = sorted(tmp_path.rglob("*.png"))
     assert [path.relative_to(tmp_path).as_posix() for path in paths] == [f"sub/{i}.png" for i in range(7)]
-    sources = np.stack([np.asarray(Image.open(folder / "a" / "sub" / f"{i}.png")) for i in range(7)])
+    sources = np.stack([pixels_of(folder / "a" / "sub" / f"{i}.png") for i in range(7)])
     x = torch.from_numpy(sources).permute(0, 3, 1, 2) / 127.5 - 1
     values = {"method": method, "steps": 3} | ({"factor": 2} if len(settings) > 1 else {})
     models = Models(load_denoiser(folder / "target"), load_denoiser(folder / "source"), load_energy(folder / "energy"))
     expected = translate(parse_options(values), models, x, Philox(4), torch.arange(7))
-    written = np.stack([np.asarray(Image.open(path)) for path in paths]).astype(int)
+    written = np.stack([pixels_of(path) for path in paths]).astype(int)
     np.testing.assert_allclose(written, to_uint8(expected.outputs).permute(0, 2, 3, 1).numpy(), atol=1)
     assert f"7 images, {expected.evaluations:g} network evaluations each" in capsys.readouterr().out
-
-
-def pixels_of(path):
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def files_of(output):
-    return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
 def library(folder, x, numbers, seed=0, **values):
@@ -275,13 +261,9 @@ def test_two_processes_write_what_one_writes(folder, tmp_path, capfd):
 
 
 def test_resized_images_come_back_at_their_own_size_under_names_of_their_own(folder, tmp_path):
-    photos = {
-        name: np.random.default_rng(number).integers(0, 256, (8 + number, 20, 3), dtype=np.uint8)
-        for number, name in enumerate(("a.bmp", "a.png", "deep/b.c.png"))
-    }
-    for name, photo in photos.items():
-        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(photo).save(tmp_path / "in" / name)
+    names = enumerate(("a.bmp", "a.png", "deep/b.c.png"))
+    photos = {name: random_pixels(number, 8 + number, 20, 3) for number, name in names}
+    save_images(tmp_path / "in", photos)
     flags = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--size", "resize", "steps=2"]
     assert command(folder, "sdedit", *flags) == 0
     small = [Image.fromarray(photo).resize((4, 4), Image.Resampling.LANCZOS) for photo in photos.values()]
@@ -313,9 +295,8 @@ class Halving(torch.nn.Module):
 
 def test_autoencoder_stands_before_and_after(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("rdmd_fast.model_files.autoencoder.Autoencoder", Halving)
-    photo = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    (tmp_path / "in").mkdir()
-    Image.fromarray(photo).save(tmp_path / "in/a.png")
+    photo = random_pixels(0, 8, 8, 3)
+    save_images(tmp_path / "in", {"a.png": photo})
     flags = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--autoencoder", "ae", "steps=2"]
     assert command(folder, "sdedit", *flags) == 0
     x = torch.from_numpy(photo).permute(2, 0, 1).reshape(1, 3, 4, 2, 4, 2).float().mean((3, 5)) / 127.5 - 1
@@ -335,27 +316,22 @@ def test_train_energy_writes_a_network_that_egsde_takes(folder, tmp_path, capsys
     assert "tells the domains apart in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("method", "arguments", "said"),
-    [
-        ("sdedit", ["sigma=1"], "sdedit: unknown option sigma"),
-        ("sdedit", ["sigma0"], "override 'sigma0': write it as key=value"),
-        ("sdedit", ["--batch-size", "0"], "--batch-size 0"),
-        ("egsde", ["factor=3"], "factor 3"),
-        ("ddib", ["--source-teacher", "nowhere"], "teacher nowhere: not there"),
-        ("egsde", ["--energy", "nowhere"], "nowhere: no energy network there"),
-        ("sdedit", ["--input", "nowhere"], "nowhere"),
-        ("ddib", ["--size", "tiles"], "--size tiles: is for `rdmd translate`"),
-        ("sdedit", ["--seed", "-1"], "seed -1 is outside"),
-        ("sdedit", ["--workers", "0"], "--workers 0: must be at least 1"),
-        ("egsde", ["lambda_i=1000000000", "factor=2"], "egsde: the translation of sub/0 is not finite"),
-    ],
-)
+@pytest.mark.parametrize(("method", "arguments", "said"), [
+    ("sdedit", ["sigma=1"], "sdedit: unknown option sigma"),
+    ("sdedit", ["sigma0"], "override 'sigma0': write it as key=value"),
+    ("sdedit", ["--batch-size", "0"], "--batch-size 0"),
+    ("egsde", ["factor=3"], "factor 3"),
+    ("ddib", ["--source-teacher", "nowhere"], "teacher nowhere: not there"),
+    ("egsde", ["--energy", "nowhere"], "nowhere: no energy network there"),
+    ("sdedit", ["--input", "nowhere"], "nowhere"),
+    ("ddib", ["--size", "tiles"], "--size tiles: is for `rdmd translate`"),
+    ("sdedit", ["--seed", "-1"], "seed -1 is outside"),
+    ("sdedit", ["--workers", "0"], "--workers 0: must be at least 1"),
+    ("egsde", ["lambda_i=1000000000", "factor=2"], "egsde: the translation of sub/0 is not finite"),
+])  # fmt: skip
 def test_command_says_what_is_wrong(folder, tmp_path, capsys, method, arguments, said):
     assert command(folder, method, "--output", tmp_path / "out", *arguments) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
+    assert said in error_line(capsys)
     assert not (tmp_path / "out").exists()
 
 

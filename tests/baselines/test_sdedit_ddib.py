@@ -99,15 +99,12 @@ def test_ddib_with_one_teacher_returns_its_input():
     assert errors[1] < min(1e-3, errors[0] / 4)
 
 
-@pytest.mark.parametrize(
-    ("options", "evaluations"),
-    [
-        (SDEditOptions(steps=7), 7),
-        (SDEditOptions(steps=7, solver="ancestral"), 7),
-        (SDEditOptions(steps=7, solver="ode"), 13),
-        (DDIBOptions(steps=7), 12 + 13),
-    ],
-)
+@pytest.mark.parametrize(("options", "evaluations"), [
+    (SDEditOptions(steps=7), 7),
+    (SDEditOptions(steps=7, solver="ancestral"), 7),
+    (SDEditOptions(steps=7, solver="ode"), 13),
+    (DDIBOptions(steps=7), 12 + 13),
+])  # fmt: skip
 def test_evaluations_are_those_that_the_docstrings_state(options, evaluations):
     calls = []
 
@@ -131,16 +128,13 @@ def test_outputs_depend_on_seed_and_position_alone(options):
         assert not torch.allclose(run(options, x, *teachers, positions=torch.arange(9) + 1).outputs, whole, atol=0.1)
 
 
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"method": "sdedit", "sigma": 1.0}, "sdedit: unknown option sigma, it takes steps, sigma_min"),
-        ({"method": "sdedit", "sigma0": -1.0}, "sdedit: sigma0: input should be greater than 0, found -1.0"),
-        ({"method": "sdedit", "solver": "euler"}, "sdedit: solver: input should be 'sde', 'ancestral' or 'ode'"),
-        ({"method": "pix2pix"}, "'pix2pix': name one of sdedit, ilvr, egsde, ddib, cyclediffusion"),
-        ({}, "None: name one of"),
-    ],
-)
+@pytest.mark.parametrize(("values", "said"), [
+    ({"method": "sdedit", "sigma": 1.0}, "sdedit: unknown option sigma, it takes steps, sigma_min"),
+    ({"method": "sdedit", "sigma0": -1.0}, "sdedit: sigma0: input should be greater than 0, found -1.0"),
+    ({"method": "sdedit", "solver": "euler"}, "sdedit: solver: input should be 'sde', 'ancestral' or 'ode'"),
+    ({"method": "pix2pix"}, "'pix2pix': name one of sdedit, ilvr, egsde, ddib, cyclediffusion"),
+    ({}, "None: name one of"),
+])  # fmt: skip
 def test_wrong_options_are_named(values, said):
     with pytest.raises(InputError, match=said):
         parse_options(values)

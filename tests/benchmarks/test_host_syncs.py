@@ -13,23 +13,20 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is no part of 
 from benchmarks.host_syncs import COUNTED, HostSyncs, count_host, counts_of
 
 
-@pytest.mark.parametrize(
-    "wait",
-    [
-        lambda t: t.sum().item(),
-        lambda t: float(t[0]),
-        lambda t: bool((t > 0).all()),
-        lambda t: (t + 1).tolist(),
-        lambda t: t.nonzero(),
-        lambda t: t[t > 0],
-        lambda t: torch.equal(t, t + 1),
-        lambda t: torch.unique(t),
-        lambda t: (t * 2).cpu(),
-        lambda t: (t * 2).to("cpu"),
-        lambda t: (t * 2).to(device="cpu", dtype=torch.float64),
-        lambda t: torch.empty(4).copy_(t).max().item(),
-    ],
-)
+@pytest.mark.parametrize("wait", [
+    lambda t: t.sum().item(),
+    lambda t: float(t[0]),
+    lambda t: bool((t > 0).all()),
+    lambda t: (t + 1).tolist(),
+    lambda t: t.nonzero(),
+    lambda t: t[t > 0],
+    lambda t: torch.equal(t, t + 1),
+    lambda t: torch.unique(t),
+    lambda t: (t * 2).cpu(),
+    lambda t: (t * 2).to("cpu"),
+    lambda t: (t * 2).to(device="cpu", dtype=torch.float64),
+    lambda t: torch.empty(4).copy_(t).max().item(),
+])  # fmt: skip
 def test_every_way_to_wait_counts(wait):
     tensor = torch.randn(4)
     with HostSyncs([tensor]) as syncs:

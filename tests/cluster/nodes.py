@@ -91,11 +91,7 @@ def refusal() -> str | None:
         return f"{', '.join(missing)} not installed"
     if os.geteuid():
         return "not root"
-    probe = subprocess.run(
-        [*UNSHARE, "ip", "link", "add", "type", "veth"],
-        capture_output=True,
-        text=True,
-    )
+    probe = subprocess.run([*UNSHARE, "ip", "link", "add", "type", "veth"], capture_output=True, text=True)
     return f"namespaces are refused: {probe.stderr.strip()}" if probe.returncode else None
 
 

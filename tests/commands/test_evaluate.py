@@ -2,18 +2,17 @@
 
 import json
 import sys
-import warnings
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import material
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from rdmd_fast import cli, trainer
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.feature_extractor import load_extractor
 from rdmd_fast.metrics.frechet import frechet_distance
@@ -21,8 +20,7 @@ from rdmd_fast.metrics.image_distances import l2, psnr, ssim
 from rdmd_fast.metrics.image_report import ImageReport
 from rdmd_fast.metrics.image_sets import open_images
 from rdmd_fast.metrics.kernel_distance import kernel_distance
-from rdmd_fast.model_files.export_format import ExportConfig, write_export
-from rdmd_fast.networks import build_network
+from rdmd_fast.model_files.export_format import write_export
 from rdmd_fast.networks.feature_networks import naming
 from rdmd_fast.pixels import PixelImages
 
@@ -41,14 +39,11 @@ class Pooled(torch.nn.Module):
 
 
 def pictures(seed, count, height=SIDE, width=SIDE):
-    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return material.random_pixels(seed, count, height, width, 3)
 
 
 def save(folder, images, names):
-    for name, pixels in zip(names, images, strict=True):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
+    material.save_images(folder, dict(zip(names, images, strict=True)))
 
 
 def as_tensor(images):
@@ -56,12 +51,7 @@ def as_tensor(images):
 
 
 def export(folder, **more):
-    network = {"kind": "song_unet", "model_channels": 16, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
-    values = {"role": "generator", "reading": "mlp", "generator_sigma": 1.0, "network": network, "diffusion": {}}
-    config = ExportConfig.model_validate(values | {"sample_shape": [3, SIDE, SIDE]} | more)
-    torch.manual_seed(0)
-    condition = config.transport_weights is not None
-    network = build_network(config.network, (3, SIDE, SIDE), dropout=False, conditioned=condition)
+    config, network = material.generator_of(material.small_unet(1), (3, SIDE, SIDE), **more)
     weights = {name: 0.3 * torch.randn_like(value) for name, value in network.state_dict().items()}
     write_export(folder, config, weights)
 
@@ -75,13 +65,8 @@ def folders(tmp_path):
     source, target, outputs = pictures(0, 4), pictures(1, 6), pictures(2, 4)
     save(tmp_path / "source", source, NAMES)
     save(tmp_path / "cut", outputs, NAMES)
-    with ShardWriter(tmp_path / "target", {}, "test", 4) as writer:
-        for index, pixels in enumerate(target):
-            writer.write(f"{index:03d}", pixels)
-        writer.commit()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(Pooled()), str(tmp_path / "f.pt"))
+    material.write_shards(tmp_path / "target", target, 4, "{:03d}")
+    material.save_script(Pooled(), tmp_path / "f.pt")
     return {"source": as_tensor(source), "target": as_tensor(target), "outputs": as_tensor(outputs)}
 
 
@@ -92,19 +77,14 @@ def evaluate(folder, *arguments):
 
 
 def test_outputs_of_any_method_are_paired_by_name_and_measured(folders, tmp_path, capsys):
-    report = evaluate(
-        tmp_path, "--outputs", tmp_path / "cut", "--features", tmp_path / "f.pt", "--picture", tmp_path / "g.png"
-    )
+    more = ["--features", tmp_path / "f.pt", "--picture", tmp_path / "g.png"]
+    report = evaluate(tmp_path, "--outputs", tmp_path / "cut", *more)
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["identity", "cut"]
     x, y, real = folders["source"], folders["outputs"], folders["target"]
     extractor = load_extractor(tmp_path / "f.pt")
     expected = {
-        "images": 4,
-        "real_images": 6,
-        "l2": l2(x, y),
-        "psnr": psnr(x, y),
-        "ssim": ssim(x, y),
+        **{"images": 4, "real_images": 6, "l2": l2(x, y), "psnr": psnr(x, y), "ssim": ssim(x, y)},
         "fid": frechet_distance(extractor(y), extractor(real)),
         "kid": kernel_distance(extractor(y), extractor(real))[0],
     }
@@ -118,21 +98,19 @@ def test_outputs_of_any_method_are_paired_by_name_and_measured(folders, tmp_path
     assert Image.open(tmp_path / "g.png").height > 3 * SIDE
 
     # The same pixels in another kind of folder are the same data, other pixels are not.
-    save(
-        tmp_path / "same",
-        (folders["target"].permute(0, 2, 3, 1).numpy() * 127.5 + 128).astype(np.uint8),
-        [f"{i}.png" for i in range(6)],
-    )
+    pixels = (folders["target"].permute(0, 2, 3, 1).numpy() * 127.5 + 128).astype(np.uint8)
+    save(tmp_path / "same", pixels, [f"{i}.png" for i in range(6)])
     again = evaluate(tmp_path, "--outputs", tmp_path / "cut", "--target", tmp_path / "same")
     assert again["target"]["sha256"] == report["target"]["sha256"] != report["source"]["sha256"]
 
 
 def test_a_generator_is_measured_as_its_saved_images_are(folders, tmp_path):
     export(tmp_path / "export")
-    model = ["--model", tmp_path / "export"]
-    assert (
-        cli.main(["translate", *map(str, model), "--input", f"{tmp_path}/source", "--output", f"{tmp_path}/saved"]) == 0
+    model, places = (
+        ["--model", f"{tmp_path}/export"],
+        ["--input", f"{tmp_path}/source", "--output", f"{tmp_path}/saved"],
     )
+    assert cli.main(["translate", *model, *places]) == 0
     rows = evaluate(tmp_path, *model, "--outputs", tmp_path / "saved", tmp_path / "cut")["rows"]
     assert [row.pop("name") for row in rows] == ["RDMD", "identity", "saved", "cut"]
     assert rows[0] == rows[2] != rows[3]
@@ -149,19 +127,8 @@ def test_a_generator_of_a_range_has_a_row_for_each_weight(folders, tmp_path, cap
     assert "transport_weight 7" in capsys.readouterr().err
 
 
-class FakeLPIPS(torch.nn.Module):
-    """Stands in for lpips.LPIPS: a distance of the same call and shape."""
-
-    def __init__(self, net, verbose):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.full((1, 3, 1, 1), 0.5))
-
-    def forward(self, first, second):
-        return (self.weight * (first - second) ** 2).mean((1, 2, 3), keepdim=True)
-
-
 def test_lpips_is_the_mean_over_the_pairs(folders, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=FakeLPIPS))
+    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=material.FakeLPIPS))
     report = evaluate(tmp_path, "--outputs", tmp_path / "cut", "--lpips")
     assert report["rows"][0]["lpips"] == 0
     assert report["rows"][1]["lpips"] == pytest.approx(0.5 * report["rows"][1]["mse_per_pixel"], rel=1e-6)
@@ -188,31 +155,27 @@ def test_files_are_cropped_and_resized_alike(folders, tmp_path):
     assert evaluate(tmp_path, *photos, "--resolution", 5)["size"] == [5, 5]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "missing --model or --outputs"),
-        (["--outputs", "{0}/few"], r"{0}/few: has no translation of source 'deep/b_c' (3 of 4 are missing)"),
-        (["--outputs", "{0}/cut", "--label", "3"], "--label: says nothing without --judge"),
-        (["--outputs", "{0}/cut", "--teacher", "{0}"], "--teacher: says nothing without --model"),
-        (["--outputs", "{0}/cut", "--transport-weight", "1"], "--transport-weight: says nothing without --model"),
-        (["--outputs", "{0}/cut", "--count", "1"], "--count 1: must be at least 2"),
-        (["--outputs", "{0}/cut", "--resolution", "9"], "--target {0}/target: has images of 8x8, 9x9 are measured"),
-        (["--outputs", "{0}/cut", "--features", "{0}/a.pt"], "{0}/a.pt: no such file"),
-        (["--outputs", "{0}/cut", "--lpips"], "lpips: cannot be used"),
-        (["--outputs", "{0}/none"], "{0}/none"),
-        (["--outputs", "{0}/torn"], "{0}/torn/a.png: not a readable image"),
-        (["--model", "{0}/none"], "{0}/none: no export there"),
-        (["--outputs", "{0}/cut", "{0}/source/../cut"], "--outputs: two rows would be {0}/cut, name it once"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "missing --model or --outputs"),
+    (["--outputs", "{0}/few"], r"{0}/few: has no translation of source 'deep/b_c' (3 of 4 are missing)"),
+    (["--outputs", "{0}/cut", "--label", "3"], "--label: says nothing without --judge"),
+    (["--outputs", "{0}/cut", "--teacher", "{0}"], "--teacher: says nothing without --model"),
+    (["--outputs", "{0}/cut", "--transport-weight", "1"], "--transport-weight: says nothing without --model"),
+    (["--outputs", "{0}/cut", "--count", "1"], "--count 1: must be at least 2"),
+    (["--outputs", "{0}/cut", "--resolution", "9"], "--target {0}/target: has images of 8x8, 9x9 are measured"),
+    (["--outputs", "{0}/cut", "--features", "{0}/a.pt"], "{0}/a.pt: no such file"),
+    (["--outputs", "{0}/cut", "--lpips"], "lpips: cannot be used"),
+    (["--outputs", "{0}/none"], "{0}/none"),
+    (["--outputs", "{0}/torn"], "{0}/torn/a.png: not a readable image"),
+    (["--model", "{0}/none"], "{0}/none: no export there"),
+    (["--outputs", "{0}/cut", "{0}/source/../cut"], "--outputs: two rows would be {0}/cut, name it once"),
+])  # fmt: skip
 def test_what_cannot_be_measured_is_one_line(folders, tmp_path, capsys, arguments, message):
     save(tmp_path / "few", pictures(0, 1), ["a.png"])
     save(tmp_path / "torn", pictures(0, 4), NAMES)
     (tmp_path / "torn/a.png").write_bytes(b"\x89PNG")
     assert evaluate(tmp_path, *(each.format(tmp_path) for each in arguments)) == 2
-    error = capsys.readouterr().err
-    assert message.format(tmp_path) in error and len(error.splitlines()) == 1
+    assert message.format(tmp_path) in material.error_line(capsys)
 
 
 def test_a_generator_that_diverged_is_not_measured(folders, tmp_path, capsys):
@@ -259,9 +222,8 @@ def test_rows_of_one_name_are_told_apart_or_refused(folders, tmp_path, capsys):
     export(tmp_path / "export", transport_weights=[0.1, 1.0])
     (tmp_path / "cut").rename(tmp_path / "RDMD")
     outputs, model = ["--outputs", tmp_path / "RDMD"], ["--model", tmp_path / "export"]
-    assert [row["name"] for row in evaluate(tmp_path, *model, *outputs)["rows"]] == [
-        "RDMD", "identity", f"{tmp_path}/RDMD"
-    ]  # fmt: skip
+    names = [row["name"] for row in evaluate(tmp_path, *model, *outputs)["rows"]]
+    assert names == ["RDMD", "identity", f"{tmp_path}/RDMD"]
     assert evaluate(tmp_path, *model, "--transport-weight", 0.5, 0.50000001) == 2
     assert "two rows would be RDMD λ=0.5" in capsys.readouterr().err
 
@@ -278,13 +240,10 @@ def test_results_below_the_sources_are_no_sources(folders, tmp_path, capsys):
     assert f"--source {tmp_path}/all: no images below this folder, those in --outputs aside" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
-        RuntimeError("in the TorchScript interpreter.\nOutOfMemoryError: CUDA out of memory. Tried to allocate\n"),
-    ],
-)
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+    RuntimeError("in the TorchScript interpreter.\nOutOfMemoryError: CUDA out of memory. Tried to allocate\n"),
+])  # fmt: skip
 def test_memory_that_is_not_there_is_not_blamed_on_the_shape(error):
     where = torch.device("cuda:0")
     with pytest.raises(InputError) as raised, naming("f.pt", (64, 3, 8, 8), where, "--batch-size"):

@@ -5,7 +5,7 @@ import shlex
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from material import files_of, save_images
 
 from rdmd_fast.commands import pack
 from rdmd_fast.data.packing.shard_writer import ShardWriter
@@ -24,15 +24,8 @@ def run(*words):
 @pytest.fixture
 def photos(tmp_path):
     """20 flat images of 6x6 in two nested folders; image i has value i."""
-    for i in range(20):
-        path = tmp_path / "photos" / ("a" if i % 2 else "b/c") / f"img.{i:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((6, 6, 3), i, np.uint8)).save(path)
-    return tmp_path / "photos"
-
-
-def folder_bytes(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    images = {f"{'a' if i % 2 else 'b/c'}/img.{i:02d}.png": np.full((6, 6, 3), i, np.uint8) for i in range(20)}
+    return save_images(tmp_path / "photos", images)
 
 
 def test_images_keep_their_relative_names_and_order(photos, tmp_path):
@@ -48,7 +41,7 @@ def test_the_same_samples_give_the_same_bytes(photos, tmp_path, monkeypatch):
     run(photos, "--out", tmp_path / "first", "--resolution", 6)
     monkeypatch.setattr("time.time", lambda: 1e9)
     run(photos, "--out", tmp_path / "second", "--resolution", 6)
-    first, second = folder_bytes(tmp_path / "first"), folder_bytes(tmp_path / "second")
+    first, second = files_of(tmp_path / "first"), files_of(tmp_path / "second")
     for files in (first, second):
         files["manifest.json"] = files["manifest.json"].replace(b"first", b"second")
     assert first == second
@@ -64,23 +57,23 @@ def test_the_manifest_tells_what_the_folder_holds(photos, tmp_path):
     for shard in manifest["shards"]:
         data = (tmp_path / "my out" / shard["file"]).read_bytes()
         assert (hashlib.sha256(data).hexdigest(), len(data)) == (shard["sha256"], shard["bytes"])
-    before = folder_bytes(tmp_path / "my out")
+    before = files_of(tmp_path / "my out")
     assert run(*shlex.split(manifest["command"])[2:], "--force") == 0
-    assert folder_bytes(tmp_path / "my out") == before
+    assert files_of(tmp_path / "my out") == before
 
 
 def test_a_complete_set_is_kept_unless_forced(photos, tmp_path, capsys):
     out = tmp_path / "out"
     run(photos, "--out", out, "--resolution", 6, "--shard-size", 4)
-    before = folder_bytes(out)
+    before = files_of(out)
     run(photos, "--out", out, "--resolution", 6, "--shard-size", 4)
     assert "already complete" in capsys.readouterr().out
     with pytest.raises(InputError, match="--force"):
         run(photos, "--out", out, "--resolution", 4)
-    assert folder_bytes(out) == before
+    assert files_of(out) == before
     run(photos, "--out", out, "--resolution", 4, "--force")
     assert ShardSet(out).shape == (4, 4, 3)
-    assert sorted(folder_bytes(out)) == ["index.json", "manifest.json", "report.json", "shard-000000.tar"]
+    assert sorted(files_of(out)) == ["index.json", "manifest.json", "report.json", "shard-000000.tar"]
 
 
 def test_a_changed_source_folder_is_another_set(photos, tmp_path):
@@ -101,11 +94,11 @@ def test_foreign_tars_are_not_overwritten(photos, tmp_path):
 def test_a_failed_packing_leaves_the_old_set(photos, tmp_path):
     out = tmp_path / "out"
     run(photos, "--out", out, "--resolution", 6)
-    before = folder_bytes(out)
+    before = files_of(out)
     (photos / "a" / "broken.png").write_bytes(b"x")
     with pytest.raises(InputError, match=r"1 of 21 files are unreadable.*broken\.png"):
         run(photos, "--out", out, "--resolution", 6, "--force")
-    assert folder_bytes(out) == before
+    assert files_of(out) == before
 
 
 @pytest.mark.parametrize("calls", range(1, 22))
@@ -130,9 +123,8 @@ def test_a_commit_cut_short_reads_as_unfinished_or_complete(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr("rdmd_fast.data.packing.shard_writer.os.replace", dying(__import__("os").replace))
-        patch.setattr(
-            "rdmd_fast.data.packing.shard_writer._write_file", dying(ShardWriter.commit.__globals__["_write_file"])
-        )
+        writing = dying(ShardWriter.commit.__globals__["_write_file"])
+        patch.setattr("rdmd_fast.data.packing.shard_writer._write_file", writing)
         patch.setattr(ShardWriter, "__exit__", lambda *_: None)
         try:
             run("toy:circles", "--out", out, "--count", 12, "--shard-size", 4, "--force")
@@ -147,9 +139,7 @@ def test_a_commit_cut_short_reads_as_unfinished_or_complete(tmp_path, monkeypatc
 
 
 def test_few_unreadable_images_are_listed_and_skipped(tmp_path, capsys):
-    (tmp_path / "photos").mkdir()
-    for i in range(200):
-        Image.fromarray(np.full((2, 2, 3), i, np.uint8)).save(tmp_path / "photos" / f"{i:03d}.png")
+    save_images(tmp_path / "photos", {f"{i:03d}.png": np.full((2, 2, 3), i, np.uint8) for i in range(200)})
     (tmp_path / "photos" / "050.png").write_bytes(b"x")
     run(tmp_path / "photos", "--out", tmp_path / "out", "--resolution", 2)
     captured = capsys.readouterr()
@@ -192,9 +182,8 @@ def test_a_toy_is_packed_at_the_size_that_is_asked_for(tmp_path):
 
 def test_digits_are_packed_by_digit_and_split(tmp_path):
     run("digits", "--out", tmp_path, "--hues", 2)
-    assert sorted(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*/manifest.json")) == [
-        f"{digit}/{split}" for digit in range(10) for split in ("test", "train")
-    ]
+    sets = sorted(path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/*/manifest.json"))
+    assert sets == [f"{digit}/{split}" for digit in range(10) for split in ("test", "train")]
     train, test = ShardSet(tmp_path / "2" / "train"), ShardSet(tmp_path / "2" / "test")
     assert (train.shape, len(train), len(test)) == ((8, 8, 3), 2 * 141, 2 * 36)
     assert not list(tmp_path.rglob("report.json"))  # made here: there is nothing to doubt
@@ -202,20 +191,17 @@ def test_digits_are_packed_by_digit_and_split(tmp_path):
         ShardSet(tmp_path / "2")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["{photos}"], "--resolution"),
-        (["{photos}", "--resolution", 0], "at least 1"),
-        (["{photos}", "--resolution", 4, "--holdout", 1.5], r"\[0, 1\)"),
-        (["{photos}", "--resolution", 4, "--holdout", 0.001], "one side empty"),
-        (["toy:blob"], "toy:8gaussians"),
-        (["toy:gaussian", "--scale", 2], "toy:gaussian: toy gaussian has no scale"),
-        (["toy:circles", "--std", -1], "toy:circles: --std: input should be greater than 0, found -1"),
-        (["digits", "--std", 1], "--std: does nothing for digits"),
-        (["nowhere", "--resolution", 4], "no such folder"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (["{photos}"], "--resolution"),
+    (["{photos}", "--resolution", 0], "at least 1"),
+    (["{photos}", "--resolution", 4, "--holdout", 1.5], r"\[0, 1\)"),
+    (["{photos}", "--resolution", 4, "--holdout", 0.001], "one side empty"),
+    (["toy:blob"], "toy:8gaussians"),
+    (["toy:gaussian", "--scale", 2], "toy:gaussian: toy gaussian has no scale"),
+    (["toy:circles", "--std", -1], "toy:circles: --std: input should be greater than 0, found -1"),
+    (["digits", "--std", 1], "--std: does nothing for digits"),
+    (["nowhere", "--resolution", 4], "no such folder"),
+])  # fmt: skip
 def test_bad_requests_are_refused_in_one_line(photos, tmp_path, words, message):
     with pytest.raises(InputError, match=message) as caught:
         run(*(str(word).format(photos=photos) for word in words), "--out", tmp_path / "out")

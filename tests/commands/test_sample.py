@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from material import error_line
 from PIL import Image
 
 from rdmd_fast import cli, load_denoiser
@@ -191,6 +192,5 @@ def test_what_cannot_be_done_is_one_line(models, tmp_path, capsys, model, out, o
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     assert sample(models / model, tmp_path / out, "--count", "2", *options) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], lines
+    assert words in error_line(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]

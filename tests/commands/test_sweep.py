@@ -98,14 +98,11 @@ def test_images_are_advised_by_their_distance():
     assert chosen.transport_weight == 1.0 and chosen.cost == 4.0
 
 
-@pytest.mark.parametrize(
-    "arguments, line",
-    [
-        (["--transport-weight", "much"], "--transport-weight much: not a number"),
-        (["--steps", "0"], "--steps 0: must be at least 1"),
-        (["rdmd.transport_weight={log_uniform: [0.1, 1]}"], "rdmd.transport_weight: the generator is for a range of λ"),
-    ],
-)
+@pytest.mark.parametrize("arguments, line", [
+    (["--transport-weight", "much"], "--transport-weight much: not a number"),
+    (["--steps", "0"], "--steps 0: must be at least 1"),
+    (["rdmd.transport_weight={log_uniform: [0.1, 1]}"], "rdmd.transport_weight: the generator is for a range of λ"),
+])  # fmt: skip
 def test_bad_options_are_one_line(arguments, line):
     with pytest.raises(InputError, match=f"^{line}"):
         grid_of("--config", TOY.replace("to_gaussian", "to_8gaussians"), *arguments)

@@ -1,12 +1,14 @@
 """Small sets of tars whose samples tell their own number, and ways to damage them."""
 
-import io
+import sys
 import tarfile
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent.parent))  # for the processes of tests
+import material
 import numpy as np
-from PIL import Image
+from material import encoded, random_pixels, write_shards
 
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import SampleStream
 from rdmd_fast.randomness import Philox, Stream
@@ -17,39 +19,23 @@ COUNT = SHARDS * EACH
 
 def picture(number):
     """A noisy 16x16 image whose first pixel is its number."""
-    image = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    image = random_pixels(number, 16, 16, 3)
     image[0, 0] = number
     return image
 
 
-def encoded(number, form="PNG"):
-    buffer = io.BytesIO()
-    Image.fromarray(picture(number)).save(buffer, form)
-    return buffer.getvalue()
-
-
 def write_tar(path, numbers, name="{}.png"):
-    with tarfile.open(path, "w") as tar:
-        for number in numbers:
-            data = encoded(number)
-            info = tarfile.TarInfo(name.format(number))
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    material.write_tar(path, [(name.format(number), encoded(picture(number))) for number in numbers])
 
 
 def foreign(folder):
-    folder.mkdir(exist_ok=True)
     for shard in range(SHARDS):
         write_tar(folder / f"shard-{shard:06d}.tar", range(shard * EACH, shard * EACH + EACH))
     return folder
 
 
 def packed(folder):
-    with ShardWriter(folder, {}, "test", EACH) as writer:
-        for number in range(COUNT):
-            writer.write(f"{number}", picture(number))
-        writer.commit()
-    return folder
+    return write_shards(folder, map(picture, range(COUNT)), EACH)
 
 
 def members(path):

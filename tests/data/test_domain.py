@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from material import random_pixels, write_shards
 
 from rdmd_fast.data.domain import default_workers, open_domain
 from rdmd_fast.data.options import DataOptions
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.errors import InputError
 from rdmd_fast.kernels import philox
@@ -16,24 +16,15 @@ COUNT = 40
 CPU = torch.device("cpu")
 
 
-def write(folder, samples):
-    with ShardWriter(folder, {}, "test", 16) as writer:
-        for i, sample in enumerate(samples):
-            writer.write(f"{i}", sample)
-        writer.commit()
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    samples = np.random.default_rng(0).integers(0, 256, (COUNT, 6, 5, 3), dtype=np.uint8)
-    return write(tmp_path_factory.mktemp("images") / "set", samples)
+    return str(write_shards(tmp_path_factory.mktemp("images") / "set", random_pixels(0, COUNT, 6, 5, 3), 16))
 
 
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     samples = np.random.default_rng(1).normal(size=(COUNT, 4, 6, 5)).astype(np.float32)
-    return write(tmp_path_factory.mktemp("latents") / "set", samples)
+    return str(write_shards(tmp_path_factory.mktemp("latents") / "set", samples, 16))
 
 
 def domain(spec, flip, role="target", seed=5):

@@ -3,8 +3,8 @@ import os
 import numpy as np
 import pytest
 import torch
+from material import random_pixels, write_shards
 
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import SampleStream, ToyStream, open_stream
 from rdmd_fast.data.toys import ToyDistribution
@@ -16,16 +16,12 @@ COUNT = 23
 
 @pytest.fixture
 def originals():
-    return np.random.default_rng(0).integers(0, 256, (COUNT, 3, 4, 3), dtype=np.uint8)
+    return random_pixels(0, COUNT, 3, 4, 3)
 
 
 @pytest.fixture
 def folder(tmp_path, originals):
-    with ShardWriter(tmp_path / "set", {}, "test", 10) as writer:
-        for i, sample in enumerate(originals):
-            writer.write(f"{i}", sample)
-        writer.commit()
-    return tmp_path / "set"
+    return write_shards(tmp_path / "set", originals, 10)
 
 
 def image_stream(folder, seed=0, stream=Stream.SOURCE_ORDER, **options):
@@ -104,11 +100,7 @@ def test_a_set_without_a_readable_sample_is_an_error(folder):
 
 def test_points_stream_as_float32(tmp_path):
     points = np.random.default_rng(0).normal(size=(12, 2)).astype(np.float32)
-    with ShardWriter(tmp_path / "set", {}, "test", 5) as writer:
-        for i, point in enumerate(points):
-            writer.write(f"{i}", point)
-        writer.commit()
-    stream = open_stream(str(tmp_path / "set"), Philox(0), "target")
+    stream = open_stream(str(write_shards(tmp_path / "set", points, 5)), Philox(0), "target")
     batch = stream.batch(range(12))
     assert stream.shape == (2,) and batch.dtype == torch.float32
     np.testing.assert_array_equal(batch.numpy(), points[stream.indices(range(12))])

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from material import write_shards
 
 from rdmd_fast.data import domain
 from rdmd_fast.data.cache.sample_cache import WindowedSamples
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.data.shards import sample_reader
 from rdmd_fast.data.shards import shard_set as shards_module
 from rdmd_fast.data.shards.shard_set import ShardSet
@@ -163,10 +163,7 @@ def test_a_shard_that_vanishes_while_the_run_reads_it(tmp_path, monkeypatch, cac
 
 
 def test_labels_are_the_substitutes_own(tmp_path):
-    with ShardWriter(tmp_path / "set", {}, "test", EACH) as writer:
-        for number in range(COUNT):
-            writer.write(f"{number}", picture(number), number)
-        writer.commit()
+    write_shards(tmp_path / "set", map(picture, range(COUNT)), EACH, labels=range(COUNT))
     truncate(tmp_path / "set" / SHARD)
     stream = stream_of(tmp_path / "set", cache_bytes=0)
     flip(tmp_path / "set/shard-000002.tar", stream.shards.shards[2].offsets[1] + 300)
@@ -273,14 +270,11 @@ def test_a_disk_that_fails_twice_costs_the_sample(tmp_path, monkeypatch):
     assert stream.dropped.sum() == 1
 
 
-@pytest.mark.parametrize(
-    ("patched", "error", "says"),
-    [
-        ("os.pread", OSError(errno.EMFILE, "Too many open files"), "shard-00000.*: Too many open files"),
-        ("os.pread", OSError(errno.ENOMEM, "Cannot allocate memory"), "shard-00000.*: Cannot allocate memory"),
-        ("rdmd_fast.data.shards.sample_reader.decode_rgb", MemoryError(), "not enough memory"),
-    ],
-)
+@pytest.mark.parametrize(("patched", "error", "says"), [
+    ("os.pread", OSError(errno.EMFILE, "Too many open files"), "shard-00000.*: Too many open files"),
+    ("os.pread", OSError(errno.ENOMEM, "Cannot allocate memory"), "shard-00000.*: Cannot allocate memory"),
+    ("rdmd_fast.data.shards.sample_reader.decode_rgb", MemoryError(), "not enough memory"),
+])  # fmt: skip
 def test_what_the_machine_lacks_is_no_fault_of_a_sample(tmp_path, monkeypatch, patched, error, says):
     stream = stream_of(packed(tmp_path / "set"))
     original = sample_reader.decode_rgb if "decode" in patched else os.pread

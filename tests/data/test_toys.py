@@ -44,14 +44,11 @@ def test_circles_have_equal_mass_and_half_the_radius_inside():
     np.testing.assert_allclose(covariance, ((4 + 1) / 4 + 0.01) * np.eye(2), atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("toy", "make", "unit"),
-    [
-        ("swiss_roll", lambda: make_swiss_roll(200_000, random_state=0)[0][:, [0, 2]], 5 / (4.5 * math.pi)),
-        ("two_moons", lambda: make_moons(200_000, random_state=0)[0], 3.0),
-        ("circles", lambda: make_circles(200_000, random_state=0, factor=0.5)[0], 4.0),
-    ],
-)
+@pytest.mark.parametrize(("toy", "make", "unit"), [
+    ("swiss_roll", lambda: make_swiss_roll(200_000, random_state=0)[0][:, [0, 2]], 5 / (4.5 * math.pi)),
+    ("two_moons", lambda: make_moons(200_000, random_state=0)[0], 3.0),
+    ("circles", lambda: make_circles(200_000, random_state=0, factor=0.5)[0], 4.0),
+])  # fmt: skip
 def test_curves_match_scikit_learn(toy, make, unit):
     curve = unit * make()
     mean, covariance = mixture_moments(ToyDistribution(toy=toy, std=0.1))
@@ -123,18 +120,15 @@ def test_a_sample_depends_on_its_position_alone():
     assert not torch.equal(whole, toy.sample(Philox(7), Stream.TARGET_POINTS, positions))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"toy": "gaussian", "scale": 2.0}, "no scale"),
-        ({"toy": "circles", "std": [0.1, 0.2]}, "one std"),
-        ({"toy": "circles", "std": 0.0}, "greater than 0"),
-        ({"toy": "swiss_roll", "std": 1e-4}, "raise std"),
-        ({"toy": "gaussian", "mean": [math.nan, 0.0]}, "finite"),
-        ({"toy": "blob"}, "8gaussians"),
-        ({"toy": "gaussian", "radius": 1.0}, "radius|Extra"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"toy": "gaussian", "scale": 2.0}, "no scale"),
+    ({"toy": "circles", "std": [0.1, 0.2]}, "one std"),
+    ({"toy": "circles", "std": 0.0}, "greater than 0"),
+    ({"toy": "swiss_roll", "std": 1e-4}, "raise std"),
+    ({"toy": "gaussian", "mean": [math.nan, 0.0]}, "finite"),
+    ({"toy": "blob"}, "8gaussians"),
+    ({"toy": "gaussian", "radius": 1.0}, "radius|Extra"),
+])  # fmt: skip
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         ToyDistribution(**options)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from material import small_unet, toy_rdmd
 from safetensors.torch import load_file
 
 from rdmd_fast import cli
@@ -21,36 +22,23 @@ HALVES = [("mlp", 0), ("mlp", 3), ("any_weight_mlp", 3), ("unet", 1), *(("unet_r
 # ZeRO stages of a run that starts on two ranks, goes on on one and ends on two.
 CHAINS = [(2, 3, 1), (0, 1, 3), (3, 0, 2)]
 
-MLP_RDMD = {
-    "stage": "rdmd",
-    "data": {"source": {"toy": "gaussian"}, "target": {"toy": "8gaussians"}},
-    "teacher": "analytic",
-    "network": {"kind": "mlp", "hidden": 32, "depth": 2},
-    "generator": {"kind": "mlp", "hidden": 32, "depth": 2},
-    "rdmd": {
+MLP_RDMD = toy_rdmd(
+    network={"kind": "mlp", "hidden": 32, "depth": 2},
+    generator={"kind": "mlp", "hidden": 32, "depth": 2},
+    rdmd={
         "weighting": "sigma2",
         "fake_updates": 2,
         "fake_warmup": 3,
         "generator_optimizer": {"lr": 1e-3, "warmup": 5},
         "fake_optimizer": {"lr": 1e-3, "grad_clip": 10.0},
     },
-    "train": {"steps": 12, "global_batch_size": 16, "micro_batch_size": 4},
-    "telemetry": {"log_every": 1, "sample_every": 0, "tensorboard": False},
-    "validation": {"count": 16},
-    "checkpoint": {"every": 0},
-}
+    train={"steps": 12, "global_batch_size": 16, "micro_batch_size": 4},
+)
 ANY_WEIGHT = {**MLP_RDMD, "rdmd": {**MLP_RDMD["rdmd"], "transport_weight": {"log_uniform": [0.05, 2.0]}}}
 UNET_TEACHER = {
     "stage": "teacher",
     "data": {"target": "shards/3/train"},
-    "network": {
-        "kind": "song_unet",
-        "model_channels": 32,
-        "channel_mult": [1, 1],
-        "num_blocks": 1,
-        "attn_resolutions": [4],
-        "dropout": 0.0,
-    },
+    "network": small_unet(1, 1) | {"model_channels": 32, "attn_resolutions": [4], "dropout": 0.0},
     "teacher_stage": {"optimizer": {"lr": 1e-3, "warmup": 5}, "ema": {"half_life": 100.0}},
     "train": {"steps": 12, "global_batch_size": 8},
     "telemetry": {"log_every": 1, "sample_every": 0, "sample_count": 2, "tensorboard": False},

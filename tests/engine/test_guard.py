@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from material import toy_rdmd
 from safetensors.torch import load_file
 
 from rdmd_fast.config import validate_config
@@ -75,19 +76,11 @@ def reference():
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
 
-RUN = {
-    "stage": "rdmd",
-    "data": {"source": {"toy": "gaussian"}, "target": {"toy": "8gaussians"}},
-    "teacher": "analytic",
-    "network": {"kind": "mlp", "hidden": 16, "depth": 1},
-    "generator": {"kind": "mlp", "hidden": 16, "depth": 1},
-    "rdmd": {"weighting": "sigma2", "fake_updates": 2},
-    "train": {"steps": 1000, "global_batch_size": 8},
-    "telemetry": {"log_every": 1, "sample_every": 0, "tensorboard": False},
-    "validation": {"count": 16},
-    "checkpoint": {"every": 0},
-    "deepspeed": {"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}},
-}
+RUN = toy_rdmd(
+    rdmd={"weighting": "sigma2", "fake_updates": 2},
+    train={"steps": 1000, "global_batch_size": 8},
+    deepspeed={"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}},
+)
 SPIKES = {"spike_factor": 1.1, "spike_warmup": 2, "spike_half_life": 3.0}
 # Each rank: a run with one bad gradient, a run whose guard is busy in one go and in two, and then, by the command
 # line, one whose generator's gradients stay bad.

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rdmd_fast import cli
 from rdmd_fast.config import validate_config
 from rdmd_fast.diffusion import DiffusionOptions, coefficients
 from rdmd_fast.engine import engine as distributed
@@ -48,13 +47,6 @@ def world():
     )
     yield world
     patch.undo()
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    assert cli.main(["pack", "digits", "--out", str(folder), "--hues", "1"]) == 0
-    return folder
 
 
 def teacher(shards, run_dir, stage, **train):

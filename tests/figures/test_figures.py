@@ -151,14 +151,11 @@ def test_the_best_weight_is_chosen_by_the_rule():
 # -- command -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--seeds", "0"], "--seeds 0: must be at least 1"),
-        (["--jobs", "0"], "--jobs 0: must be at least 1"),
-        (["--only", "surface", "--study", "x.yaml"], "--study: does nothing for surface"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--seeds", "0"], "--seeds 0: must be at least 1"),
+    (["--jobs", "0"], "--jobs 0: must be at least 1"),
+    (["--only", "surface", "--study", "x.yaml"], "--study: does nothing for surface"),
+])  # fmt: skip
 def test_bad_arguments_are_one_line(tmp_path, capsys, arguments, message):
     assert main(["figures", "--out", str(tmp_path), *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")

@@ -144,20 +144,11 @@ def test_another_teacher_makes_new_points(study_values, out, tmp_path):
     assert folders[0] != folders[1]
 
 
-@pytest.mark.parametrize(
-    "change, line",
-    [
-        (
-            {"rdmd": {"config": str(DIGITS / "teacher_3.yaml"), "transport_weights": [1]}},
-            "is of stage teacher, not rdmd",
-        ),
-        (
-            {"source": {"train": "nowhere/train", "test": "nowhere/test"}},
-            "nowhere/train: no such shards, make them with",
-        ),
-        ({"conditioned": None}, "conditioned: missing, name the generator for all λ"),
-    ],
-)
+@pytest.mark.parametrize("change, line", [
+    ({"rdmd": {"config": str(DIGITS / "teacher_3.yaml"), "transport_weights": [1]}}, "is of stage teacher, not rdmd"),
+    ({"source": {"train": "nowhere/train", "test": "nowhere/test"}}, "nowhere/train: no such shards, make them with"),
+    ({"conditioned": None}, "conditioned: missing, name the generator for all λ"),
+])  # fmt: skip
 def test_bad_studies_are_one_line(computed, study_values, out, tmp_path, change, line):
     path = write(tmp_path / "study.yaml", study_values | {"conditioned": None} | change)
     figure = conditional if change == {"conditioned": None} else tradeoff

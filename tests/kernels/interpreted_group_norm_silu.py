@@ -149,15 +149,12 @@ def test_empty_batch():
     assert x.grad.shape == x.shape and torch.equal(weight.grad, torch.zeros(8))
 
 
-@pytest.mark.parametrize(
-    ("groups", "weight", "scale", "error"),
-    [
-        (5, torch.ones(12), None, ValueError),
-        (3, torch.ones(11), None, ValueError),
-        (3, torch.ones(12), torch.ones(1, 12), ValueError),
-        (3, torch.ones(12, dtype=torch.float64), None, TypeError),
-    ],
-)
+@pytest.mark.parametrize(("groups", "weight", "scale", "error"), [
+    (5, torch.ones(12), None, ValueError),
+    (3, torch.ones(11), None, ValueError),
+    (3, torch.ones(12), torch.ones(1, 12), ValueError),
+    (3, torch.ones(12, dtype=torch.float64), None, TypeError),
+])  # fmt: skip
 def test_what_does_not_fit_is_refused(groups, weight, scale, error):
     with pytest.raises(error):
         group_norm_silu(torch.zeros(2, 12, 4, 4), weight, torch.zeros(12), groups, 1e-5, scale)

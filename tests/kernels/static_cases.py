@@ -196,24 +196,22 @@ def rdmd_gradient_cases() -> Iterator[StaticCase]:
     common |= {"extra": None, "weights": None, "residuals": None, **READING}
     common |= dict.fromkeys(("transport_weight", "factor", "delta", "floor"), "fp32")
 
-    def networks(kind: str, clean: str) -> dict[str, str | None]:
-        return {"f_real": kind, "f_fake": kind, "clean": clean, "gradient": kind if clean == kind else "*fp32"}
+    def networks(kind: str) -> dict[str, str | None]:
+        return dict.fromkeys(("f_real", "f_fake", "output", "gradient"), kind)
 
     def gradient_case(name: str, elements: int, types: dict, cost: str = "squared_l2") -> StaticCase:
         partials = rdmd_gradient._partials_width(chunk_count(elements)) if types.get("residuals") else 1
-        constants = {"COST": cost, "PARTIALS": partials, "FROM_GENERATOR": types["clean"] == types["f_real"]}
-        kernel = rdmd_gradient._gradient_kernel
+        kernel, constants = rdmd_gradient._gradient_kernel, {"COST": cost, "PARTIALS": partials}
         return case_of_samples(f"rdmd_gradient/{name}", kernel, elements, {**common, **types}, **constants)
 
-    bf16 = networks("*bf16", "*bf16")
+    bf16 = networks("*bf16")
     dmd = {**bf16, "residuals": "*fp32"}
     for shape, elements in {**SAMPLES, "3x512x512": 786432, "3x1024x1024": 3145728}.items():
         yield gradient_case(f"dmd/{shape}", elements, dmd)
     for shape, elements in SAMPLES.items():
         yield gradient_case(f"uniform/{shape}", elements, bf16)
-    yield gradient_case("uniform/from-y", 12288, networks("*bf16", "*fp32"))
-    yield gradient_case("uniform/fp32", 12288, networks("*fp32", "*fp32"))
-    yield gradient_case("uniform/fp16", 12288, networks("*fp16", "*fp16"))
+    yield gradient_case("uniform/fp32", 12288, networks("*fp32"))
+    yield gradient_case("uniform/fp16", 12288, networks("*fp16"))
     yield gradient_case("dmd/extra", 12288, {**dmd, "extra": "*fp32"})
     for shape, elements in SAMPLES.items():
         yield gradient_case(f"dmd/weights/{shape}", elements, {**dmd, "weights": "*fp32"})

@@ -9,13 +9,7 @@ import torch
 from rdmd_fast.diffusion import DiffusionOptions, Reading, coefficients
 from rdmd_fast.kernels.coefficients import Coefficients
 from rdmd_fast.kernels.inject import inject_gradient
-from rdmd_fast.kernels.noise_forward import (
-    CHUNK,
-    CounterNoise,
-    chunk_sums,
-    generator_noise_forward,
-    noise_forward,
-)
+from rdmd_fast.kernels.noise_forward import CHUNK, CounterNoise, chunk_sums, generator_noise_forward, noise_forward
 
 SIGMAS = torch.tensor([0.03, 0.4, 6.0], dtype=torch.float64)
 TABLE = coefficients(SIGMAS, DiffusionOptions(parameterization="v"))

@@ -10,19 +10,20 @@ from rdmd_fast.costs import CostOptions, transport_cost
 from rdmd_fast.diffusion import DiffusionOptions, Reading, coefficients
 from rdmd_fast.kernels.coefficients import Coefficients
 from rdmd_fast.kernels.noise_forward import CounterNoise
-from rdmd_fast.kernels.rdmd_gradient import generator_gradient, rdmd_gradient
+from rdmd_fast.kernels.rdmd_gradient import generator_gradient
 
 SIGMAS = torch.tensor([0.03, 0.4, 1.0, 6.0], dtype=torch.float64)
 READING = Reading(0.8, 1.0, -0.4, 0.0)
+OUTPUT_ITSELF = Reading(0.0, 1.0, 1.0, 0.0)  # y = F_G
 
 
-def batch(shape, seed=0, generator_of=None):
-    """What ``rdmd_gradient`` takes but for table and λ, or ``generator_gradient`` where a reading is given."""
+def batch(shape, seed=0, reading=OUTPUT_ITSELF):
+    """What ``generator_gradient`` takes but for table and λ."""
     random = torch.Generator().manual_seed(seed)
-    f_real, f_fake, y, x, epsilon = (torch.randn(len(SIGMAS), *shape, generator=random) for _ in range(5))
+    f_real, f_fake, f_generator, x, epsilon = (torch.randn(len(SIGMAS), *shape, generator=random) for _ in range(5))
     noise = CounterNoise(0, 0, torch.arange(len(SIGMAS)), epsilon)
-    output = {"y": y} if generator_of is None else {"f_generator": y, "reading": generator_of}
-    return {"f_real": f_real, "f_fake": f_fake, "x": x, "noise": noise, **output}
+    given = {"f_real": f_real, "f_fake": f_fake, "f_generator": f_generator, "x": x}
+    return {**given, "noise": noise, "reading": reading}
 
 
 def explicit_gradient(f_real, f_fake, y, epsilon, table, weighting, sigma):
@@ -43,9 +44,9 @@ def explicit_gradient(f_real, f_fake, y, epsilon, table, weighting, sigma):
 @pytest.mark.parametrize("shape", [(2,), (3, 5, 7)])
 def test_gradient_equals_the_explicit_denoiser_difference(kind, weighting, shape):
     given = batch(shape)
-    y, x = given["y"], given["x"]
+    y, x = given["f_generator"], given["x"]
     table = coefficients(SIGMAS, DiffusionOptions(parameterization=kind), weighting)
-    gradient, statistics = rdmd_gradient(**given, table=table, transport_weight=0.3, weighting=weighting)
+    gradient, statistics = generator_gradient(**given, table=table, transport_weight=0.3, weighting=weighting)
     score = explicit_gradient(given["f_real"], given["f_fake"], y, given["noise"].drawn, table, weighting, SIGMAS)
     expected = (score + 0.3 * 2 * (y - x).double()) / len(SIGMAS)
     torch.testing.assert_close(gradient.double(), expected, rtol=2e-5, atol=1e-5)
@@ -59,9 +60,9 @@ def test_gradient_equals_the_explicit_denoiser_difference(kind, weighting, shape
 def test_cost_gradient_is_the_derivative_of_the_reported_cost(cost):
     given = batch((4,))
     given["f_fake"] = given["f_real"]  # equal scores leave the transport term alone
-    y, x = given["y"], given["x"]
+    y, x = given["f_generator"], given["x"]
     table = coefficients(SIGMAS, DiffusionOptions())
-    gradient, statistics = rdmd_gradient(
+    gradient, statistics = generator_gradient(
         **given, table=table, transport_weight=0.7, weighting="uniform", cost=cost, delta=0.2
     )
     variable = y.double().requires_grad_()
@@ -79,9 +80,9 @@ def test_cost_gradient_is_the_derivative_of_the_reported_cost(cost):
 
 def test_a_sample_that_the_teacher_restores_exactly_stays_finite():
     given = batch((4,))
-    y, table = given["y"], coefficients(SIGMAS, DiffusionOptions())
+    y, table = given["f_generator"], coefficients(SIGMAS, DiffusionOptions())
     given["f_real"] = table.row("target_clean", y) * y + table.row("target_noise", y) * given["noise"].drawn
-    gradient, _ = rdmd_gradient(**given, table=table, transport_weight=0.1)
+    gradient, _ = generator_gradient(**given, table=table, transport_weight=0.1)
     assert gradient.isfinite().all()
 
 
@@ -93,9 +94,8 @@ def test_noise_is_drawn_again_from_its_counters():
     positions = torch.arange(7, 7 + len(SIGMAS))
     counters = CounterNoise(11, int(Stream.GENERATOR_NOISE), positions)
     drawn = counters._replace(drawn=Philox(11).normal(Stream.GENERATOR_NOISE, positions, (3, 4, 4)))
-    again, once = (
-        rdmd_gradient(**{**given, "noise": noise}, table=table, transport_weight=0.1)[0] for noise in (counters, drawn)
-    )
+    options = {"table": table, "transport_weight": 0.1}
+    again, once = (generator_gradient(**{**given, "noise": noise}, **options)[0] for noise in (counters, drawn))
     assert torch.equal(again, once)
 
 
@@ -110,24 +110,24 @@ def test_kernels_under_the_interpreter():
 
 @pytest.mark.parametrize("weighting", ["uniform", "sigma2", "dmd"])
 def test_generator_form_is_the_chain_rule_through_its_reading(weighting):
-    given, of_y = batch((3, 20, 20), generator_of=READING), batch((3, 20, 20))
-    of_y["y"] = 0.8 * given["x"] - 0.4 * given["f_generator"]
+    given, of_y = batch((3, 20, 20), reading=READING), batch((3, 20, 20))
+    of_y["f_generator"] = 0.8 * given["x"] - 0.4 * given["f_generator"]
     extra = torch.randn_like(given["x"])
     table = coefficients(SIGMAS, DiffusionOptions(), weighting)
     options = {"table": table, "transport_weight": 0.3, "weighting": weighting, "batch_size": 9}
-    by_y, by_y_statistics = rdmd_gradient(**of_y, **options, extra=extra)
+    by_y, by_y_statistics = generator_gradient(**of_y, **options, extra=extra)
     found, statistics = generator_gradient(**given, **options, extra=extra)
     torch.testing.assert_close(found, -0.4 * by_y, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(statistics.transport_cost, by_y_statistics.transport_cost)
     assert statistics.cost_partials.shape == (4, 2)
-    without, _ = rdmd_gradient(**of_y, **options)
+    without, _ = generator_gradient(**of_y, **options)
     torch.testing.assert_close(by_y - without, 0.3 * extra / 9, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "sigma2", "dmd"])
 @pytest.mark.parametrize("shape", [(2,), (3, 5, 7)])
 def test_every_sample_has_the_gradient_of_its_own_transport_weight(shape, weighting):
-    given = batch(shape, generator_of=READING)
+    given = batch(shape, reading=READING)
     x = given["x"]
     weights, extra = torch.tensor([0.01, 2.0, 0.3, 0.0]), torch.randn_like(x)
     table = coefficients(SIGMAS, DiffusionOptions(), weighting)
@@ -156,12 +156,12 @@ def test_transport_weights_that_do_not_fit_the_samples_are_refused():
     table = coefficients(SIGMAS, DiffusionOptions())
     for weights in (torch.ones(3), torch.ones(4, 1), torch.ones(4, dtype=torch.float64), torch.tensor(1.0)):
         with pytest.raises(ValueError, match=r"transport_weight.*float32 \[4\]"):
-            rdmd_gradient(**batch((4,)), table=table, transport_weight=weights)
+            generator_gradient(**batch((4,)), table=table, transport_weight=weights)
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "dmd"])
 def test_loss_scale_enters_before_the_gradient_is_rounded_to_fp16(weighting):
-    given = batch((3, 20, 20), generator_of=READING)
+    given = batch((3, 20, 20), reading=READING)
     table = coefficients(SIGMAS, DiffusionOptions(), weighting)
     options = {"table": table, "transport_weight": 0.3, "weighting": weighting, "batch_size": 2**28}
     exact, _ = generator_gradient(**given, **options)
@@ -177,9 +177,9 @@ def test_loss_scale_enters_before_the_gradient_is_rounded_to_fp16(weighting):
 def test_unknown_weighting_and_cost_are_refused():
     given = {**batch((4,)), "table": coefficients(SIGMAS, DiffusionOptions()), "transport_weight": 0.1}
     with pytest.raises(ValueError, match="weighting 'none'"):
-        rdmd_gradient(**given, weighting="none")
+        generator_gradient(**given, weighting="none")
     with pytest.raises(ValueError, match="cost 'l3'"):
-        rdmd_gradient(**given, cost="l3")
+        generator_gradient(**given, cost="l3")
 
 
 @pytest.mark.parametrize("weight", [0.3, torch.tensor([0.01, 2.0, 0.3, 0.0])], ids=["number", "by-sample"])
@@ -195,18 +195,16 @@ def test_compiled_calls_equal_eager_ones(weight):
         return result, statistics.transport_cost, statistics.score_gradient_square
 
     rows = coefficients(SIGMAS, DiffusionOptions()).rows
-    arguments = given["f_real"], given["f_fake"], given["y"].bfloat16(), given["x"], rows
+    arguments = given["f_real"], given["f_fake"], given["f_generator"].bfloat16(), given["x"], rows
     compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")(*arguments)
     for expected, found in zip(gradient(*arguments), compiled, strict=True):
         assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
-@pytest.mark.parametrize(
-    ("from_generator", "weights"), [(False, None), (True, None), (False, torch.tensor([1.0, 2, 3, 4]))]
-)
-def test_operator_is_registered_soundly(from_generator, weights):
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2, 3, 4])], ids=["number", "by-sample"])
+def test_operator_is_registered_soundly(weights):
     given = batch((3, 20, 20))
-    samples = given["y"], given["x"], None, given["f_real"], given["f_fake"], None, weights
-    options = 0.3, "dmd", "l1", 0.1, 0.25, from_generator, 0.8, 0.4, torch.bfloat16
+    samples = given["f_generator"].bfloat16(), given["x"], None, given["f_real"], given["f_fake"], None, weights
+    options = 0.3, "dmd", "l1", 0.1, 0.25, 0.8, 0.4
     table_and_noise = coefficients(SIGMAS, DiffusionOptions()).rows, *given["noise"].arguments()
     torch.library.opcheck(torch.ops.rdmd_fast.rdmd_gradient.default, (*samples, *options, *table_and_noise))

@@ -28,14 +28,11 @@ WEIGHTINGS = {"uniform": np.ones_like, "sigma2": np.square}
 WEIGHTS = [0.05, 0.2, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("weighting", "quantile", "expected"),
-    [
-        ("uniform", 0.0, [1.4502, 1.3505, 1.1683]),
-        ("uniform", lognormal, [1.4382, 1.3233, 1.1397]),
-        ("sigma2", lognormal, [1.2959, 1.1308, 1.0325]),
-    ],
-)
+@pytest.mark.parametrize(("weighting", "quantile", "expected"), [
+    ("uniform", 0.0, [1.4502, 1.3505, 1.1683]),
+    ("uniform", lognormal, [1.4382, 1.3233, 1.1397]),
+    ("sigma2", lognormal, [1.2959, 1.1308, 1.0325]),
+])  # fmt: skip
 def test_optimal_scales_match_the_values_of_the_design(weighting, quantile, expected):
     scales = [optimal_scales(1.5, weight, WEIGHTINGS[weighting], quantile)[0] for weight in WEIGHTS]
     np.testing.assert_allclose(scales, expected, atol=6e-5)

@@ -1,8 +1,7 @@
-import warnings
-
 import numpy as np
 import pytest
 import torch
+from material import save_script
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.metrics.feature_cache import cached_features, images_sha256
@@ -45,13 +44,6 @@ class Infinite(Pooled):
         return self.filters(images).mean((2, 3)) / 0.0
 
 
-def saved(module, path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.script(module), str(path))
-    return path
-
-
 @pytest.fixture
 def images():
     # Values that 8 bits hold, so that rounding changes none.
@@ -59,7 +51,7 @@ def images():
 
 
 def test_features_of_images_in_their_range_do_not_depend_on_the_batch(tmp_path, images):
-    extractor = load_extractor(saved(Pooled(), tmp_path / "f.pt"), batch_size=3)
+    extractor = load_extractor(save_script(Pooled(), tmp_path / "f.pt"), batch_size=3)
     with torch.no_grad():
         expected = Pooled().eval()(images).numpy()
     assert extractor.pixels == "float"
@@ -68,7 +60,7 @@ def test_features_of_images_in_their_range_do_not_depend_on_the_batch(tmp_path, 
 
 
 def test_a_file_with_return_features_gets_bytes_and_the_flag_decides_otherwise(tmp_path, images):
-    path = saved(OfPixels(), tmp_path / "inception.pt")
+    path = save_script(OfPixels(), tmp_path / "inception.pt")
     with torch.no_grad():
         expected = Pooled().eval()(images).numpy()
     extractor = load_extractor(path)
@@ -91,15 +83,15 @@ def test_what_is_no_feature_network_is_refused_in_one_line(tmp_path, images):
         with pytest.raises(InputError, match="not a TorchScript network"):
             load_extractor(tmp_path / name)
     for module, message in [(Spatial, r"\[7, 5, 6, 6\]"), (Pair, "tuple"), (Infinite, "NaN or infinity")]:
-        extractor = load_extractor(saved(module(), tmp_path / f"{module.__name__}.pt"))
+        extractor = load_extractor(save_script(module(), tmp_path / f"{module.__name__}.pt"))
         with pytest.raises(InputError, match=message):
             extractor(images)
     with pytest.raises(InputError, match=r"does not take samples of shape \[7, 1, 8, 8\]"):
-        load_extractor(saved(Pooled(), tmp_path / "f.pt"))(images[:, :1])
+        load_extractor(save_script(Pooled(), tmp_path / "f.pt"))(images[:, :1])
 
 
 def test_features_are_kept_for_one_network_and_one_set_of_images(tmp_path, images):
-    extractor, other = (load_extractor(saved(Pooled(d), tmp_path / f"{d}.pt")) for d in (5, 6))
+    extractor, other = (load_extractor(save_script(Pooled(d), tmp_path / f"{d}.pt")) for d in (5, 6))
     folder = tmp_path / "cache"
     computed = []
 
@@ -126,7 +118,7 @@ def test_features_are_kept_for_one_network_and_one_set_of_images(tmp_path, image
 
 @pytest.mark.parametrize("damage", [lambda b: b[:40], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""])
 def test_damaged_features_are_computed_again(tmp_path, images, damage):
-    extractor = load_extractor(saved(Pooled(), tmp_path / "f.pt"))
+    extractor = load_extractor(save_script(Pooled(), tmp_path / "f.pt"))
     expected = cached_features(extractor, images, tmp_path / "cache")
     (path,) = (tmp_path / "cache").iterdir()
     whole = path.read_bytes()

@@ -1,11 +1,9 @@
 import colorsys
-import io
-import tarfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from material import encoded, write_tar
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -26,18 +24,6 @@ def colour_copies(grey):
     return np.round(value[None, ..., None] * hues[:, None, None, None]).astype(np.uint8).reshape(-1, 8, 8, 3)
 
 
-def write_tar(path, images):
-    path.parent.mkdir(parents=True)
-    with tarfile.open(path, "w") as tar:
-        for index, image in enumerate(images):
-            buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, format="PNG")
-            member = tarfile.TarInfo(f"{index:05d}.png")
-            member.size = buffer.tell()
-            buffer.seek(0)
-            tar.addfile(member, buffer)
-
-
 def grey_split(digit, split):
     data = load_digits()
     grey = data.images[data.target == digit]
@@ -54,7 +40,8 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     for digit in DIGITS:
         for split in ("train", "test"):
-            write_tar(folder / str(digit) / split / "000.tar", colour_copies(grey_split(digit, split)))
+            images = enumerate(colour_copies(grey_split(digit, split)))
+            write_tar(folder / f"{digit}/{split}/000.tar", {f"{i:05d}.png": encoded(image) for i, image in images})
     return folder
 
 

@@ -1,36 +1,26 @@
 """Latents of any channel count through both stages, translation and validation; the autoencoder beside diffusers."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import material
 import numpy as np
 import pytest
 import torch
 import yaml
+from material import npy, pixels_of, small_unet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rdmd_fast import cli, load_generator
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.autoencoder import Autoencoder
 from rdmd_fast.trainer import main
 
 SHAPE = (5, 8, 8)
-NETWORK = {"kind": "song_unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
-
-
-def write_shards(folder: Path, seed: int, count: int = 12) -> None:
-    """Unit-variance latents."""
-    generator = np.random.default_rng(seed)
-    with ShardWriter(folder, {}, "test", 100) as writer:
-        for index in range(count):
-            writer.write(
-                f"sample\N{NARROW NO-BREAK SPACE}{index:02d}", generator.standard_normal(SHAPE, dtype=np.float32)
-            )
-        writer.commit()
 
 
 def train(folder: Path, name: str, **sections) -> int:
@@ -43,7 +33,8 @@ def train(folder: Path, name: str, **sections) -> int:
 
 def teacher_stage(folder: Path, name: str, **sections) -> int:
     data = {"target": str(folder / "target")}
-    return train(folder, name, stage="teacher", data=data, network=NETWORK, diffusion={"sigma_data": 1.0}, **sections)
+    sections |= {"network": small_unet(1, 2), "diffusion": {"sigma_data": 1.0}}
+    return train(folder, name, stage="teacher", data=data, **sections)
 
 
 def rdmd_stage(folder: Path, name: str, targets: bool = True, **sections) -> int:
@@ -61,8 +52,9 @@ def metrics(run: Path, key: str) -> list[dict]:
 def folder(tmp_path_factory) -> Path:
     """Latents of two domains, a teacher of two steps and a distillation of two."""
     folder = tmp_path_factory.mktemp("latents")
-    write_shards(folder / "source", seed=0)
-    write_shards(folder / "target", seed=1)
+    for seed, name in enumerate(("source", "target")):
+        latents = np.random.default_rng(seed).standard_normal((12, *SHAPE), dtype=np.float32)
+        material.write_shards(folder / name, latents, key="sample\N{NARROW NO-BREAK SPACE}{:02d}")
     assert teacher_stage(folder, "teacher") == 0
     assert rdmd_stage(folder, "rdmd") == 0
     return folder
@@ -130,51 +122,25 @@ def test_translation_of_shards_and_of_arrays_is_the_generator(folder, tmp_path):
         np.testing.assert_allclose(np.load(tmp_path / "again" / name), y[index], rtol=1e-5, atol=1e-5)
 
 
-def damage(name):
-    def shape(path):
-        np.save(path / "a.npy", np.zeros((4, 8, 8), np.float32))
-
-    def objects(path):
-        np.save(path / "a.npy", np.array([{}]), allow_pickle=True)
-
-    def text(path):
-        (path / "a.npy").write_text("<html>")
-
-    def integers(path):
-        np.save(path / "a.npy", np.zeros(SHAPE, np.int32))
-
-    def longer_than_the_file(path):
-        np.save(path / "a.npy", np.zeros(SHAPE, np.float32))
-        data = (path / "a.npy").read_bytes()
-        (path / "a.npy").write_bytes(data[:-4])
-
-    def mixed(path):
-        np.save(path / "a.npy", np.zeros(SHAPE, np.float32))
-        Image.new("RGB", (8, 8)).save(path / "b.png")
-
-    def images(path):
-        Image.new("RGB", (8, 8)).save(path / "b.png")
-
-    return locals()[name]
+LATENT, BLACK = npy(np.zeros(SHAPE, np.float32)), material.encoded(np.zeros((8, 8, 3), np.uint8))
 
 
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        ("shape", "a.npy: has shape (4, 8, 8), the network takes (5, 8, 8)"),
-        ("objects", "a.npy: not a .npy array of floats"),
-        ("text", "a.npy: not a .npy array of floats"),
-        ("integers", "a.npy: not a .npy array of floats (holds int32; save float32 or float16)"),
-        ("longer_than_the_file", "a.npy: not a .npy array of floats"),
-        ("mixed", "holds arrays and images (b.png)"),
-        ("images", "image files are RGB, the network takes 5 channels"),
-    ],
-)
-def test_bad_inputs_of_translate_are_one_line(folder, tmp_path, capsys, case, expected):
-    damage(case)(tmp_path)
-    assert translate(tmp_path / "out", folder / "rdmd/export", tmp_path) == 2
-    error = capsys.readouterr().err
-    assert expected in error and error.count("error:") == 1
+@pytest.mark.parametrize(("files", "expected"), [
+    ({"a.npy": npy(np.zeros((4, 8, 8), np.float32))}, "a.npy: has shape (4, 8, 8), the network takes (5, 8, 8)"),
+    ({"a.npy": npy(np.array([{}]), allow_pickle=True)}, "a.npy: not a .npy array of floats"),
+    ({"a.npy": b"<html>"}, "a.npy: not a .npy array of floats"),
+    (
+        {"a.npy": npy(np.zeros(SHAPE, np.int32))},
+        "a.npy: not a .npy array of floats (holds int32; save float32 or float16)",
+    ),
+    ({"a.npy": LATENT[:-4]}, "a.npy: not a .npy array of floats"),
+    ({"a.npy": LATENT, "b.png": BLACK}, "holds images (b.png) and .npy files (a.npy)"),
+    ({"b.png": BLACK}, "image files are RGB, the network takes 5 channels"),
+], ids=["shape", "objects", "text", "integers", "longer than the file", "mixed", "images"])  # fmt: skip
+def test_bad_inputs_of_translate_are_one_line(folder, tmp_path, capsys, files, expected):
+    material.write_files(tmp_path / "in", files)
+    assert translate(tmp_path / "out", folder / "rdmd/export", tmp_path / "in") == 2
+    assert expected in material.error_line(capsys)
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -186,14 +152,11 @@ def test_missing_library_names_the_extra(tmp_path, monkeypatch):
         Autoencoder(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (None, "config.json: missing"),
-        ("{", "not readable as JSON"),
-        ('{"_class_name": "VQModel"}', "_class_name is 'VQModel', supported: AutoencoderKL"),
-    ],
-)
+@pytest.mark.parametrize(("text", "expected"), [
+    (None, "config.json: missing"),
+    ("{", "not readable as JSON"),
+    ('{"_class_name": "VQModel"}', "_class_name is 'VQModel', supported: AutoencoderKL"),
+])  # fmt: skip
 def test_folder_without_an_autoencoder_is_one_line(tmp_path, text, expected):
     if text:
         (tmp_path / "config.json").write_text(text)
@@ -253,9 +216,7 @@ def test_old_attention_weights_are_read(saved, tmp_path):
 def test_damaged_configuration_is_one_line(saved, tmp_path, changes):
     path, _ = saved
     (tmp_path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()) | changes))
-    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(
-        (path / "diffusion_pytorch_model.safetensors").read_bytes()
-    )
+    shutil.copy(path / "diffusion_pytorch_model.safetensors", tmp_path)
     with pytest.raises(InputError, match=r"config.json: describes no AutoencoderKL") as error:
         Autoencoder(tmp_path)
     assert "\n" not in str(error.value)
@@ -274,9 +235,8 @@ def test_pictures_are_decoded_and_change_nothing_else(folder, saved):
 
 def test_translation_through_the_autoencoder(folder, saved, tmp_path):
     path, _ = saved
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    (tmp_path / "in").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "in/a.png")
+    pixels = material.random_pixels(0, 16, 16, 3)
+    material.save_images(tmp_path / "in", {"a.png": pixels})
     assert translate(tmp_path / "out", folder / "rdmd/export", tmp_path / "in", "--autoencoder", str(path)) == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.npy", "a.png"]
     autoencoder = Autoencoder(path)
@@ -284,8 +244,7 @@ def test_translation_through_the_autoencoder(folder, saved, tmp_path):
     y = load_generator(folder / "rdmd/export")(autoencoder.encode(x))
     np.testing.assert_allclose(np.load(tmp_path / "out/a.npy"), y[0].numpy(), rtol=1e-4, atol=1e-4)
     expected = ((autoencoder.decode(y)[0].permute(1, 2, 0) + 1) * 127.5).numpy()
-    with Image.open(tmp_path / "out/a.png") as picture:
-        np.testing.assert_allclose(np.asarray(picture), expected, atol=0.6)
+    np.testing.assert_allclose(pixels_of(tmp_path / "out/a.png"), expected, atol=0.6)
     # Latents come out as arrays and pictures, too.
     assert translate(tmp_path / "both", folder / "rdmd/export", folder / "source", "--autoencoder", str(path)) == 0
     assert len(list((tmp_path / "both").glob("*.npy"))) == len(list((tmp_path / "both").glob("*.png"))) == 12

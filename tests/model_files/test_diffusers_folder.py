@@ -4,13 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from material import random_pixels, write_shards
 from safetensors.torch import load_file, save_file
 
 from rdmd_fast import load_denoiser
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.diffusion import denoise
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.diffusers_folder import is_diffusers_folder, read_diffusers, read_diffusers_config
@@ -85,15 +84,12 @@ def test_old_names_of_attention_weights(folder):
     assert_same(read_diffusers(folder), expected)
 
 
-@pytest.mark.parametrize(
-    ("changes", "parameterization", "kind"),
-    [
-        (dict(prediction_type="v_prediction"), "v", "vp"),
-        (dict(prediction_type="sample", _class_name="DDIMScheduler"), "x0", "vp"),
-        (dict(prediction_type=None, _class_name="EulerDiscreteScheduler"), "epsilon", "vp"),
-        (dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=3.0), "flow", "flow"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "parameterization", "kind"), [
+    (dict(prediction_type="v_prediction"), "v", "vp"),
+    (dict(prediction_type="sample", _class_name="DDIMScheduler"), "x0", "vp"),
+    (dict(prediction_type=None, _class_name="EulerDiscreteScheduler"), "epsilon", "vp"),
+    (dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=3.0), "flow", "flow"),
+])  # fmt: skip
 def test_scheduler_decides_the_parameterization(folder, changes, parameterization, kind):
     edit(folder / SCHEDULER, **changes)
     config = read_diffusers_config(folder)
@@ -204,10 +200,7 @@ def test_flops_are_counted_without_weights():
 def test_distillation_from_a_diffusers_network(tmp_path):
     config, weights = read_diffusers(FOLDER)
     write_export(tmp_path / "teacher", config, weights)
-    with ShardWriter(tmp_path / "shards", {}, "test", 100) as writer:
-        for index in range(8):
-            writer.write(f"{index}", np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        writer.commit()
+    write_shards(tmp_path / "shards", random_pixels(0, 8, 8, 8, 3))
     (tmp_path / "config.yaml").write_text(
         f"{{stage: rdmd, run_dir: {tmp_path}/run, teacher: {tmp_path}/teacher, "
         f"data: {{source: {tmp_path}/shards, target_class: 1}}, "

@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from material import error_line
 
 from rdmd_fast import cli
 from rdmd_fast.errors import InputError
@@ -45,16 +46,13 @@ def test_weights_and_architecture_survive(edm, tmp_path, form, protocol):
     assert (config.diffusion.parameterization, config.diffusion.sigma_data) == ("edm", 0.5)
 
 
-@pytest.mark.parametrize(
-    ("change", "resolution"),
-    [
-        (dict(model_channels=16, channel_mult=[1], attn_resolutions=[]), 4),
-        (dict(model_channels=32, channel_mult=[1, 1, 2], attn_resolutions=[16, 4], label_dim=7), 16),
-        (dict(model_channels=24, channel_mult=[2, 1], num_blocks=3, channel_mult_emb=2), 8),
-        (dict(model_type="DhariwalUNet", model_channels=64, channel_mult=[1, 2], attn_resolutions=[16]), 16),
-        (dict(model_type="DhariwalUNet", model_channels=32, channel_mult=[1, 1], augment_dim=9), 8),
-    ],
-)
+@pytest.mark.parametrize(("change", "resolution"), [
+    (dict(model_channels=16, channel_mult=[1], attn_resolutions=[]), 4),
+    (dict(model_channels=32, channel_mult=[1, 1, 2], attn_resolutions=[16, 4], label_dim=7), 16),
+    (dict(model_channels=24, channel_mult=[2, 1], num_blocks=3, channel_mult_emb=2), 8),
+    (dict(model_type="DhariwalUNet", model_channels=64, channel_mult=[1, 2], attn_resolutions=[16]), 16),
+    (dict(model_type="DhariwalUNet", model_channels=32, channel_mult=[1, 1], augment_dim=9), 8),
+])  # fmt: skip
 def test_other_widths_depths_attention_and_classes(edm, tmp_path, change, resolution):
     network = edm(tmp_path / "a.pkl", edm.tiny | change, resolution)
     config, weights = read_edm_pickle(tmp_path / "a.pkl")
@@ -124,21 +122,18 @@ def refused(path):
     return message
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b"", "empty"),
-        (b"\n <!DOCTYPE html><html><body>404</body></html>", "web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
-        (b"PK\x03\x04" + bytes(100), "zip"),
-        (b"hello, world\n" * 9, "damaged"),
-        (pickle.dumps([1, 2]), "'ema'"),
-        (pickle.dumps({"G_ema": 1}), "G_ema"),
-        (pickle.dumps({"ema": None}), "'ema'"),
-        (pickle.dumps({"ema": {"weight": 1.0}}), "'ema'"),
-        (pickle.dumps({10**5000: 1}), "'ema'"),
-    ],
-)
+@pytest.mark.parametrize(("content", "says"), [
+    (b"", "empty"),
+    (b"\n <!DOCTYPE html><html><body>404</body></html>", "web page"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
+    (b"PK\x03\x04" + bytes(100), "zip"),
+    (b"hello, world\n" * 9, "damaged"),
+    (pickle.dumps([1, 2]), "'ema'"),
+    (pickle.dumps({"G_ema": 1}), "G_ema"),
+    (pickle.dumps({"ema": None}), "'ema'"),
+    (pickle.dumps({"ema": {"weight": 1.0}}), "'ema'"),
+    (pickle.dumps({10**5000: 1}), "'ema'"),
+])  # fmt: skip
 def test_other_files(tmp_path, content, says):
     (tmp_path / "a.pkl").write_bytes(content)
     assert says in refused(tmp_path / "a.pkl")
@@ -184,42 +179,39 @@ for _ in range(60):
     LAUGHS = [LAUGHS, LAUGHS]
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda contents: contents["ema"].meta.update(class_name="VPPrecond"), "'VPPrecond'"),
-        (lambda contents: contents["ema"].meta["state"]["_modules"]["model"].meta.update(class_name="A\nB"), r"'A\nB'"),
-        (lambda contents: contents["ema"].meta["state"]["_modules"].clear(), "EDMPrecond"),
-        (lambda contents: contents["ema"].meta["state"].pop("_init_kwargs"), "constructed"),
-        (lambda contents: contents["ema"].meta["state"].update(_init_args=None), "constructed"),
-        (lambda contents: contents["ema"].meta.pop("state"), "damaged"),
-        (set_argument("model_type", "DhariwalUNet"), "another network"),
-        (set_argument("model_type", LAUGHS), "another network"),
-        (set_argument("extra_depth", 3), "arguments: unknown key extra_depth"),
-        (set_argument("model_channels", "many"), "arguments: model_channels: "),
-        (set_argument("model_channels", LAUGHS), "arguments: model_channels: "),
-        (set_argument("model_channels", 10**30), "arguments: model_channels: "),
-        (set_argument("model_channels", 9), "groups"),
-        (set_argument("num_blocks", 10**9), "arguments: num_blocks: "),
-        (set_argument("num_blocks", 2), "has no weight"),
-        (set_argument("channel_mult", [1] * 10**6), "arguments: channel_mult: "),
-        (set_argument("channel_mult", [1, -2]), "a.pkl"),
-        (set_argument("dropout", 10**400), "a.pkl"),
-        (set_argument("decoder_type", "residual"), "arguments: decoder_type: "),
-        (set_argument("sigma_data", -1.0), "arguments: sigma_data: "),
-        (set_argument("img_resolution", None), "resolution"),
-        (set_argument("img_channels", 4), "has shape"),
-        (set_argument(3, 4), "names"),
-        (rename_weight, "has no weight map_layer0.weight"),
-        (same_module_twice, "map_layer1"),
-        (module_in_itself, "no proper module"),
-        (one_storage_many_times, "larger than the file"),
-        (lambda contents: model_state(contents)["_modules"].update({"a\nb": torch.nn.ModuleDict()}), "proper name"),
-        (lambda contents: model_state(contents).update(_modules=3), "no tree"),
-        (lambda contents: model_state(contents)["_buffers"].update(count=torch.tensor([1])), "no numbers at count"),
-        (lambda contents: model_state(contents)["_buffers"].update(count=torch.ones(1)), "count has no place"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda contents: contents["ema"].meta.update(class_name="VPPrecond"), "'VPPrecond'"),
+    (lambda contents: contents["ema"].meta["state"]["_modules"]["model"].meta.update(class_name="A\nB"), r"'A\nB'"),
+    (lambda contents: contents["ema"].meta["state"]["_modules"].clear(), "EDMPrecond"),
+    (lambda contents: contents["ema"].meta["state"].pop("_init_kwargs"), "constructed"),
+    (lambda contents: contents["ema"].meta["state"].update(_init_args=None), "constructed"),
+    (lambda contents: contents["ema"].meta.pop("state"), "damaged"),
+    (set_argument("model_type", "DhariwalUNet"), "another network"),
+    (set_argument("model_type", LAUGHS), "another network"),
+    (set_argument("extra_depth", 3), "arguments: unknown key extra_depth"),
+    (set_argument("model_channels", "many"), "arguments: model_channels: "),
+    (set_argument("model_channels", LAUGHS), "arguments: model_channels: "),
+    (set_argument("model_channels", 10**30), "arguments: model_channels: "),
+    (set_argument("model_channels", 9), "groups"),
+    (set_argument("num_blocks", 10**9), "arguments: num_blocks: "),
+    (set_argument("num_blocks", 2), "has no weight"),
+    (set_argument("channel_mult", [1] * 10**6), "arguments: channel_mult: "),
+    (set_argument("channel_mult", [1, -2]), "a.pkl"),
+    (set_argument("dropout", 10**400), "a.pkl"),
+    (set_argument("decoder_type", "residual"), "arguments: decoder_type: "),
+    (set_argument("sigma_data", -1.0), "arguments: sigma_data: "),
+    (set_argument("img_resolution", None), "resolution"),
+    (set_argument("img_channels", 4), "has shape"),
+    (set_argument(3, 4), "names"),
+    (rename_weight, "has no weight map_layer0.weight"),
+    (same_module_twice, "map_layer1"),
+    (module_in_itself, "no proper module"),
+    (one_storage_many_times, "larger than the file"),
+    (lambda contents: model_state(contents)["_modules"].update({"a\nb": torch.nn.ModuleDict()}), "proper name"),
+    (lambda contents: model_state(contents).update(_modules=3), "no tree"),
+    (lambda contents: model_state(contents)["_buffers"].update(count=torch.tensor([1])), "no numbers at count"),
+    (lambda contents: model_state(contents)["_buffers"].update(count=torch.ones(1)), "count has no place"),
+])  # fmt: skip
 def test_networks_that_are_not_supported(edm, tmp_path, change, says):
     contents = edm.contents(edm.network(edm.tiny), edm.tiny)
     change(contents)
@@ -295,8 +287,7 @@ def test_harm_is_refused_by_name_with_status_2_and_one_line(tmp_path, capfd, nam
     assert says in refused(path)
     capfd.readouterr()
     assert cli.main(["import-edm", str(path), "--out", str(tmp_path / "out")]) == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and says in lines[0]
+    assert says in error_line(capfd)
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a.pkl"]
 
 
@@ -314,23 +305,20 @@ def storage_pickle(identity: bytes) -> bytes:
 FLOATS = b"(U\x07storage" + global_name("torch", "FloatStorage") + b"U\x010U\x03cpuK\x01Nt"
 
 
-@pytest.mark.parametrize(
-    "stream",
-    [
-        legacy_stream(storage_pickle(FLOATS), count=2**60),
-        legacy_stream(storage_pickle(FLOATS), count=2),
-        legacy_stream(storage_pickle(FLOATS), data=bytes(400)),
-        legacy_stream(storage_pickle(FLOATS), keys=("0", "1")),
-        legacy_stream(storage_pickle(FLOATS), magic=3),
-        legacy_stream(storage_pickle(FLOATS.replace(b"FloatStorage", b"ComplexFloatStorage"))),
-        legacy_stream(storage_pickle(FLOATS.replace(b"torch\nFloatStorage", b"torch\nload"))),
-        legacy_stream(storage_pickle(FLOATS.replace(b"U\x07storage", b"U\x07garbage"))),
-        legacy_stream(pickle.dumps({"weight": 1.0}, 2)),
-        legacy_stream(pickle.dumps("0", 2)),
-        b"",
-        b"PK\x03\x04" + bytes(64),
-    ],
-)
+@pytest.mark.parametrize("stream", [
+    legacy_stream(storage_pickle(FLOATS), count=2**60),
+    legacy_stream(storage_pickle(FLOATS), count=2),
+    legacy_stream(storage_pickle(FLOATS), data=bytes(400)),
+    legacy_stream(storage_pickle(FLOATS), keys=("0", "1")),
+    legacy_stream(storage_pickle(FLOATS), magic=3),
+    legacy_stream(storage_pickle(FLOATS.replace(b"FloatStorage", b"ComplexFloatStorage"))),
+    legacy_stream(storage_pickle(FLOATS.replace(b"torch\nFloatStorage", b"torch\nload"))),
+    legacy_stream(storage_pickle(FLOATS.replace(b"U\x07storage", b"U\x07garbage"))),
+    legacy_stream(pickle.dumps({"weight": 1.0}, 2)),
+    legacy_stream(pickle.dumps("0", 2)),
+    b"",
+    b"PK\x03\x04" + bytes(64),
+])  # fmt: skip
 def test_nested_streams_that_are_no_storage(stream):
     assert read_storage(legacy_stream(storage_pickle(FLOATS))).tolist() == [0.0]
     path = io.BytesIO(pickle.dumps(Call(torch.storage._load_from_bytes, stream)))
@@ -338,23 +326,11 @@ def test_nested_streams_that_are_no_storage(stream):
         read_pickle(path, GLOBALS)
 
 
-@pytest.mark.parametrize(
-    ("offset", "size", "stride"),
-    [
-        (0, (5,), (1,)),
-        (1, (4,), (1,)),
-        (0, (2, 3), (3, 1)),
-        (0, (10**6, 10**6), (0, 0)),
-        (0, (2**40, 2**40), (0, 0)),
-        (-1, (1,), (1,)),
-        (0, (-1,), (1,)),
-        (0, (2,), (-1,)),
-        (0, (2,), (1, 1)),
-        (0, ("2",), (1,)),
-        (0, (2**70, 0), (1, 1)),
-        ("0", (1,), (1,)),
-    ],
-)
+@pytest.mark.parametrize(("offset", "size", "stride"), [
+    (0, (5,), (1,)), (1, (4,), (1,)), (0, (2, 3), (3, 1)), (0, (10**6, 10**6), (0, 0)), (0, (2**40, 2**40), (0, 0)),
+    (-1, (1,), (1,)), (0, (-1,), (1,)), (0, (2,), (-1,)), (0, (2,), (1, 1)), (0, ("2",), (1,)),
+    (0, (2**70, 0), (1, 1)), ("0", (1,), (1,)),
+])  # fmt: skip
 def test_tensors_that_reach_beyond_their_storage(offset, size, stride):
     function, (storage, *_rest) = torch.zeros(4).__reduce_ex__(4)
     assert function is torch._utils._rebuild_tensor_v2
@@ -363,23 +339,20 @@ def test_tensors_that_reach_beyond_their_storage(offset, size, stride):
         read_pickle(stream, GLOBALS)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc.",  # bytes longer than any memory
-        b"\x80\x04B" + struct.pack("<I", 2**32 - 1) + b"abc.",
-        b"I" + b"9" * 10**6 + b"\n.",
-        b"}" + b")" + b"\x85" * 200_000 + b"Ns.",  # a key that is very many nested tuples
-        b"\x80\x04\x8f()" + b"\x85" * 200_000 + b"\x90.",
-        b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93\x8c\x01O\x85R.",
-        pickle.dumps(np.array([1.0, 2.0])),
-        b"\x80\x04.",
-        b"t.",
-        b"\x94.",
-        b"h\x07.",
-        b"}]]s.",
-    ],
-)
+@pytest.mark.parametrize("content", [
+    b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc.",  # bytes longer than any memory
+    b"\x80\x04B" + struct.pack("<I", 2**32 - 1) + b"abc.",
+    b"I" + b"9" * 10**6 + b"\n.",
+    b"}" + b")" + b"\x85" * 200_000 + b"Ns.",  # a key that is very many nested tuples
+    b"\x80\x04\x8f()" + b"\x85" * 200_000 + b"\x90.",
+    b"\x80\x04\x8c\x05numpy\x8c\x05dtype\x93\x8c\x01O\x85R.",
+    pickle.dumps(np.array([1.0, 2.0])),
+    b"\x80\x04.",
+    b"t.",
+    b"\x94.",
+    b"h\x07.",
+    b"}]]s.",
+])  # fmt: skip
 def test_streams_that_would_exhaust_or_confuse_the_machine(content):
     with pytest.raises(Refused):
         read_pickle(io.BytesIO(content), GLOBALS)

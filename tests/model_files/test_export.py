@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from material import toy_rdmd
 from safetensors.torch import load_file
 
 from rdmd_fast import cli, load_denoiser, load_generator
@@ -16,19 +17,14 @@ def run(tmp_path_factory):
     """A toy's folder with checkpoints of steps 2, 4 and 5."""
     run = tmp_path_factory.mktemp("runs") / "toy"
     config = run.parent / "toy.json"
-    config.write_text(json.dumps({
-        "stage": "rdmd",
-        "run_dir": str(run),
-        "data": {"source": {"toy": "gaussian"}, "target": {"toy": "8gaussians"}},
-        "teacher": "analytic",
-        "network": {"kind": "mlp", "hidden": 16, "depth": 1},
-        "generator": {"kind": "mlp", "hidden": 8, "depth": 2},
-        "rdmd": {"weighting": "uniform", "generator_optimizer": {"lr": 0.01}, "ema": {"half_life": 32.0, "ramp": 1.0}},
-        "train": {"steps": 5, "global_batch_size": 16},
-        "telemetry": {"log_every": 1, "sample_every": 0, "tensorboard": False},
-        "validation": {"count": 16},
-        "checkpoint": {"every": 2, "keep": 3},
-    }))  # fmt: skip
+    values = toy_rdmd(
+        run_dir=str(run),
+        generator={"kind": "mlp", "hidden": 8, "depth": 2},
+        rdmd={"weighting": "uniform", "generator_optimizer": {"lr": 0.01}, "ema": {"half_life": 32.0, "ramp": 1.0}},
+        train={"steps": 5, "global_batch_size": 16},
+        checkpoint={"every": 2, "keep": 3},
+    )
+    config.write_text(json.dumps(values))
     assert main(["--config", str(config)]) == 0
     return run
 

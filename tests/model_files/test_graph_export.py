@@ -4,15 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import material
 import pytest
 import torch
+from material import error_line
 
 from rdmd_fast import cli, load_generator
 from rdmd_fast.model_files import graph_export
-from rdmd_fast.model_files.export_format import ExportConfig, write_export
+from rdmd_fast.model_files.export_format import write_export
 from rdmd_fast.model_files.graph_export import FILES, write_graph
 from rdmd_fast.model_files.models import Generator
-from rdmd_fast.networks import build_network
 
 ROOT = Path(__file__).parents[2]
 UNET = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]}
@@ -33,11 +34,7 @@ SLOW, FAST = pytest.mark.slow, ("mlp_any_weight", "song_of_one_level")
 
 def generator_of(name: str) -> Generator:
     network, shape, more = NETWORKS[name]
-    values = {"role": "generator", "reading": "teacher", "generator_sigma": 1.0, "network": network, **more}
-    config = ExportConfig.model_validate(values | {"sample_shape": shape, "diffusion": {}})
-    torch.manual_seed(0)
-    conditioned = config.transport_weights is not None
-    model = build_network(config.network, tuple(shape), dropout=False, conditioned=conditioned)
+    config, model = material.generator_of(network, shape, **{"reading": "teacher", **more})
     with torch.no_grad():
         for parameter in model.parameters():  # layers that begin at zero would hide what comes before them
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -130,11 +127,8 @@ def test_another_function_is_not_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(graph_export.Graph, "forward", trained)
     assert cli.main(command) == 0
     assert "differs from the generator by 0 at most" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "export_torch").iterdir()} == {
-        "README.md",
-        "config.json",
-        "generator.pt2",
-    }
+    written = {path.name for path in (tmp_path / "export_torch").iterdir()}
+    assert written == {"README.md", "config.json", "generator.pt2"}
     assert "torch.export.load" in (tmp_path / "export_torch/README.md").read_text()
 
 
@@ -176,8 +170,7 @@ def test_missing_packages_and_wrong_roles_are_one_line(tmp_path, monkeypatch, ca
     ):
         command = ["export", str(tmp_path / arguments[0]), *(each.format(tmp_path) for each in arguments[1:])]
         assert cli.main(command) == 2
-        said = capsys.readouterr().err.strip().splitlines()
-        assert len(said) == 1 and message in said[0]
+        assert message in error_line(capsys)
     assert {path.name for path in tmp_path.iterdir()} == {"export", "teacher"}
 
 
@@ -218,8 +211,8 @@ def test_only_exports_are_replaced(tmp_path, capsys):
         ("file", "exists and is no export"),
     ):
         assert cli.main(["export", str(tmp_path / "export"), "--out", str(tmp_path / name)]) == 2
-        said = capsys.readouterr().err.strip().splitlines()
-        assert len(said) == 1 and message in said[0] and "choose another folder" in said[0]
+        said = error_line(capsys)
+        assert message in said and "choose another folder" in said
     assert there() == before
     teacher = generator.config.model_copy(update={"role": "teacher", "reading": None, "generator_sigma": None})
     write_export(tmp_path / "old", teacher, generator.model.state_dict(), "card")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from material import error_line
 
 from rdmd_fast import cli, load_denoiser, load_generator
 from rdmd_fast.engine.batch_layout import BatchLayout
@@ -58,9 +59,8 @@ def test_frozen_weights_lie_as_activations_do(edm, tmp_path):
     """A contiguous weight would be copied by every convolution of every call. Values are the same."""
     network = edm(tmp_path / "a.pkl", edm.tiny)
     loaded = load_denoiser(tmp_path / "a.pkl").model
-    teacher = freeze_teacher(
-        copy.deepcopy(network), BatchLayout(4, 4, 1, 0, 1), TrainOptions(), {}, torch.device("cpu")
-    )
+    layout = BatchLayout(4, 4, 1, 0, 1)
+    teacher = freeze_teacher(copy.deepcopy(network), layout, TrainOptions(), {}, torch.device("cpu"))
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     x, c_noise = noisy(), SIGMAS.log() / 4
     for frozen in (loaded, teacher):
@@ -126,13 +126,6 @@ def test_what_is_no_teacher(edm, tmp_path):
         read_teacher_config(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards")
-    assert cli.main(["pack", "digits", "--out", str(folder), "--hues", "1"]) == 0
-    return folder
-
-
 SHORT = ["train.steps=2", "train.global_batch_size=2", "telemetry.tensorboard=false", "telemetry.log_every=1"]
 
 
@@ -167,5 +160,4 @@ def test_bad_pickle_ends_a_run_with_status_2(tmp_path, shards, capsys):
         capsys.readouterr()
         run = ["--config", str(CONFIGS / "digits/teacher_3.yaml"), f"run_dir={tmp_path}/run", *arguments, *extra]
         assert main(run) == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[20")]
-        assert len(lines) == 1 and "web page" in lines[0]
+        assert "web page" in error_line(capsys, "[20")

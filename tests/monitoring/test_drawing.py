@@ -72,11 +72,7 @@ def test_a_failed_write_leaves_the_old_picture_and_no_scraps(tmp_path, monkeypat
 
 
 def test_bad_grids_are_refused(tmp_path):
-    for rows in (
-        [],
-        [("a", torch.zeros(1, 3, 8, 8)), ("b", torch.zeros(1, 3, 9, 8))],
-        [("", torch.zeros(3, 8, 8))],
-    ):
+    for rows in ([], [("a", torch.zeros(1, 3, 8, 8)), ("b", torch.zeros(1, 3, 9, 8))], [("", torch.zeros(3, 8, 8))]):
         with pytest.raises(InputError):
             image_grid(rows, tmp_path / "grid.png")
 

@@ -163,17 +163,14 @@ def test_rank_one_gaussian_is_projected_without_cancellation():
     torch.testing.assert_close(denoised, (x @ direction)[:, None] * direction / (1 + 1e-6), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("means", "covariances", "weights", "message"),
-    [
-        (torch.zeros(3), torch.ones(3), None, "means"),
-        (torch.zeros(3, 2), torch.ones(2), None, "covariances"),
-        (torch.zeros(3, 2), torch.ones(3), torch.tensor([1.0, -1.0, 1.0]), "weights"),
-        (torch.zeros(1, 2), torch.tensor([[[1.0, 2.0], [2.0, 1.0]]]), None, "semi-definite"),
-        (torch.zeros(1, 2), torch.tensor([[[1.0, 0.5], [0.0, 1.0]]]), None, "symmetric"),
-        (torch.zeros(2, 2), torch.tensor([1.0, -1.0]), None, "negative"),
-    ],
-)
+@pytest.mark.parametrize(("means", "covariances", "weights", "message"), [
+    (torch.zeros(3), torch.ones(3), None, "means"),
+    (torch.zeros(3, 2), torch.ones(2), None, "covariances"),
+    (torch.zeros(3, 2), torch.ones(3), torch.tensor([1.0, -1.0, 1.0]), "weights"),
+    (torch.zeros(1, 2), torch.tensor([[[1.0, 2.0], [2.0, 1.0]]]), None, "semi-definite"),
+    (torch.zeros(1, 2), torch.tensor([[[1.0, 0.5], [0.0, 1.0]]]), None, "symmetric"),
+    (torch.zeros(2, 2), torch.tensor([1.0, -1.0]), None, "negative"),
+])  # fmt: skip
 def test_impossible_mixtures_are_one_line_errors(means, covariances, weights, message):
     with pytest.raises(InputError, match=message) as error:
         GaussianMixtureDenoiser(means, covariances, weights)

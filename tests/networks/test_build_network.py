@@ -19,13 +19,10 @@ SONG = SHARED | dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("options", "network", "values"),
-    [
-        (SongUNetOptions(kind="song_unet", **SONG), SongUNet, SONG),
-        (DhariwalUNetOptions(kind="dhariwal_unet", **SHARED), DhariwalUNet, SHARED),
-    ],
-)
+@pytest.mark.parametrize(("options", "network", "values"), [
+    (SongUNetOptions(kind="song_unet", **SONG), SongUNet, SONG),
+    (DhariwalUNetOptions(kind="dhariwal_unet", **SHARED), DhariwalUNet, SHARED),
+])  # fmt: skip
 def test_every_option_reaches_the_network(options, network, values):
     assert set(type(options).model_fields) == {"kind", *values}
     with torch.device("meta"):

@@ -49,17 +49,13 @@ def test_network_equals_plain_formulation(config):
         assert (actual - expected).norm() < tolerance * expected.norm(), dtype
 
 
-@pytest.mark.parametrize(
-    ("config", "heads"),
-    [
-        (BASE, {"enc.8x8_block0": 2, "dec.8x8_in0": 2, "dec.8x8_block0": 2, "dec.8x8_block1": 2}),
-        (SMALL | dict(channel_mult=[2, 6], attn_resolutions=[]), {"dec.4x4_in0": 3}),
-        (SMALL | dict(channel_mult=[5, 1], attn_resolutions=[8]),
-         {"enc.8x8_block0": 2, "dec.8x8_block0": 2, "dec.8x8_block1": 2}),
-        (CONFIGS["no-head-fits"], {}),
-    ],
-    ids=["imagenet-like", "innermost", "full-resolution", "too-narrow"],
-)  # fmt: skip
+@pytest.mark.parametrize(("config", "heads"), [
+    (BASE, {"enc.8x8_block0": 2, "dec.8x8_in0": 2, "dec.8x8_block0": 2, "dec.8x8_block1": 2}),
+    (SMALL | dict(channel_mult=[2, 6], attn_resolutions=[]), {"dec.4x4_in0": 3}),
+    (SMALL | dict(channel_mult=[5, 1], attn_resolutions=[8]),
+     {"enc.8x8_block0": 2, "dec.8x8_block0": 2, "dec.8x8_block1": 2}),
+    (CONFIGS["no-head-fits"], {}),
+], ids=["imagenet-like", "innermost", "full-resolution", "too-narrow"])  # fmt: skip
 def test_where_blocks_attend(config, heads):
     """At the chosen resolutions of encoder and decoder and once innermost, a head for each 64 channels."""
     network = DhariwalUNet(**config)
@@ -159,15 +155,12 @@ def test_dropout_acts_in_training_only():
         assert not torch.allclose(network(**call), trained)
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        (dict(img_resolution=15), "img_resolution"),
-        (dict(img_resolution=12, channel_mult=[1, 1, 1, 1]), "img_resolution"),
-        (dict(model_channels=144), "model_channels"),
-        (dict(model_channels=2), "model_channels"),
-    ],
-)
+@pytest.mark.parametrize(("change", "key"), [
+    (dict(img_resolution=15), "img_resolution"),
+    (dict(img_resolution=12, channel_mult=[1, 1, 1, 1]), "img_resolution"),
+    (dict(model_channels=144), "model_channels"),
+    (dict(model_channels=2), "model_channels"),
+])  # fmt: skip
 def test_sizes_that_do_not_divide_are_one_line_errors(change, key):
     with pytest.raises(InputError, match=key) as error:
         DhariwalUNet(**BASE | change)

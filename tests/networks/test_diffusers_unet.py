@@ -26,14 +26,9 @@ SCHEDULES = {
     "zero_snr": VPSchedule(rescale_betas_zero_snr=True),
 }
 TINY = dict(
-    sample_size=8,
-    block_out_channels=[8, 16],
-    down_block_types=["DownBlock2D", "AttnDownBlock2D"],
-    up_block_types=["AttnUpBlock2D", "UpBlock2D"],
-    norm_num_groups=4,
-    attention_head_dim=4,
-    layers_per_block=1,
-)
+    sample_size=8, block_out_channels=[8, 16], down_block_types=["DownBlock2D", "AttnDownBlock2D"],
+    up_block_types=["AttnUpBlock2D", "UpBlock2D"], norm_num_groups=4, attention_head_dim=4, layers_per_block=1,
+)  # fmt: skip
 VARIANTS = {
     "plain": {},
     "ddpm": dict(

@@ -15,16 +15,9 @@ from rdmd_fast.networks.unet_layers import Conv2d, UNetBlock, attention
 from .unet_reference import PlainSongUNet, assert_gradients_match_finite_differences, inputs, randomised, silu
 
 DDPMPP = dict(
-    img_resolution=16,
-    in_channels=3,
-    out_channels=3,
-    augment_dim=9,
-    model_channels=32,
-    channel_mult=[1, 2],
-    num_blocks=1,
-    attn_resolutions=[8],
-    dropout=0.0,
-)
+    img_resolution=16, in_channels=3, out_channels=3, augment_dim=9, model_channels=32, channel_mult=[1, 2],
+    num_blocks=1, attn_resolutions=[8], dropout=0.0,
+)  # fmt: skip
 NCSNPP = DDPMPP | dict(
     embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=[1, 3, 3, 1]
 )
@@ -42,14 +35,12 @@ def song(config: dict, dtype=torch.float64) -> SongUNet:
     return randomised(SongUNet(**config), dtype)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        DDPMPP, NCSNPP, DDPMPP | SMALL, NCSNPP | SMALL, SKIPPING, SKIPPING | SMALL | dict(resample_filter=[1, 1]),
-        SKIPPING | SMALL | dict(encoder_type="residual"), NCSNPP | SMALL | dict(encoder_type="skip"),
-    ],
-    ids=["ddpmpp", "ncsnpp", "ddpmpp-class", "ncsnpp-class", "skip", "skip-box", "residual-to-skip", "skip-in-only"],
-)  # fmt: skip
+@pytest.mark.parametrize("config", [
+    DDPMPP, NCSNPP, DDPMPP | SMALL, NCSNPP | SMALL, SKIPPING, SKIPPING | SMALL | dict(resample_filter=[1, 1]),
+    SKIPPING | SMALL | dict(encoder_type="residual"), NCSNPP | SMALL | dict(encoder_type="skip"),
+], ids=[
+    "ddpmpp", "ncsnpp", "ddpmpp-class", "ncsnpp-class", "skip", "skip-box", "residual-to-skip", "skip-in-only",
+])  # fmt: skip
 def test_network_equals_plain_formulation(config):
     network, call = song(config), inputs(config)
     expected = PlainSongUNet(network, config)(**call)
@@ -217,17 +208,14 @@ def test_traces_into_one_graph():
     torch.testing.assert_close(compiled(**call), network(**call))
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        (dict(embedding_type="sine"), "embedding_type"),
-        (dict(encoder_type="aux"), "encoder_type"),
-        (dict(decoder_type="residual"), "decoder_type"),
-        (dict(img_resolution=15), "img_resolution"),
-        (dict(resample_filter=[1, 2, 1]), "resample_filter"),
-        (dict(model_channels=144), "model_channels"),
-    ],
-)
+@pytest.mark.parametrize(("change", "key"), [
+    (dict(embedding_type="sine"), "embedding_type"),
+    (dict(encoder_type="aux"), "encoder_type"),
+    (dict(decoder_type="residual"), "decoder_type"),
+    (dict(img_resolution=15), "img_resolution"),
+    (dict(resample_filter=[1, 2, 1]), "resample_filter"),
+    (dict(model_channels=144), "model_channels"),
+])  # fmt: skip
 def test_impossible_choices_are_one_line_errors(change, key):
     with pytest.raises(InputError, match=key) as error:
         SongUNet(**DDPMPP | change)

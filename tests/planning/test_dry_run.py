@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from material import write_shards
 
 from benchmarks.communication import at_stage, on_ranks, prepare_digits
 from rdmd_fast.config import validate_config
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.kernels import group_norm_silu
 from rdmd_fast.networks import unet_layers
 from rdmd_fast.networks.options import DhariwalUNetOptions, MLPOptions, SongUNetOptions
@@ -68,10 +68,7 @@ def held_slow(launch_ranks, tmp_path_factory):
 
 
 def test_damaged_data_that_training_accepts_are_accepted(tmp_path):
-    with ShardWriter(tmp_path / "set", {}, "test", 2) as writer:
-        for number in range(4):
-            writer.write(f"{number}", np.zeros((3, 8, 8), np.float32))
-        writer.commit()
+    write_shards(tmp_path / "set", np.zeros((4, 3, 8, 8), np.float32), 2)
     (tmp_path / "set/shard-000000.tar").unlink()
     data = {"target": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")}
     network = {"kind": "song_unet", **SMALL}

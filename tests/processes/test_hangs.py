@@ -5,20 +5,9 @@ import signal
 import time
 
 import yaml
+from material import toy_rdmd
 
-CONFIG = {
-    "stage": "rdmd",
-    "data": {"source": {"toy": "gaussian"}, "target": {"toy": "8gaussians"}},
-    "teacher": "analytic",
-    "network": {"kind": "mlp", "hidden": 16, "depth": 1},
-    "generator": {"kind": "mlp", "hidden": 16, "depth": 1},
-    "rdmd": {"weighting": "sigma2"},
-    "train": {"steps": 1_000_000, "global_batch_size": 8},
-    "telemetry": {"log_every": 1, "sample_every": 0, "tensorboard": False},
-    "validation": {"count": 16},
-    "checkpoint": {"every": 2},
-    "deepspeed": {"zero_optimization": {"reduce_bucket_size": 1000}},
-}
+CONFIG = toy_rdmd(checkpoint={"every": 2}, deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}})
 # On rank 1 alone, in the third iteration.
 RAISE = """
 from rdmd_fast.errors import InputError

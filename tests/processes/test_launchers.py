@@ -142,22 +142,19 @@ def test_interfaces_are_this_hosts():
             probe.bind((address, 0))  # only an address of this host can be bound
 
 
-@pytest.mark.parametrize(
-    ("environment", "cores"),
-    [
-        ({}, 8),
-        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 4),
-        ({"WORLD_SIZE": "2"}, 4),
-        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "16"}, 1),
-        # srun's tasks are the ranks: bound to cores of their own, or told how many of the node's are theirs.
-        (STEP | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "8"}, 8),
-        (STEP | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "3"}, 3),
-        (STEP | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 4),
-        # torchrun in each task, deepspeed in a batch script: the task's cores are for all of their ranks.
-        (STEP | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "8"}, 2),
-        (BATCH | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "8"}, 2),
-    ],
-)
+@pytest.mark.parametrize(("environment", "cores"), [
+    ({}, 8),
+    ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 4),
+    ({"WORLD_SIZE": "2"}, 4),
+    ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "16"}, 1),
+    # srun's tasks are the ranks: bound to cores of their own, or told how many of the node's are theirs.
+    (STEP | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "8"}, 8),
+    (STEP | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "SLURM_CPUS_PER_TASK": "3"}, 3),
+    (STEP | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 4),
+    # torchrun in each task, deepspeed in a batch script: the task's cores are for all of their ranks.
+    (STEP | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "8"}, 2),
+    (BATCH | {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_PER_TASK": "8"}, 2),
+])  # fmt: skip
 def test_cores_are_divided_once(monkeypatch, environment, cores):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     assert cores_of_rank(environment) == cores

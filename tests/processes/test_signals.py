@@ -9,23 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from material import toy_rdmd
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "rdmd_fast/train.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-CONFIG = {
-    "stage": "rdmd",
-    "data": {"source": {"toy": "gaussian"}, "target": {"toy": "8gaussians"}},
-    "teacher": "analytic",
-    "network": {"kind": "mlp", "hidden": 16, "depth": 1},
-    "generator": {"kind": "mlp", "hidden": 16, "depth": 1},
-    "rdmd": {"weighting": "sigma2"},
-    "train": {"steps": 1_000_000, "global_batch_size": 8},
-    "telemetry": {"log_every": 1, "sample_every": 0, "tensorboard": False},
-    "validation": {"every": 0, "count": 16},
-    "checkpoint": {"every": 0},
-    "deepspeed": {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}},
-}
+ZERO_1 = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}
+CONFIG = toy_rdmd(validation={"every": 0, "count": 16}, deepspeed=ZERO_1)
 
 
 def until(condition, seconds=120):

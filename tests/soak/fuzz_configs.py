@@ -10,10 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import yaml
-from fuzz_mutations import mutate_bytes, mutate_text, mutate_tree, odd_files, odd_value, replace_by_odd
-from fuzz_sandbox import ROOT, Rules
+from fuzz_mutations import Edits, mutate_bytes, mutate_text, mutate_tree, noted, odd_files, odd_value, replace_by_odd
+from fuzz_sandbox import ROOT, Rules, as_command
 
 from rdmd_fast import trainer
+from rdmd_fast.config import option_table
 
 REAL = 25  # one configuration in so many is trained for two iterations
 LARGEST = 1e18  # no number but the seed may be larger in a configuration that is accepted
@@ -60,12 +61,10 @@ class Configs:
         self.material = material
         self.bases = []
         for path in sorted((ROOT / "configs").rglob("*.yaml")):
-            if path.name == "study.yaml":  # of many trainings
-                continue
-            values = yaml.safe_load(path.read_text())
-            self.bases.append(on_own_data(values, material))
+            if path.name != "study.yaml":  # of many trainings
+                self.bases.append(on_own_data(yaml.safe_load(path.read_text()), material))
         self.small = [small_rdmd(), small_teacher(material), small_distillation(material)]
-        keys = list(trainer_keys())
+        keys = [key for key, _, _ in option_table()]
         self.mutations = {
             "tree": lambda case, chance: mutate_tree(case.values, chance, self.paths),
             "key": lambda case, chance: case.override(f"{chance.choice(keys)}={case.snippet(chance, self.paths)}"),
@@ -104,9 +103,8 @@ class Configs:
         given = "config.yaml"
         if case.odd is not None:
             chance = random.Random(case.odd)
-            given = chance.choice(
-                ["config.yaml", "config.yaml", "/dev/zero", "/dev/stdin", "folder", "", "a\nb", "x" * 300]
-            )
+            odd = ["/dev/zero", "/dev/stdin", "folder", "", "a\nb", "x" * 300]
+            given = chance.choice(["config.yaml", "config.yaml", *odd])
             if given == "config.yaml":
                 replace_by_odd(path, folder, chance)
         arguments = ["--config", given, *case.overrides]
@@ -148,11 +146,8 @@ class ConfigCase:
     def snippet(self, chance: random.Random, paths: tuple[str, ...]) -> str:
         if chance.random() < 0.5:
             return chance.choice(SNIPPETS)
-        return (
-            yaml.safe_dump(odd_value(chance, paths), default_flow_style=True, width=10**9)
-            .removesuffix("\n...\n")
-            .strip()
-        )
+        text = yaml.safe_dump(odd_value(chance, paths), default_flow_style=True, width=10**9)
+        return text.removesuffix("\n...\n").strip()
 
     def put_snippet(self, chance: random.Random) -> str:
         section = chance.choice([self.values, *(value for value in self.values.values() if isinstance(value, dict))])
@@ -190,12 +185,6 @@ def absurd(values, key: str):
             yield from absurd(value, key)
     elif isinstance(values, int | float) and key != "seed" and not abs(values) <= LARGEST:
         yield f"accepted: {key} = {values:.3g}" if isinstance(values, float) else f"accepted: a huge {key}"
-
-
-def trainer_keys():
-    from rdmd_fast.config import option_table
-
-    return [key for key, _, _ in option_table()]
 
 
 def on_own_data(values: dict, material) -> dict:
@@ -252,22 +241,17 @@ class Checkpoints:
 
     def __init__(self, material):
         self.material = material
-        self.mutations = {
-            "manifest": lambda case, chance: case.edits.append(("manifest", chance.randrange(2**31))),
-            "bytes": lambda case, chance: case.edits.append(("bytes", chance.randrange(2**31))),
-            "file": lambda case, chance: case.edits.append(("file", chance.randrange(2**31))),
-            "latest": lambda case, chance: case.edits.append(("latest", chance.randrange(2**31))),
-        }
         self.weights = {"manifest": 6, "bytes": 3, "file": 2, "latest": 2}
+        self.mutations = noted(*self.weights)
 
-    def start(self, chance: random.Random, number: int):
-        return CheckpointCase(real=number % 10 == 0, named=chance.random() < 0.4)
+    def start(self, chance: random.Random, number: int) -> Edits:
+        return Edits(real=number % 10 == 0, named=chance.random() < 0.4)
 
-    def finish(self, case: CheckpointCase, folder: Path):
+    def finish(self, case: Edits, folder: Path):
         odd_files(folder)
         shutil.copytree(self.material.run, folder / "run")
         root = folder / "run/checkpoints"
-        for kind, seed in case.edits:
+        for kind, seed in case:
             damage_checkpoint(root, kind, random.Random(seed), folder)
         steps = sorted(path.name for path in root.glob("step_*"))
         resume = f"run/checkpoints/{steps[-1]}" if case.named and steps else "auto"
@@ -278,29 +262,16 @@ class Checkpoints:
             arguments = ["--config", "config.yaml", "run_dir=run", "--resume", resume]
             rules = Rules(statuses=(0, 2, 75), notes=DEEPSPEED_SAYS, pickles=True, stop=True)
             return lambda: trainer.main(arguments), rules, None
-        return lambda: find(resume), Rules(), None
+        return lambda: as_command(find, resume), Rules(), None
 
 
-class CheckpointCase:
-    def __init__(self, real: bool, named: bool):
-        self.real, self.named, self.edits = real, named, []
-
-
-def find(resume: str) -> int:
-    import sys
-
+def find(resume: str) -> None:
     import torch
 
     from rdmd_fast.checkpoints.checkpoint import find_checkpoint
-    from rdmd_fast.errors import InputError
     from rdmd_fast.processes.world import World
 
-    try:
-        print(find_checkpoint(Path("run"), resume, World(0, 1, torch.device("cpu"))))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(find_checkpoint(Path("run"), resume, World(0, 1, torch.device("cpu"))))
 
 
 def damage_checkpoint(root: Path, kind: str, chance: random.Random, folder: Path) -> None:

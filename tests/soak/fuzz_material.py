@@ -6,8 +6,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import deepspeed
@@ -18,10 +16,10 @@ import torch
 import torch.utils.tensorboard
 import yaml
 from fuzz_sandbox import ROOT
+from material import encoded, npy, write_files, write_shards, write_tar
 from PIL import Image
 
 from rdmd_fast import trainer
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.diffusion import DiffusionOptions
 from rdmd_fast.model_files.export_format import ExportConfig, write_export
 from rdmd_fast.networks import build_network
@@ -30,16 +28,9 @@ from rdmd_fast.networks.options import AffineOptions, DhariwalUNetOptions, MLPOp
 
 # Everything is imported before the forks, once.
 for _name in (
-    "cli",
-    "commands.evaluate",
-    "commands.import_edm",
-    "commands.pack",
-    "commands.sample",
-    "commands.translate",
-    "data.packing.check",
-    "data.stream",
-    "monitoring.drawing",
-):
+    "cli", "commands.evaluate", "commands.import_edm", "commands.pack", "commands.sample", "commands.translate",
+    "data.packing.check", "data.stream", "monitoring.drawing",
+):  # fmt: skip
     importlib.import_module(f"rdmd_fast.{_name}")
 Image.init()
 matplotlib.get_configdir(), matplotlib.get_cachedir()  # made here, once
@@ -51,14 +42,9 @@ TINY = SongUNetOptions(
     kind="song_unet", model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[8], dropout=0.0
 )
 CONDITIONAL = DhariwalUNetOptions(
-    kind="dhariwal_unet",
-    model_channels=32,
-    channel_mult=[1],
-    num_blocks=1,
-    attn_resolutions=[],
-    label_dim=3,
+    kind="dhariwal_unet", model_channels=32, channel_mult=[1], num_blocks=1, attn_resolutions=[], label_dim=3,
     dropout=0.0,
-)
+)  # fmt: skip
 SHAPE = [3, SIDE, SIDE]
 
 
@@ -83,12 +69,8 @@ class Material:
         self._make_exports()
         forward_flops(TINY, tuple(SHAPE))  # imports what meta tensors need, a second's worth
         self._make_pickles(edm)
-        self.diffusers = Path(
-            shutil.copytree(
-                ROOT / "tests/networks/fixtures/diffusers_unet", root / "diffusers",
-                ignore=shutil.ignore_patterns("reference*"),
-            )
-        )  # fmt: skip
+        self.diffusers, ours = root / "diffusers", ROOT / "tests/networks/fixtures/diffusers_unet"
+        shutil.copytree(ours, self.diffusers, ignore=shutil.ignore_patterns("reference*"))
         self._make_run()
 
     def _make_sets(self) -> None:
@@ -96,17 +78,9 @@ class Material:
         pictures = chance.integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
         latents = chance.standard_normal((COUNT, 4, SIDE, SIDE)).astype(np.float32)
         self.images, self.latents = self.root / "images", self.root / "latents"
-        with ShardWriter(self.images, {}, "fuzz", EACH) as writer:
-            for number in range(COUNT):
-                writer.write(f"class{number % 3}/{number}", pictures[number], number % 3)
-            writer.commit()
-        with ShardWriter(self.latents, {}, "fuzz", EACH) as writer:
-            for number in range(COUNT):
-                writer.write(f"{number}", latents[number])
-            writer.commit()
+        write_shards(self.images, pictures, EACH, "class/{}", [number % 3 for number in range(COUNT)])
+        write_shards(self.latents, latents, EACH)
         self.foreign, self.foreign_latents = self.root / "foreign", self.root / "foreign_latents"
-        self.foreign.mkdir()
-        self.foreign_latents.mkdir()
         forms = ("PNG", "JPEG", "WEBP")
         for shard, form in enumerate(forms):
             members = []
@@ -115,11 +89,9 @@ class Material:
                 members.append((f"{shard}_{number}.{suffix}", encoded(pictures[shard * EACH + number], form)))
                 members.append((f"{shard}_{number}.cls", str(number % 3).encode()))
             write_tar(self.foreign / f"{shard}.tar", members)
-        write_tar(self.foreign_latents / "0.tar", [(f"{n}.npy", saved(latents[n])) for n in range(COUNT)])
-        self.pictures = self.root / "pictures"
-        self.pictures.mkdir()
-        for number, form in enumerate(forms * 2):
-            (self.pictures / f"{number}.{form.lower()}").write_bytes(encoded(pictures[number], form))
+        write_tar(self.foreign_latents / "0.tar", [(f"{n}.npy", npy(latents[n])) for n in range(COUNT)])
+        files = {f"{n}.{form.lower()}": encoded(pictures[n], form) for n, form in enumerate(forms * 2)}
+        self.pictures = write_files(self.root / "pictures", files)
 
     def _make_exports(self) -> None:
         torch.manual_seed(0)
@@ -179,26 +151,6 @@ class Material:
                 os._exit(status)
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:
             raise SystemExit("the fuzz's own training failed")
-
-
-def encoded(pixels: np.ndarray, form: str) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, form)
-    return buffer.getvalue()
-
-
-def saved(array: np.ndarray) -> bytes:
-    buffer = BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, BytesIO(data))
 
 
 def _load(path: Path):

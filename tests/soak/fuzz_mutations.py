@@ -24,6 +24,19 @@ WORDS = [
 ODD = ["fifo", "folder", "loop", "dangling", "empty", "zeros", "noise", "to_zero"]
 
 
+class Edits(list):
+    """(mutation, seed) pairs of an input in the making, and how it starts: ``start`` as attributes."""
+
+    def __init__(self, **start):
+        super().__init__()
+        vars(self).update(start)
+
+
+def noted(*names: str) -> dict:
+    """Mutations that ``Edits`` keep for the end."""
+    return {name: lambda case, chance, name=name: case.append((name, chance.randrange(2**31))) for name in names}
+
+
 def odd_files(folder: Path) -> None:
     """What may stand where a file is expected."""
     os.mkfifo(folder / "fifo")
@@ -94,21 +107,7 @@ def mutate_text(text: str, chance: random.Random) -> bytes:
     """One damage to a text's lines, characters or encoding."""
     lines = text.splitlines(keepends=True) or [""]
     at = chance.randrange(len(lines))
-    kind = chance.choice(
-        [
-            "bytes",
-            "drop",
-            "double",
-            "swap",
-            "tab",
-            "indent",
-            "encode",
-            "nul",
-            "quote",
-            "word",
-            "join",
-        ]
-    )
+    kind = chance.choice(["bytes", "drop", "double", "swap", "tab", "indent", "encode", "nul", "quote", "word", "join"])
     if kind == "bytes":
         return mutate_bytes(text.encode(errors="surrogatepass"), chance)
     if kind == "drop":
@@ -161,18 +160,7 @@ def odd_value(chance: random.Random, extra: tuple = ()):
     if kind == 8:
         return nested(chance.choice([1, 2, 30, 400]), chance.choice([None, 1, "a"]), chance.random() < 0.5)
     return chance.choice(
-        [
-            [],
-            {},
-            [[]],
-            [{}],
-            {"": 1},
-            {"kind": "mlp"},
-            {"toy": "gaussian"},
-            list(range(5000)),
-            [0.5] * 300,
-            ["a"] * 50,
-        ]
+        [[], {}, [[]], [{}], {"": 1}, {"kind": "mlp"}, {"toy": "gaussian"}, list(range(5000)), [0.5] * 300, ["a"] * 50]
     )
 
 
@@ -192,38 +180,17 @@ def mutate_tree(tree, chance: random.Random, extra: tuple = ()) -> str:
     old = container[key]
     if kind == "number" and isinstance(old, int | float) and not isinstance(old, bool):
         container[key] = chance.choice(
-            [
-                -old,
-                old + 1,
-                old - 1,
-                old * 2,
-                old * 1000,
-                old * 10**12,
-                old / 3,
-                float(old),
-                old + 0.5,
-                str(old),
-                [old],
-            ]
+            [-old, old + 1, old - 1, old * 2, old * 1000, old * 10**12, old / 3, float(old), old + 0.5, str(old), [old]]
         )
     elif kind == "drop":
         del container[key]
     elif kind == "rename" and isinstance(container, dict):
         name = str(key)
         at = chance.randrange(len(name) + 1)
-        new = chance.choice(
-            [
-                name[:at] + name[at + 1 :],
-                name + "s",
-                name.upper(),
-                "",
-                "a" * 3000,
-                f"{name}.{name}",
-                "\x00",
-                "é" * 40,
-                7,
-            ]
-        )
+        new = chance.choice([
+            name[:at] + name[at + 1 :], name + "s", name.upper(), "", "a" * 3000, f"{name}.{name}", "\x00", "é" * 40,
+            7,
+        ])  # fmt: skip
         container[new] = container.pop(key)
     elif kind == "wrap":
         container[key] = chance.choice([[old], {"a": old}, [old] * 3, {str(key): old}])

@@ -8,14 +8,12 @@ import pickletools
 import random
 import shutil
 import struct
-import sys
 from pathlib import Path
 
-from fuzz_mutations import mutate_bytes, mutate_text, mutate_tree, odd_files, replace_by_odd
-from fuzz_sandbox import Rules
+from fuzz_mutations import Edits, mutate_bytes, mutate_text, mutate_tree, noted, odd_files, replace_by_odd
+from fuzz_sandbox import Rules, as_command
 
 from rdmd_fast import cli, load_denoiser, load_generator
-from rdmd_fast.errors import InputError
 
 SAYS = r"sampling without a class"
 NETWORK_WORDS = (
@@ -34,23 +32,20 @@ class Exports:
     def __init__(self, material):
         self.material = material
         self.bases = [*material.exports.values(), material.diffusers, material.diffusers]
-        self.mutations = {
-            name: (lambda case, chance, name=name: case.append((name, chance.randrange(2**31))))
-            for name in ("config", "header", "weights", "bytes", "text", "file", "layout")
-        }
         self.weights = {"config": 8, "header": 4, "weights": 2, "bytes": 2, "text": 1, "file": 1, "layout": 0.5}
+        self.mutations = noted(*self.weights)
 
-    def start(self, chance: random.Random, number: int) -> NetworkCase:
-        return NetworkCase(chance.choice(self.bases), chance.randrange(3))
+    def start(self, chance: random.Random, number: int) -> Edits:
+        return Edits(base=chance.choice(self.bases), door=chance.randrange(3))
 
-    def finish(self, case: NetworkCase, folder: Path):
+    def finish(self, case: Edits, folder: Path):
         odd_files(folder)
         model = Path(shutil.copytree(case.base, folder / "model"))
         for kind, seed in case:
             damage_model(model, kind, random.Random(seed), folder)
         if case.door == 0:
             role = load_generator if (case.base / "generator.safetensors").exists() else load_denoiser
-            return lambda: from_python(role), Rules(), None
+            return lambda: as_command(from_python, role), Rules(), None
         if case.base.name in ("generator", "affine", "points"):
             arguments = ["translate", "--model", "model", "--input", str(self.material.images), "--output", "out"]
         else:
@@ -60,25 +55,13 @@ class Exports:
         return lambda: cli.main(arguments), Rules(notes=SAYS), None
 
 
-class NetworkCase(list):
-    """(mutation, seed) pairs of a copy of ``base``; ``door`` is the entry point."""
-
-    def __init__(self, base: Path, door: int):
-        super().__init__()
-        self.base, self.door = base, door
-
-
 def from_python(load) -> int:
     """Load and run once, as a script of the user's would."""
     import torch
 
-    try:
-        network = load("model")
-        x = torch.zeros(2, *network.config.sample_shape)
-        y = network(x) if load is load_generator else network(x, 1.0)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    network = load("model")
+    x = torch.zeros(2, *network.config.sample_shape)
+    y = network(x) if load is load_generator else network(x, 1.0)
     return 0 if y.shape == x.shape else 70
 
 
@@ -96,9 +79,8 @@ def damage_model(model: Path, kind: str, chance: random.Random, folder: Path) ->
         elif move == 2 and tensors:
             shutil.move(tensors[0], model / "generator.safetensors")
         elif tensors:
-            names = chance.choice(
-                [["a"], ["../up"], [tensors[0].name], [tensors[0].name, "b"], ["/etc/passwd"], [7], []]
-            )
+            own = tensors[0].name
+            names = chance.choice([["a"], ["../up"], [own], [own, "b"], ["/etc/passwd"], [7], []])
             (model / f"{tensors[0].name}.index.json").write_text(json.dumps({"weight_map": dict(enumerate(names))}))
             tensors[0].rename(model / "moved.safetensors")
         return
@@ -133,22 +115,7 @@ def mutate_header(data: bytes, chance: random.Random) -> bytes:
         return data
     [size] = struct.unpack("<Q", data[:8])
     if chance.random() < 0.15:
-        wrong = chance.choice(
-            [
-                0,
-                1,
-                7,
-                size - 1,
-                size + 1,
-                size * 2,
-                len(data),
-                2**20,
-                2**31,
-                2**40,
-                2**63,
-                2**64 - 1,
-            ]
-        )
+        wrong = chance.choice([0, 1, 7, size - 1, size + 1, size * 2, len(data), 2**20, 2**31, 2**40, 2**63, 2**64 - 1])
         return struct.pack("<Q", wrong % 2**64) + data[8:]
     try:
         header = json.loads(data[8 : 8 + size])
@@ -158,59 +125,21 @@ def mutate_header(data: bytes, chance: random.Random) -> bytes:
     name = chance.choice(names or ["none"])
     entry = header.get(name)
     if kind == 0 and isinstance(entry, dict) and "dtype" in entry:
-        entry["dtype"] = chance.choice(
-            [
-                "F64",
-                "F16",
-                "BF16",
-                "I8",
-                "U8",
-                "I64",
-                "BOOL",
-                "F8_E4M3",
-                "F8_E5M2",
-                "C64",
-                "U16",
-                "F4",
-                "X",
-                "",
-                7,
-                None,
-            ]
-        )
+        entry["dtype"] = chance.choice([
+            "F64", "F16", "BF16", "I8", "U8", "I64", "BOOL", "F8_E4M3", "F8_E5M2", "C64", "U16", "F4", "X", "", 7,
+            None,
+        ])  # fmt: skip
     elif kind == 1 and isinstance(entry, dict) and "shape" in entry:
-        entry["shape"] = chance.choice(
-            [
-                [],
-                [0],
-                [-1],
-                [1],
-                [2**63],
-                [2**32, 2**32],
-                [1.5],
-                ["a"],
-                None,
-                entry["shape"][::-1],
-                entry["shape"] + [1],
-                [1] * 70,
-            ]
-        )
+        entry["shape"] = chance.choice([
+            [], [0], [-1], [1], [2**63], [2**32, 2**32], [1.5], ["a"], None, entry["shape"][::-1],
+            entry["shape"] + [1], [1] * 70,
+        ])  # fmt: skip
     elif kind == 2 and isinstance(entry, dict) and "data_offsets" in entry:
         begin, end = entry["data_offsets"]
-        entry["data_offsets"] = chance.choice(
-            [
-                [end, begin],
-                [0, end],
-                [begin, end + 4],
-                [begin, 2**63],
-                [-4, 0],
-                [begin],
-                [],
-                None,
-                [begin + 2, end + 2],
-                ["a", 1],
-            ]
-        )
+        entry["data_offsets"] = chance.choice([
+            [end, begin], [0, end], [begin, end + 4], [begin, 2**63], [-4, 0], [begin], [], None,
+            [begin + 2, end + 2], ["a", 1],
+        ])  # fmt: skip
     elif kind == 3 and entry is not None:
         header[chance.choice([name + "x", "", "../" + name, "\x00", "a" * 10000, name.upper(), "model." + name])] = (
             header.pop(name)
@@ -262,13 +191,11 @@ class Pickles:
 
     def __init__(self, material):
         self.bases = {path: (path.read_bytes(), opcodes_of(path.read_bytes())) for path in material.pickles}
+        changes = {"bytes": change_bytes, "opcode": change_opcodes, "call": insert_call}
+        changes |= {"argument": change_argument, "nested": change_nested}
         self.mutations = {
-            name: (lambda case, chance, change=change: case.change(change, chance))
-            for name, change in {
-                "bytes": change_bytes, "opcode": change_opcodes, "call": insert_call, "argument": change_argument,
-                "nested": change_nested,
-            }.items()
-        }  # fmt: skip
+            name: (lambda case, chance, change=change: case.change(change, chance)) for name, change in changes.items()
+        }
         self.weights = {"bytes": 3, "opcode": 3, "call": 3, "argument": 4, "nested": 2}
 
     def start(self, chance: random.Random, number: int) -> PickleCase:
@@ -351,22 +278,18 @@ def change_argument(data: bytes, opcodes, chance: random.Random) -> bytes:
     small = [each for each in held if each[2] - each[1] < 200]
     name, start, end = chance.choice(small or held)
     if "UNICODE" in name or "STRING" in name:
-        text = chance.choice(
-            [
-                b"os", b"system", b"builtins", b"eval", b"SongUNet", b"DhariwalUNet", b"EDMPrecond", b"model", b"",
-                b"a" * 70000, b"\xed\xa0\x80", b"_modules", b"_parameters", b"weight", b"../x", b"img_resolution",
-                b"channel_mult", b"\n",
-            ]
-        )  # fmt: skip
+        text = chance.choice([
+            b"os", b"system", b"builtins", b"eval", b"SongUNet", b"DhariwalUNet", b"EDMPrecond", b"model", b"",
+            b"a" * 70000, b"\xed\xa0\x80", b"_modules", b"_parameters", b"weight", b"../x", b"img_resolution",
+            b"channel_mult", b"\n",
+        ])  # fmt: skip
         return data[:start] + b"X" + struct.pack("<I", len(text)) + text + data[end:]
     if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "NEWTRUE", "NEWFALSE"):
-        value = chance.choice(
-            [
-                b"K\x00", b"K\xff", b"J\xff\xff\xff\xff", b"J\xff\xff\xff\x7f", b"\x8a\x09" + b"\xff" * 8 + b"\x00",
-                b"N", b"\x88", b"G" + struct.pack(">d", float("nan")), b"G" + struct.pack(">d", 1e300),
-                b"\x8a\xff" + b"\x7f" * 255, b"]", b"}",
-            ]
-        )  # fmt: skip
+        value = chance.choice([
+            b"K\x00", b"K\xff", b"J\xff\xff\xff\xff", b"J\xff\xff\xff\x7f", b"\x8a\x09" + b"\xff" * 8 + b"\x00", b"N",
+            b"\x88", b"G" + struct.pack(">d", float("nan")), b"G" + struct.pack(">d", 1e300),
+            b"\x8a\xff" + b"\x7f" * 255, b"]", b"}",
+        ])  # fmt: skip
         return data[:start] + value + data[end:]
     return data[: start + 1] + mutate_bytes(data[start + 1 : end], chance) + data[end:]
 

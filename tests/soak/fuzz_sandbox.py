@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rdmd_fast.data.cache import shared_memory
+from rdmd_fast.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXECUTED = 99  # status of a case that tried to run or write what it must not
@@ -26,16 +27,8 @@ STOP_AFTER = 12.0  # seconds after which a training is asked to stop
 
 # Libraries compile code of their own; these also have ways to compile what they read.
 READERS = (
-    "pickle",
-    "yaml",
-    "serialization",
-    "unpickler",
-    "numpy/lib",
-    "multiprocessing",
-    "rdmd_fast",
-    "kernels",
-    "tests",
-)
+    "pickle", "yaml", "serialization", "unpickler", "numpy/lib", "multiprocessing", "rdmd_fast", "kernels", "tests",
+)  # fmt: skip
 RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn", "subprocess.Popen")
 REACHES = ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.bind", "urllib.Request")
 CHANGES = ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod")
@@ -254,6 +247,15 @@ def _signature(text: str) -> str:
     last = [line for line in text.splitlines() if re.match(r"[A-Za-z_][\w.]*(: |$)", line)]
     name = last[-1].partition(":")[0] if last else "?"
     return f"traceback: {name} in {Path(path).name}:{line} {function}"
+
+
+def as_command(action: Callable, *arguments) -> int:
+    """Exit status of ``action``, whose refusals are told as a command tells them."""
+    try:
+        return action(*arguments) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def save_json(path: Path, values) -> None:

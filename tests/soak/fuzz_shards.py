@@ -7,21 +7,20 @@ import json
 import random
 import shutil
 import struct
-import sys
 import tarfile
 import zlib
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from fuzz_mutations import mutate_bytes, mutate_text, mutate_tree, odd_files, replace_by_odd
-from fuzz_sandbox import Rules
+from fuzz_mutations import Edits, mutate_bytes, mutate_text, mutate_tree, noted, odd_files, replace_by_odd
+from fuzz_sandbox import Rules, as_command
+from material import encoded, npy, npz, png_chunk, png_of_size
 from PIL import Image
 
 from rdmd_fast import cli
 from rdmd_fast.data.options import DataOptions
 from rdmd_fast.data.stream import open_stream
-from rdmd_fast.errors import InputError
 from rdmd_fast.randomness import Philox
 
 NAMES = [
@@ -31,19 +30,9 @@ NAMES = [
     "0_0.png", "0_0.jpg", "0_0.cls",
 ]  # fmt: skip
 LABELS = [
-    b"",
-    b"-1",
-    b"1e3",
-    b"9" * 30,
-    b"0x1",
-    b"1\n",
-    b" 2 ",
-    b"\xff",
-    "²".encode(),
-    b"3" * 19,
-    b"1" + b"0" * 17,
+    b"", b"-1", b"1e3", b"9" * 30, b"0x1", b"1\n", b" 2 ", b"\xff", "²".encode(), b"3" * 19, b"1" + b"0" * 17,
     b"\x00",
-]
+]  # fmt: skip
 
 
 class Shards:
@@ -55,18 +44,16 @@ class Shards:
         self.material = material
         self.bases = [material.images, material.images, material.latents, material.foreign, material.foreign]
         self.bases += [material.foreign_latents, material.pictures]
-        self.mutations = {
-            name: (lambda case, chance, name=name: case.append((name, chance.randrange(2**31))))
-            for name in ("member", "header", "manifest", "index", "bytes", "text", "file", "name")
-        }
         self.weights = {
             "member": 5, "header": 4, "manifest": 3, "index": 3, "bytes": 3, "text": 0.5, "file": 1, "name": 1.5,
         }  # fmt: skip
+        self.mutations = noted(*self.weights)
 
-    def start(self, chance: random.Random, number: int) -> ShardCase:
-        return ShardCase(chance.choice(self.bases), chance.randrange(8), chance.random() < 0.2)
+    def start(self, chance: random.Random, number: int) -> Edits:
+        base, door = chance.choice(self.bases), chance.randrange(8)
+        return Edits(base=base, door=door, windowed=chance.random() < 0.2)
 
-    def finish(self, case: ShardCase, folder: Path):
+    def finish(self, case: Edits, folder: Path):
         odd_files(folder)
         data = Path(shutil.copytree(case.base, folder / "data"))
         for kind, seed in case:
@@ -78,7 +65,7 @@ class Shards:
             arguments = ["pack", "data", "--out", "packed", "--workers", "1"]
             arguments += ["--resolution", "8"] if "latents" not in case.base.name else []
         elif case.door in (2, 3, 4):
-            return lambda: read_all(case.windowed), Rules(), None
+            return lambda: as_command(read_all, case.windowed), Rules(), None
         else:
             arguments = ["pack", "--check", "data", "--workers", "1"]
         return lambda: cli.main(arguments), Rules(notes=PACK_SAYS), None
@@ -87,28 +74,15 @@ class Shards:
 PACK_SAYS = r"(data|packed)[/:]|skipped, unreadable: |\d+ (near-empty|duplicates|unlike)"
 
 
-class ShardCase(list):
-    """(mutation, seed) pairs of a copy of ``base``; ``door`` is the entry point."""
-
-    def __init__(self, base: Path, door: int, windowed: bool):
-        super().__init__()
-        self.base, self.door, self.windowed = base, door, windowed
-
-
-def read_all(windowed: bool) -> int:
+def read_all(windowed: bool) -> None:
     """Two epochs of a set as a training reads it, and its labels."""
-    try:
-        options = DataOptions(cache_gib=0.0 if windowed else 4.0, cache_dir="cache")
-        stream = open_stream("data", Philox(0), "source", options)
-        positions = np.arange(2 * stream.len)
-        for batch in np.array_split(positions, 4):
-            stream.batch(batch)
-        if stream.shards.labels is not None:
-            stream.labels(positions)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = DataOptions(cache_gib=0.0 if windowed else 4.0, cache_dir="cache")
+    stream = open_stream("data", Philox(0), "source", options)
+    positions = np.arange(2 * stream.len)
+    for batch in np.array_split(positions, 4):
+        stream.batch(batch)
+    if stream.shards.labels is not None:
+        stream.labels(positions)
 
 
 def damage_set(data: Path, kind: str, chance: random.Random, folder: Path) -> None:
@@ -132,11 +106,8 @@ def damage_set(data: Path, kind: str, chance: random.Random, folder: Path) -> No
         path = chance.choice(whole) if whole else None
         if path and path.is_file():
             form = path.suffix.removeprefix(".")
-            path.write_bytes(
-                odd_sample(path.read_bytes(), form, chance)
-                if kind == "member"
-                else mutate_bytes(path.read_bytes(), chance)
-            )
+            whole = path.read_bytes()
+            path.write_bytes(odd_sample(whole, form, chance) if kind == "member" else mutate_bytes(whole, chance))
         return
     path = chance.choice([path for path in tars if path.is_file()] or [None])
     if path is None:
@@ -202,28 +173,22 @@ def rewrite(path: Path, kind: str, chance: random.Random) -> None:
     if kind == "name":
         info.name = chance.choice(NAMES)
         if chance.random() < 0.2:
-            info.type = chance.choice(
-                [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
-            )
+            info.type = chance.choice([b"1", b"2", b"3", b"5", b"6"])  # links, a device, a folder, a pipe
             info.linkname, content = "/etc/passwd", b""
         if chance.random() < 0.3:
-            info.pax_headers = chance.choice(
-                [
-                    {"size": "-1"}, {"size": "1e30"}, {"path": "\x00"}, {"path": "../x.png"},
-                    {"GNU.sparse.map": "0,1,a"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"},
-                    {"mtime": "nan"}, {"comment": "x" * 100000}, {"GNU.sparse.size": "1000000000000000"},
-                    {"uid": "9" * 5000}, {"hdrcharset": "BINARY"},
-                ]
-            )  # fmt: skip
+            info.pax_headers = chance.choice([
+                {"size": "-1"}, {"size": "1e30"}, {"path": "\x00"}, {"path": "../x.png"}, {"GNU.sparse.map": "0,1,a"},
+                {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"mtime": "nan"}, {"comment": "x" * 100000},
+                {"GNU.sparse.size": "1000000000000000"}, {"uid": "9" * 5000}, {"hdrcharset": "BINARY"},
+            ])  # fmt: skip
     else:
         form = info.name.rpartition(".")[2]
         content = chance.choice(LABELS) if form == "cls" else odd_sample(content, form, chance)
     members[at] = info, content
     if chance.random() < 0.1:
         members.append(members[chance.randrange(len(members))])
-    with tarfile.open(
-        path, "w", format=chance.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]), errors="surrogateescape"
-    ) as tar:
+    form = chance.choice([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+    with tarfile.open(path, "w", format=form, errors="surrogateescape") as tar:
         for each, data in members:
             each.size = len(data)
             try:
@@ -233,20 +198,12 @@ def rewrite(path: Path, kind: str, chance: random.Random) -> None:
 
 
 NUMBERS = [
-    b"\x80" + b"\xff" * 11,
-    b"\xff" * 12,
-    b"\x80" + b"\x00" * 3 + b"\x7f" + b"\xff" * 7,
-    b"\xff" * 10 + b"\xfe\x00",
+    b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x80" + b"\x00" * 3 + b"\x7f" + b"\xff" * 7, b"\xff" * 10 + b"\xfe\x00",
     b"77777777777\0",
-]
+]  # fmt: skip
 NUMBERS += [
-    b"-0000000001\0",
-    b"           \0",
-    b"abcdefghijk\0",
-    b"00000000000\0",
-    b"00000001000\0",
-    b"\xff" * 11 + b"\x00",
-]
+    b"-0000000001\0", b"           \0", b"abcdefghijk\0", b"00000000000\0", b"00000001000\0", b"\xff" * 11 + b"\x00",
+]  # fmt: skip
 
 
 def mutate_headers(data: bytes, chance: random.Random) -> bytes:
@@ -265,15 +222,7 @@ def mutate_headers(data: bytes, chance: random.Random) -> bytes:
             [b"1", b"2", b"3", b"5", b"6", b"7", b"g", b"x", b"L", b"K", b"S", b"V", b"M", b"X", b"\0", b"\xff"]
         )
     elif kind == "name":
-        block[:100] = chance.choice(
-            [
-                bytes(100),
-                b"\xff" * 100,
-                b"../" * 33 + b"a",
-                b"a/" * 50,
-                b"./.png" + bytes(94),
-            ]
-        )
+        block[:100] = chance.choice([bytes(100), b"\xff" * 100, b"../" * 33 + b"a", b"a/" * 50, b"./.png" + bytes(94)])
     elif kind == "magic":
         block[257:265] = chance.choice([b"ustar  \0", bytes(8), b"ustar\00099", b"USTAR\00000"])
     elif kind == "link":
@@ -306,67 +255,38 @@ def odd_sample(content: bytes, form: str, chance: random.Random) -> bytes:
 def odd_image(chance: random.Random) -> bytes:
     kind = chance.choice(["bomb", "wide", "mode", "other size", "chunk", "animation", "jpeg size", "format", "exif"])
     if kind in ("bomb", "wide"):
-        sides = (
-            (60000, 60000)
-            if kind == "bomb"
-            else chance.choice([(11000, 11000), (2**31 - 1, 1), (1, 10**6), (0, 5), (16000, 9000)])
-        )
-        return png(*sides, zlib.compress(bytes(1 << 20)))
+        wide = chance.choice([(11000, 11000), (2**31 - 1, 1), (1, 10**6), (0, 5), (16000, 9000)])
+        return png_of_size(*(60000, 60000) if kind == "bomb" else wide, zlib.compress(bytes(1 << 20)))
     if kind == "mode":
         mode = chance.choice(["1", "L", "LA", "P", "RGBA", "I;16", "CMYK"])
         image = Image.new(mode, (8, 8))
         if mode == "P":
             image.info["transparency"] = bytes(range(200))
-        form = "JPEG" if mode == "CMYK" else "PNG"
-        buffer = BytesIO()
-        image.save(buffer, form)
-        return buffer.getvalue()
+        return encoded(image, "JPEG" if mode == "CMYK" else "PNG")
     if kind == "other size":
-        return encode(Image.new("RGB", chance.choice([(1, 1), (9, 8), (3000, 2), (300, 300)])), "PNG")
+        return encoded(Image.new("RGB", chance.choice([(1, 1), (9, 8), (3000, 2), (300, 300)])))
     if kind == "chunk":
         name, body = chance.choice([
             (b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 24))), (b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 22))),
             (b"tEXt", b"a\0" + b"x" * 100000), (b"tRNS", b"\xff" * 300), (b"gAMA", b"\0"), (b"eXIf", b"MM\0*\xff"),
         ])  # fmt: skip
-        return png(8, 8, zlib.compress(bytes(8 * 25)), extra=chunk(name, body))
+        return png_of_size(8, 8, zlib.compress(bytes(8 * 25)), extra=png_chunk(name, body))
     if kind == "animation":
         frames = [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(3)]
-        buffer = BytesIO()
-        frames[0].save(buffer, chance.choice(["PNG", "WEBP", "GIF"]), save_all=True, append_images=frames[1:])
-        return buffer.getvalue()
+        return encoded(frames[0], chance.choice(["PNG", "WEBP", "GIF"]), save_all=True, append_images=frames[1:])
     if kind == "exif":
         exif = Image.Exif()
         exif[274] = chance.choice([0, 3, 6, 99, 65535])
-        data = exif.tobytes()
-        image = Image.new("RGB", (8, 8))
-        buffer = BytesIO()
-        image.save(buffer, "JPEG", exif=data if chance.random() < 0.5 else b"Exif\0\0" + chance.randbytes(60))
-        return buffer.getvalue()
+        data = exif.tobytes() if chance.random() < 0.5 else b"Exif\0\0" + chance.randbytes(60)
+        return encoded(Image.new("RGB", (8, 8)), "JPEG", exif=data)
     if kind == "format":
-        return encode(
-            Image.new("RGB", (8, 8)), chance.choice(["BMP", "TIFF", "PPM", "GIF", "ICO", "TGA", "PDF", "EPS"])
-        )
-    data = bytearray(encode(Image.new("RGB", (8, 8)), "JPEG"))
+        form = chance.choice(["BMP", "TIFF", "PPM", "GIF", "ICO", "TGA", "PDF", "EPS"])
+        return encoded(Image.new("RGB", (8, 8)), form)
+    data = bytearray(encoded(Image.new("RGB", (8, 8)), "JPEG"))
     at = data.find(b"\xff\xc0")
-    data[at + 5 : at + 9] = struct.pack(
-        ">HH", *chance.choice([(65535, 65535), (0, 8), (8, 0), (12000, 12000), (8, 65535)])
-    )
+    sides = chance.choice([(65535, 65535), (0, 8), (8, 0), (12000, 12000), (8, 65535)])
+    data[at + 5 : at + 9] = struct.pack(">HH", *sides)
     return bytes(data)
-
-
-def encode(image: Image.Image, form: str) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, form)
-    return buffer.getvalue()
-
-
-def png(width: int, height: int, pixels: bytes, extra: bytes = b"") -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-
-
-def chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 HEADERS = [
@@ -405,13 +325,9 @@ def odd_array(content: bytes, chance: random.Random) -> bytes:
         values[chance.randrange(len(values))] = chance.choice([np.nan, np.inf, -np.inf, 3e38])
         return content[:-1024] + values.tobytes()
     if kind == 1:
-        buffer = BytesIO()
-        np.savez(buffer, a=np.zeros(4))
-        return buffer.getvalue() if chance.random() < 0.5 else buffer.getvalue()[:50]
+        return npz(a=np.zeros(4))[: None if chance.random() < 0.5 else 50]
     if kind == 2:
-        buffer = BytesIO()
-        np.save(buffer, np.array([Evil()], dtype=object), allow_pickle=True)
-        return buffer.getvalue()
+        return npy(np.array([Evil()], dtype=object), allow_pickle=True)
     text = chance.choice(HEADERS).encode()
     version = chance.choice([b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x09\x09"])
     length = struct.pack("<H", len(text)) if version[:1] == b"\x01" else struct.pack("<I", len(text))

@@ -34,26 +34,26 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import torch
 from safetensors.torch import load_file
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from material import toy_rdmd
+
 STEPS, EVERY = 36, 4
-VALUES = {
-    "stage": "rdmd",
-    "data": {"source": {"toy": "gaussian"}, "target": {"toy": "8gaussians"}},
-    "teacher": "analytic",
-    "network": {"kind": "mlp", "hidden": 32, "depth": 1},
-    "generator": {"kind": "mlp", "hidden": 32, "depth": 1},
-    "rdmd": {
+VALUES = toy_rdmd(
+    network={"kind": "mlp", "hidden": 32, "depth": 1},
+    generator={"kind": "mlp", "hidden": 32, "depth": 1},
+    rdmd={
         "weighting": "uniform",
         "fake_warmup": 3,
         "generator_optimizer": {"lr": 1e-3, "warmup": 5},
         "fake_optimizer": {"lr": 1e-3, "grad_clip": 10.0},
         "ema": {"half_life": 100.0},
     },
-    "train": {"steps": STEPS, "global_batch_size": 16},
+    train={"steps": STEPS, "global_batch_size": 16},
     # A line averages over five iterations, a checkpoint comes every four: unfinished means are in it, too.
-    "telemetry": {"log_every": 5, "sample_every": 0, "tensorboard": False},
-    "validation": {"count": 16, "every": 10},
-    "checkpoint": {"every": EVERY},
-}
+    telemetry={"log_every": 5, "sample_every": 0, "tensorboard": False},
+    validation={"count": 16, "every": 10},
+    checkpoint={"every": EVERY},
+)
 GRACE_SECONDS = 10.0  # for ranks to notice that another one died
 LIMIT_SECONDS = 120.0  # a start that takes longer hangs
 

@@ -37,23 +37,20 @@ def test_trainings_of_the_shipped_studies(name, monkeypatch):
         assert teacher.export or load_config(teacher.config, teacher.overrides).stage == "teacher"
 
 
-@pytest.mark.parametrize(
-    "override, line",
-    [
-        ("judge_label=null", "judge_label: missing, name the label of the target domain"),
-        ("judge=null", "judge, features: name one, quality is measured in its features"),
-        ("source.val=x", "unknown key source.val"),
-        ("rdmd.transport_weights=[0.1, 0.1]", "rdmd: transport_weights: names a λ twice"),
-        ("rdmd.transport_weights=[-1]", "rdmd.transport_weights.0: input should be greater than or equal to 0"),
-        ("rdmd.transport_weights=[1]", "conditioned.transport_weights: rdmd.transport_weights lacks 0.02, add it"),
-        ("baselines=[{method: ilvr}, {method: ilvr, factor: 4}]", "baselines: has a setting twice, .*"),
-        ("teachers.target.export=x", "teachers.target: name one of export .* and config"),
-        ("teachers.source=null", "teachers.source: missing, ddib needs it"),
-        ("baselines=[{method: sdedit, sigma: 1}]", "unknown key baselines.0.sigma, did you mean baselines.sigma0"),
-        ("baselines=[{method: cut}]", "baselines.0: input tag 'cut' found using 'method' does not match"),
-        ("teachers.source={export: x, overrides: [a=b]}", "teachers.source: overrides: are of a config"),
-    ],
-)
+@pytest.mark.parametrize("override, line", [
+    ("judge_label=null", "judge_label: missing, name the label of the target domain"),
+    ("judge=null", "judge, features: name one, quality is measured in its features"),
+    ("source.val=x", "unknown key source.val"),
+    ("rdmd.transport_weights=[0.1, 0.1]", "rdmd: transport_weights: names a λ twice"),
+    ("rdmd.transport_weights=[-1]", "rdmd.transport_weights.0: input should be greater than or equal to 0"),
+    ("rdmd.transport_weights=[1]", "conditioned.transport_weights: rdmd.transport_weights lacks 0.02, add it"),
+    ("baselines=[{method: ilvr}, {method: ilvr, factor: 4}]", "baselines: has a setting twice, .*"),
+    ("teachers.target.export=x", "teachers.target: name one of export .* and config"),
+    ("teachers.source=null", "teachers.source: missing, ddib needs it"),
+    ("baselines=[{method: sdedit, sigma: 1}]", "unknown key baselines.0.sigma, did you mean baselines.sigma0"),
+    ("baselines=[{method: cut}]", "baselines.0: input tag 'cut' found using 'method' does not match"),
+    ("teachers.source={export: x, overrides: [a=b]}", "teachers.source: overrides: are of a config"),
+])  # fmt: skip
 def test_what_is_wrong_with_a_study_is_one_line(override, line):
     with pytest.raises(InputError, match=rf"^study .*study.yaml: {line}[^\n]*$"):
         load_study(DIGITS, [override])

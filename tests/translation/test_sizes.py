@@ -5,25 +5,20 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from material import random_pixels
 from PIL import Image
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.translation.sizes import Crop, Resize, Tiles, make_size, tile_axis
 
 AXES = [
-    (8, 8, 0.25),
-    (9, 8, 0.25),
-    (15, 8, 0.25),
-    (16, 8, 0.0),
-    (100, 8, 0.25),
-    (101, 7, 0.5),
-    (64, 16, 0.9),
+    (8, 8, 0.25), (9, 8, 0.25), (15, 8, 0.25), (16, 8, 0.0), (100, 8, 0.25), (101, 7, 0.5), (64, 16, 0.9),
     (5, 1, 0.5),
-]
+]  # fmt: skip
 
 
 def picture(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(height * 100 + width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return random_pixels(height * 100 + width, height, width, 3)
 
 
 @pytest.mark.parametrize(("length", "side", "overlap"), AXES)

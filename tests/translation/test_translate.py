@@ -4,26 +4,22 @@ import signal
 import threading
 import time
 
+import material
 import numpy as np
 import pytest
 import torch
+from material import error_line, files_of, pixels_of, save_images, write_files
 from PIL import Image
 
 from rdmd_fast import cli, load_generator
-from rdmd_fast.data.packing.shard_writer import ShardWriter
-from rdmd_fast.model_files.export_format import ExportConfig, write_export
-from rdmd_fast.networks import build_network
+from rdmd_fast.model_files.export_format import write_export
 from rdmd_fast.processes.devices import pick_devices
-
-NETWORK = {"kind": "song_unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
 
 
 def export(folder, brighter: float | None):
     """A generator G(x) = x + ``brighter`` of 8×8 images, or one of random weights."""
-    values = {"role": "generator", "reading": "mlp", "generator_sigma": 1.0, "network": NETWORK}
-    config = ExportConfig.model_validate(values | {"sample_shape": [3, 8, 8], "diffusion": {}})
-    torch.manual_seed(0)
-    weights = build_network(config.network, (3, 8, 8), dropout=False).state_dict()
+    config, network = material.generator_of(material.small_unet(1, 2), (3, 8, 8))
+    weights = network.state_dict()
     for name in weights:
         if "aux_conv" in name:
             scale = 0.2 if brighter is None else 0.0
@@ -37,43 +33,26 @@ def export(folder, brighter: float | None):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {
-        name: export(folder / name, brighter) for name, brighter in (("same", 0.0), ("lighter", 0.2), ("any", None))
-    }
+    shifts = {"same": 0.0, "lighter": 0.2, "any": None}
+    return {name: export(folder / name, brighter) for name, brighter in shifts.items()}
 
 
 def picture(number: int, height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return material.random_pixels(number, height, width, 3)
 
 
 @pytest.fixture
 def photos(tmp_path):
     """name -> pixels, upright, of a folder ``in``."""
-    photos = {
-        "a.png": picture(0, 8, 8),
-        "deep/b.c.png": picture(1, 21, 13),
-        "deep/er/d.png": picture(2, 5, 30),
-        "e.png": picture(3, 40, 9),
-    }
-    for name, pixels in photos.items():
-        path = tmp_path / "in" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
+    sizes = {"a.png": (8, 8), "deep/b.c.png": (21, 13), "deep/er/d.png": (5, 30), "e.png": (40, 9)}
+    photos = {name: picture(number, *size) for number, (name, size) in enumerate(sizes.items())}
+    save_images(tmp_path / "in", photos)
     return photos
 
 
 def translate(model, source, output, *extra) -> int:
     arguments = ["--model", model, "--input", source, "--output", output, "--device", "cpu", *extra]
     return cli.main(["translate", *map(str, arguments)])
-
-
-def pixels_of(path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def files_of(folder) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -109,8 +88,7 @@ def test_tiles_of_an_image_are_by_themselves_and_few_images_wait(models, photos,
 
     monkeypatch.setattr(Translator, "__call__", counted_call)
     monkeypatch.setattr(Outputs, "write", slow_write)
-    for number in range(10):
-        Image.fromarray(picture(number, 8, 8)).save(tmp_path / f"in/{number}.png")
+    save_images(tmp_path / "in", {f"{number}.png": picture(number, 8, 8) for number in range(10)})
     assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--size", "tiles") == 0
     assert len(written) == 14 and all(len(names) == 1 for _, names in batches)
     assert max(most) <= 2 + 1
@@ -132,11 +110,10 @@ def test_resized_images_come_back_at_their_own_size(models, photos, tmp_path):
 
 
 def test_turned_photos_come_out_upright(models, tmp_path):
-    (tmp_path / "in").mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned by 90° anticlockwise
     upright = picture(0, 20, 9)
-    Image.fromarray(np.rot90(upright)).save(tmp_path / "in/a.png", exif=exif)
+    save_images(tmp_path / "in", {"a.png": np.rot90(upright)}, exif=exif)
     assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--size", "tiles") == 0
     np.testing.assert_array_equal(pixels_of(tmp_path / "out/a.png"), upright)
     with Image.open(tmp_path / "out/a.png") as image:
@@ -145,10 +122,7 @@ def test_turned_photos_come_out_upright(models, tmp_path):
 
 def test_shards_of_another_size(models, tmp_path, capsys):
     images = [picture(number, 12, 16) for number in range(3)]
-    with ShardWriter(tmp_path / "in", {}, "test", 100) as writer:
-        for number, image in enumerate(images):
-            writer.write(f"deep/{number}", image)
-        writer.commit()
+    material.write_shards(tmp_path / "in", images, key="deep/{}")
     assert translate(models["same"], tmp_path / "in", tmp_path / "out") == 2
     assert "choose --size resize or tiles" in capsys.readouterr().err
     assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--size", "tiles") == 0
@@ -160,8 +134,7 @@ def test_shards_of_another_size(models, tmp_path, capsys):
 def test_formats(models, tmp_path, suffix, kind):
     rows, columns = np.mgrid[:16, :16]
     smooth = np.stack([rows * 8, columns * 8, 128 - rows * 4 + columns * 4], axis=-1).astype(np.uint8)
-    (tmp_path / "in").mkdir()
-    Image.fromarray(smooth).save(tmp_path / "in/a.png")
+    save_images(tmp_path / "in", {"a.png": smooth})
     assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--size", "tiles", "--format", suffix) == 0
     with Image.open(tmp_path / f"out/a.{suffix}") as image:
         assert image.format == kind
@@ -205,7 +178,7 @@ def test_unreadable_files_end_it_or_are_skipped(models, photos, tmp_path, capsys
     (tmp_path / "in/deep/cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "in/text.jpg").write_text("no picture")
     assert translate(models["same"], tmp_path / "in", tmp_path / "out") == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+    assert error_line(capsys) and not (tmp_path / "out").exists()
     assert translate(models["same"], tmp_path / "in", tmp_path / "out", "--skip-unreadable") == 0
     said = capsys.readouterr()
     assert "4 images, 2 unreadable ones skipped" in said.out
@@ -214,9 +187,7 @@ def test_unreadable_files_end_it_or_are_skipped(models, photos, tmp_path, capsys
 
 
 def test_files_that_differ_in_their_suffix_alone(models, tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    for name in ("a.png", "a.bmp"):
-        Image.fromarray(picture(0, 8, 8)).save(tmp_path / "in" / name)
+    save_images(tmp_path / "in", dict.fromkeys(("a.png", "a.bmp"), picture(0, 8, 8)))
     assert translate(models["same"], tmp_path / "in", tmp_path / "out") == 0
     assert files_of(tmp_path / "out").keys() == {"a_png.png", "a_bmp.png"}
     Image.fromarray(picture(0, 8, 8)).save(tmp_path / "in/a_png.gif")
@@ -240,8 +211,8 @@ def test_what_is_not_finite_is_an_error(models, photos, tmp_path, capsys):
     for size in ("crop", "tiles"):
         flags = "--size", size, "--dtype"
         assert translate(model, tmp_path / "in", tmp_path / "out", *flags, "fp16") == 2
-        said = capsys.readouterr().err.strip().splitlines()
-        assert len(said) == 1 and "the translation of a is not finite" in said[0] and "--dtype bf16 or fp32" in said[0]
+        said = error_line(capsys)
+        assert "the translation of a is not finite" in said and "--dtype bf16 or fp32" in said
         assert not (tmp_path / "out" / name).exists()
         assert translate(model, tmp_path / "in", tmp_path / size, *flags, "bf16") == 0
         assert (pixels_of(tmp_path / size / name) == 255).all()
@@ -297,8 +268,7 @@ def test_two_processes_write_what_one_writes(models, photos, tmp_path, capfd):
     # An error in one of them is the only thing that is said.
     (tmp_path / "in/e.png").write_bytes(b"")
     assert translate(*arguments, tmp_path / "three", *flags, "--workers", 2) == 2
-    said = capfd.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and "e.png: not a readable image" in said[0]
+    assert "e.png: not a readable image" in error_line(capfd)
     assert not [name for name in files_of(tmp_path / "three") if name.endswith(".partial")]
 
 
@@ -312,13 +282,11 @@ def test_two_processes_write_what_one_writes(models, photos, tmp_path, capfd):
 ])  # fmt: skip
 def test_flags_that_do_not_fit_are_one_line(models, photos, tmp_path, capsys, extra, message):
     assert translate(models["same"], tmp_path / "in", tmp_path / "out", *extra) == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert len(said) == 1 and message in said[0] and not (tmp_path / "out").exists()
+    assert message in error_line(capsys) and not (tmp_path / "out").exists()
 
 
 def test_sizes_and_formats_are_of_images(models, tmp_path, capsys):
-    (tmp_path / "in").mkdir()
-    np.save(tmp_path / "in/a.npy", np.zeros((3, 8, 8), np.float32))
+    write_files(tmp_path / "in", {"a.npy": material.npy(np.zeros((3, 8, 8), np.float32))})
     for flags, message in ((("--size", "tiles"), "is for images"), (("--format", "jpg"), "is for images")):
         assert translate(models["same"], tmp_path / "in", tmp_path / "out", *flags) == 2
         assert message in capsys.readouterr().err

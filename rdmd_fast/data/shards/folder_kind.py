@@ -77,7 +77,7 @@ def look_into(folder: str | Path, without: Sequence[str | Path] = ()) -> Content
     _, entries = list_entries(folder)
     if is_packed(folder):
         if strays := [name for name, _ in entries if is_image(name)]:
-            raise _mixed(folder, "a packed set", MANIFEST, Kind.IMAGES, min(strays))
+            raise mixed(folder, {Kind.PACKED: [MANIFEST], Kind.IMAGES: sorted(strays)})
         return Contents(folder, Kind.PACKED, [], Counter())
     files = walk_files(folder, without)
     kinds = {
@@ -89,8 +89,7 @@ def look_into(folder: str | Path, without: Sequence[str | Path] = ()) -> Content
         kinds[Kind.TARS] = [tar for tar in kinds[Kind.TARS] if not _is_unpacked(folder / tar, kinds[Kind.IMAGES])]
     found = [kind for kind, paths in kinds.items() if paths]
     if len(found) > 1:
-        first, second = found[:2]
-        raise _mixed(folder, f"{len(kinds[first])} {first.value}", kinds[first][0], second, kinds[second][0])
+        raise mixed(folder, {each: kinds[each] for each in found})
     kind = found[0] if found else Kind.NOTHING
     taken = set(kinds.get(kind, ()))
     return Contents(
@@ -134,10 +133,10 @@ def _stem(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def _mixed(folder: Path, first: str, first_file: str, second: Kind, second_file: str) -> InputError:
-    return InputError(
-        f"{folder}: holds {first} ({first_file}) and {second.value} ({second_file}); move one of the kinds elsewhere"
-    )
+def mixed(origin: str | Path, files: dict[Kind, list[str]]) -> InputError:
+    """The error of samples of several kinds in one place: a file of each is named."""
+    named = " and ".join(f"{kind.value} ({paths[0]})" for kind, paths in files.items())
+    return InputError(f"{origin}: holds {named}; keep one kind there and move the others elsewhere")
 
 
 def describe_file(path: Path) -> str:

@@ -9,20 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import material
 import numpy as np
 import pytest
+from material import encoded, write_shards
 
 from rdmd_fast.data.cache import worker_pool
 from rdmd_fast.data.cache.decoder import Decoder
 from rdmd_fast.data.cache.shared_memory import private_store
 from rdmd_fast.data.cache.worker_pool import WorkerPool
 from rdmd_fast.data.cache.worker_process import TASK_SAMPLES
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.data.shards.sample_reader import GOOD, SampleReader
 from rdmd_fast.data.shards.shard_set import ShardSet
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from damaged import COUNT, encoded, packed, served, stream_of, write_tar
+from damaged import COUNT, packed, picture, served, stream_of, write_tar
 
 
 @pytest.fixture
@@ -83,11 +84,7 @@ def test_workers_load_no_more_than_reading_takes(folder):
 
 def test_workers_decode_arrays(tmp_path):
     points = np.random.default_rng(0).normal(size=(40, 3, 2, 2)).astype(np.float32)
-    with ShardWriter(tmp_path / "set", {}, "test", 16) as writer:
-        for i, point in enumerate(points):
-            writer.write(f"{i}", point)
-        writer.commit()
-    shards = ShardSet(tmp_path / "set")
+    shards = ShardSet(write_shards(tmp_path / "set", points, 16))
     decoder = Decoder(shards, private_store(40, shards.shape, np.float32), 1)
     assert all_by_workers(decoder)
     np.testing.assert_array_equal(decoder._store.samples, points)
@@ -348,15 +345,8 @@ def test_a_fork_of_the_parent_ends_nothing(folder, expected):
 
 
 def test_formats_of_all_kinds_come_alike_from_workers(tmp_path):
-    import io
-    import tarfile
-
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for number, (form, name) in enumerate([("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")] * 4):
-            data = encoded(number, form)
-            info = tarfile.TarInfo(f"{number}.{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    forms = enumerate([("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")] * 4)
+    material.write_tar(tmp_path / "a.tar", {f"{i}.{name}": encoded(picture(i), form) for i, (form, name) in forms})
     decoder = decoder_of(tmp_path, 1)
     assert all_by_workers(decoder)
     pixels = np.stack([decoder._shards.read(index) for index in range(12)])

@@ -1,33 +1,24 @@
 """``rdmd pack --check`` against each kind of damage."""
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
-
-from rdmd_fast import cli
-from rdmd_fast.data.packing.shard_writer import ShardWriter
+from material import encoded, error_line, pack, random_pixels, write_shards, write_tar
 
 
 def check(*words):
-    return cli.main(["pack", "--check", *map(str, words)])
+    return pack("--check", *words)
 
 
-def images(count, seed=0, side=8):
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+def images(count, seed=0):
+    return random_pixels(seed, count, 8, 8, 3)
 
 
 def packed(folder, samples, labels=True):
-    with ShardWriter(folder, {}, "test", 5) as writer:
-        for i, sample in enumerate(samples):
-            writer.write(f"k{i:02d}", sample, i % 3 if labels else None)
-        writer.commit()
-    return folder
+    return write_shards(folder, samples, 5, "k{:02d}", [i % 3 for i in range(len(samples))] if labels else None)
 
 
 @pytest.fixture
@@ -117,23 +108,20 @@ def pixels_under_a_right_hash(folder):
 
 
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize(
-    ("damage", "faults"),
-    [
-        (damage_pixels, ["shard-000001.tar: sha256 differs"]),
-        (cut, ["shard-000001.tar: has 5000 bytes of", "shard-000001.tar: truncated"]),
-        (delete, ["shard-000002.tar: is missing"]),
-        (empty_shard, ["shard-000001.tar: has 0 bytes of", "shard-000001.tar: truncated"]),
-        (swap_index, ["index.json: sha256 differs", "index.json tells other samples than"]),
-        (swap_index_and_its_hash, ["shard-000000.tar: index.json tells other samples than the shard's headers"]),
-        (relabel, ["shard-000000.tar: index.json tells other labels than the shard"]),
-        (lambda folder: (folder / "index.json").unlink(), ["index.json: cannot be read"]),
-        (stray_shard, ["shard-000007.tar: is not in manifest.json"]),
-        (other_count, ["counts 12 samples where the shards hold 13"]),
-        (no_json, ["manifest.json: unreadable"]),
-        (outside, ["manifest.json: unreadable", "is no file name"]),
-    ],
-)
+@pytest.mark.parametrize(("damage", "faults"), [
+    (damage_pixels, ["shard-000001.tar: sha256 differs"]),
+    (cut, ["shard-000001.tar: has 5000 bytes of", "shard-000001.tar: truncated"]),
+    (delete, ["shard-000002.tar: is missing"]),
+    (empty_shard, ["shard-000001.tar: has 0 bytes of", "shard-000001.tar: truncated"]),
+    (swap_index, ["index.json: sha256 differs", "index.json tells other samples than"]),
+    (swap_index_and_its_hash, ["shard-000000.tar: index.json tells other samples than the shard's headers"]),
+    (relabel, ["shard-000000.tar: index.json tells other labels than the shard"]),
+    (lambda folder: (folder / "index.json").unlink(), ["index.json: cannot be read"]),
+    (stray_shard, ["shard-000007.tar: is not in manifest.json"]),
+    (other_count, ["counts 12 samples where the shards hold 13"]),
+    (no_json, ["manifest.json: unreadable"]),
+    (outside, ["manifest.json: unreadable", "is no file name"]),
+])  # fmt: skip
 def test_each_kind_of_damage_is_found(shards, capsys, damage, faults, fast):
     damage(shards)
     assert check(shards, *["--fast"] * fast) == 2
@@ -143,13 +131,10 @@ def test_each_kind_of_damage_is_found(shards, capsys, damage, faults, fast):
     assert captured.err.count("\n") == 1 and captured.err.startswith("error: ") and faults[0] in captured.err
 
 
-@pytest.mark.parametrize(
-    ("damage", "fault"),
-    [
-        (pixels_under_a_right_hash, "shard-000001.tar: sample 'k07': cannot be decoded"),
-        (other_shape, "shard-000000.tar: sample 'k00': has shape (8, 8, 3) where manifest.json says (9, 9, 3)"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "fault"), [
+    (pixels_under_a_right_hash, "shard-000001.tar: sample 'k07': cannot be decoded"),
+    (other_shape, "shard-000000.tar: sample 'k00': has shape (8, 8, 3) where manifest.json says (9, 9, 3)"),
+])  # fmt: skip
 def test_what_only_decoding_tells_is_found_without_fast(shards, capsys, damage, fault):
     damage(shards)
     assert check(shards, "--fast") == 0
@@ -179,32 +164,22 @@ def test_whole_sets_pass(tmp_path, capsys):
 
 
 def test_foreign_tars_are_decoded(tmp_path, capsys):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for i, image in enumerate(images(4)):
-            buffer = io.BytesIO()
-            Image.fromarray(image).save(buffer, "JPEG")
-            data = buffer.getvalue()[: 200 if i == 2 else None]
-            member = tarfile.TarInfo(f"{i}.jpg")
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
+    files = [encoded(image, "JPEG")[: 200 if i == 2 else None] for i, image in enumerate(images(4))]
+    write_tar(tmp_path / "a.tar", {f"{i}.jpg": data for i, data in enumerate(files)})
     assert check(tmp_path) == 2
     assert "a.tar: sample '2': cannot be decoded" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--check", "{set}", "--resolution", "8"], "--resolution: does nothing with --check"),
-        (["source", "--check", "{set}"], "SOURCE: does nothing with --check"),
-        (["--check", "{set}/nowhere"], "no such folder"),
-        (["--check", "{empty}"], "holds no shards"),
-        (["--check", "{set}", "--workers", "0"], "--workers 0 must be at least 1"),
-        (["digits", "--out", "x", "--fast"], "--fast: is for --check"),
-        ([], "name a SOURCE and --out DIR"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (["--check", "{set}", "--resolution", "8"], "--resolution: does nothing with --check"),
+    (["source", "--check", "{set}"], "SOURCE: does nothing with --check"),
+    (["--check", "{set}/nowhere"], "no such folder"),
+    (["--check", "{empty}"], "holds no shards"),
+    (["--check", "{set}", "--workers", "0"], "--workers 0 must be at least 1"),
+    (["digits", "--out", "x", "--fast"], "--fast: is for --check"),
+    ([], "name a SOURCE and --out DIR"),
+])  # fmt: skip
 def test_requests_that_make_no_sense_are_refused(shards, tmp_path, capsys, words, message):
     (tmp_path / "empty").mkdir()
-    assert cli.main(["pack", *(word.format(set=shards, empty=tmp_path / "empty") for word in words)]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert pack(*(word.format(set=shards, empty=tmp_path / "empty") for word in words)) == 2
+    assert message in error_line(capsys)

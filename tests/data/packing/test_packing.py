@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from material import files_of, pack, png_of_size, random_pixels, save_images
 from PIL import Image
 
 from rdmd_fast import cli
@@ -23,24 +23,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from damaged import flip
 
 
-def pack(*words):
-    return cli.main(["pack", *map(str, words)])
-
-
 def textured(seed, side=24):
-    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    return random_pixels(seed, side, side, 3)
 
 
 def write_images(folder, count, side=24):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        Image.fromarray(textured(i, side)).save(folder / f"{i:03d}.png")
-    return folder
+    return save_images(folder, {f"{i:03d}.png": textured(i, side) for i in range(count)})
 
 
 def folder_bytes(folder, named=None):
     """Bytes of each file; the folder's own name in the command is replaced by ``named``."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    found = files_of(folder)
     if named:
         found["manifest.json"] = found["manifest.json"].replace(folder.name.encode(), named.encode())
     return found
@@ -252,10 +245,7 @@ def test_two_packings_do_not_share_a_folder(tmp_path, capsys):
 
 def test_an_image_that_declares_billions_of_pixels_is_not_decoded(tmp_path, capsys):
     photos = write_images(tmp_path / "photos", 200, side=4)
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    chunks = [header, b"IDAT" + zlib.compress(bytes(1000)), b"IEND"]
-    framed = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
-    (photos / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(framed))
+    (photos / "bomb.png").write_bytes(png_of_size(60000, 60000, zlib.compress(bytes(1000))))
     assert pack(photos, "--out", tmp_path / "out", "--resolution", 4) == 0
     assert "bomb.png (Image size (3600000000 pixels) exceeds limit" in capsys.readouterr().err
 
@@ -337,9 +327,7 @@ def test_the_distance_is_what_the_report_says(mixed, tmp_path):
 
 def test_images_of_both_domains_are_reported(tmp_path, capsys):
     cats, dogs = write_images(tmp_path / "cats", 30), tmp_path / "dogs"
-    dogs.mkdir()
-    for i in range(28, 60):
-        Image.fromarray(textured(i)).save(dogs / f"d{i}.png", compress_level=1)
+    save_images(dogs, {f"d{i}.png": textured(i) for i in range(28, 60)}, compress_level=1)
     pack(cats, "--out", tmp_path / "A", "--resolution", 24)
     assert pack(dogs, "--out", tmp_path / "B", "--resolution", 24, "--other", tmp_path / "A") == 0
     both = {"folder": str(tmp_path / "A"), "samples": [["d28", ["028"]], ["d29", ["029"]]]}

@@ -14,9 +14,9 @@ from unittest.mock import Mock
 import fsspec
 import numpy as np
 import pytest
+from material import write_shards
 
 from rdmd_fast.data.cache import shared_memory
-from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.data.shards.sample_reader import GOOD
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.errors import InputError
@@ -61,7 +61,6 @@ ALL = list(range(COUNT))
 
 def test_folders_globs_braces_and_several_at_once(tmp_path, cache):
     folder = foreign(tmp_path / "set")
-    (tmp_path / "more").mkdir()
     write_tar(tmp_path / "more/x.tar", [30, 31])
     assert numbers_of(str(folder), cache) == numbers_of(f"{folder}/*.tar", cache) == ALL
     assert numbers_of(f"{folder}/shard-{{000000..000003}}.tar", cache) == ALL
@@ -75,9 +74,7 @@ def test_folders_globs_braces_and_several_at_once(tmp_path, cache):
 def test_packed_and_foreign_folders_join_with_their_labels_and_shapes(tmp_path, cache):
     shards = ShardSet([str(packed(tmp_path / "a")), str(foreign(tmp_path / "b"))], cache_dir=cache)
     assert len(shards) == 2 * COUNT and shards.labels is None and len(set(shards.shard_names)) == 8
-    with ShardWriter(tmp_path / "small", {}, "test", 4) as writer:
-        writer.write("a", np.zeros((8, 8, 3), np.uint8))
-        writer.commit()
+    write_shards(tmp_path / "small", np.zeros((1, 8, 8, 3), np.uint8))
     with pytest.raises(InputError, match=r"small holds image samples of shape \(8, 8, 3\)"):
         ShardSet(f"{tmp_path}/a::{tmp_path}/small")
 

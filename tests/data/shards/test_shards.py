@@ -1,15 +1,13 @@
 import hashlib
-import io
 import json
 import os
 import struct
-import tarfile
 import zlib
 
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
+from material import encoded, npy, npz, png_of_size, random_pixels, write_shards, write_tar
 
 from rdmd_fast.data.packing.shard_writer import ShardWriter
 from rdmd_fast.data.shards.shard_set import ShardSet
@@ -17,30 +15,12 @@ from rdmd_fast.data.shards.tar import walk_shard
 from rdmd_fast.errors import InputError
 
 
-def images(count, side=5, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+def images(count, side=5):
+    return random_pixels(0, count, side, side, 3)
 
 
-def pack(folder, samples, shard_size=4, prefix="nested/photo"):
-    with ShardWriter(folder, {}, "test", shard_size) as writer:
-        for i, sample in enumerate(samples):
-            writer.write(f"{prefix}_{i}", sample)
-        writer.commit()
-    return folder
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def encoded(array, form):
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, form)
-    return buffer.getvalue()
+def pack(folder, samples, shard_size=4):
+    return write_shards(folder, samples, shard_size, "nested/photo_{}")
 
 
 def from_webdataset(folder, decoder=None):
@@ -62,9 +42,7 @@ def test_packed_images_equal_the_originals_and_what_webdataset_reads(tmp_path):
 
 def test_long_and_non_ascii_keys_are_kept(tmp_path):
     key = "folder/" * 30 + "naïve-" + "x" * 120
-    with ShardWriter(tmp_path / "set", {}, "test", 4) as writer:
-        writer.write(key, images(1)[0])
-        writer.commit()
+    write_shards(tmp_path / "set", images(1), key=key)
     assert ShardSet(tmp_path / "set").keys == [from_webdataset(tmp_path / "set", "rgb8")[0]["__key__"]] == [key]
 
 
@@ -96,14 +74,10 @@ def test_foreign_shards_with_other_members_equal_what_webdataset_reads(tmp_path)
 
 
 def test_foreign_grey_images_and_float64_arrays_are_converted(tmp_path):
-    (tmp_path / "grey").mkdir()
     grey = images(1)[0, ..., 0]
-    write_tar(tmp_path / "grey" / "a.tar", [("x.png", encoded(grey, "PNG"))])
+    write_tar(tmp_path / "grey" / "a.tar", [("x.png", encoded(grey))])
     np.testing.assert_array_equal(ShardSet(tmp_path / "grey").read(0), np.repeat(grey[..., None], 3, 2))
-    (tmp_path / "points").mkdir()
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([0.1, 0.2]))
-    write_tar(tmp_path / "points" / "a.tar", [("x.npy", buffer.getvalue())])
+    write_tar(tmp_path / "points" / "a.tar", [("x.npy", npy(np.array([0.1, 0.2])))])
     read = ShardSet(tmp_path / "points").read(0)
     assert read.dtype == np.float32 and read.tolist() == np.float32([0.1, 0.2]).tolist()
 
@@ -152,7 +126,7 @@ def test_a_shard_cut_while_open_is_an_error_at_the_sample(tmp_path):
 
 @pytest.mark.parametrize("keep", [100, 512, 600, 1024, 1600, 2048, 2300])
 def test_a_truncated_foreign_shard_is_refused_wherever_it_ends(tmp_path, keep):
-    write_tar(tmp_path / "a.tar", [(f"{i}.png", encoded(image, "PNG")) for i, image in enumerate(images(2))])
+    write_tar(tmp_path / "a.tar", [(f"{i}.png", encoded(image)) for i, image in enumerate(images(2))])
     data = (tmp_path / "a.tar").read_bytes()
     (tmp_path / "a.tar").write_bytes(data[:keep])
     with pytest.raises(InputError, match=r"a\.tar: truncated"):
@@ -160,29 +134,27 @@ def test_a_truncated_foreign_shard_is_refused_wherever_it_ends(tmp_path, keep):
 
 
 def test_an_undecodable_sample_is_named(tmp_path):
-    good = encoded(images(1)[0], "PNG")
+    good = encoded(images(1)[0])
     write_tar(tmp_path / "a.tar", [("x.png", good), ("y.png", good[:60])])
     with pytest.raises(InputError, match=r"a\.tar: sample 'y' cannot be decoded"):
         ShardSet(tmp_path).read(1)
 
 
 def test_a_pickled_array_is_refused(tmp_path):
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([1.0, 2.0], dtype=object), allow_pickle=True)
-    write_tar(tmp_path / "a.tar", [("x.npy", buffer.getvalue())])
+    write_tar(tmp_path / "a.tar", [("x.npy", npy(np.array([1.0, 2.0], dtype=object), allow_pickle=True))])
     with pytest.raises(InputError, match="cannot be decoded"):
         ShardSet(tmp_path)
 
 
 def test_differing_shapes_are_named(tmp_path):
     small, large = images(1)[0], images(1, side=6)[0]
-    write_tar(tmp_path / "a.tar", [("x.png", encoded(small, "PNG")), ("y.png", encoded(large, "PNG"))])
+    write_tar(tmp_path / "a.tar", [("x.png", encoded(small)), ("y.png", encoded(large))])
     with pytest.raises(InputError, match=r"'y' has shape \(6, 6, 3\) where the set has \(5, 5, 3\)"):
         ShardSet(tmp_path).read(1)
 
 
 def test_two_images_of_one_key_are_refused(tmp_path):
-    good = encoded(images(1)[0], "PNG")
+    good = encoded(images(1)[0])
     write_tar(tmp_path / "a.tar", [("x.png", good), ("x.jpg", good)])
     with pytest.raises(InputError, match="share the key 'x'"):
         ShardSet(tmp_path)
@@ -216,25 +188,20 @@ def test_labels_of_foreign_shards_are_those_that_webdataset_reads(tmp_path):
         members = []
         for i in range(3):
             label = 5 * shard + i
-            pair = [
-                (f"{shard}/{i}.cls", f"{label}\n".encode()),
-                (f"{shard}/{i}.png", encoded(pixels[label % 6], "PNG")),
-            ]
+            pair = (f"{shard}/{i}.cls", f"{label}\n".encode()), (f"{shard}/{i}.png", encoded(pixels[label % 6]))
             members += pair if i else reversed(pair)
         write_tar(tmp_path / f"{shard}.tar", members)
     shards = ShardSet(tmp_path)
     assert shards.labels.dtype == np.int64 and shards.classes is None
-    assert (
-        shards.labels.tolist() == [0, 1, 2, 5, 6, 7] == [sample["cls"] for sample in from_webdataset(tmp_path, "rgb8")]
-    )
+    read = [sample["cls"] for sample in from_webdataset(tmp_path, "rgb8")]
+    assert shards.labels.tolist() == [0, 1, 2, 5, 6, 7] == read
 
 
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [([], "'y' has no .cls member"), ([("y.cls", b"cat")], "no class number"), ([("y.cls", b"-1")], "no class number")],
-)
+@pytest.mark.parametrize(("members", "message"), [
+    ([], "'y' has no .cls member"), ([("y.cls", b"cat")], "no class number"), ([("y.cls", b"-1")], "no class number"),
+])  # fmt: skip
 def test_labels_are_whole_and_read_only_when_asked_for(tmp_path, members, message):
-    good = encoded(images(1)[0], "PNG")
+    good = encoded(images(1)[0])
     write_tar(tmp_path / "a.tar", [("x.png", good), ("x.cls", b"1"), ("y.png", good), *members])
     shards = ShardSet(tmp_path)
     np.testing.assert_array_equal(shards.read(1), images(1)[0])
@@ -243,7 +210,7 @@ def test_labels_are_whole_and_read_only_when_asked_for(tmp_path, members, messag
 
 
 def test_shards_without_labels_have_none(tmp_path):
-    write_tar(tmp_path / "a.tar", [("x.png", encoded(images(1)[0], "PNG"))])
+    write_tar(tmp_path / "a.tar", [("x.png", encoded(images(1)[0]))])
     assert ShardSet(tmp_path).labels is None
     assert ShardSet(pack(tmp_path / "set", images(3))).labels is None
 
@@ -268,24 +235,21 @@ def reindexed(folder, change):
 
 
 @pytest.mark.parametrize("tolerant", [False, True])
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda manifest, index: manifest.update(shape=[10**6, 10**6, 3]),
-        lambda manifest, index: manifest.update(shape=[5, 5]),
-        lambda manifest, index: manifest.update(shape=None),
-        lambda manifest, index: manifest.update(kind="pickle"),
-        lambda manifest, index: manifest.update(classes=7),
-        lambda manifest, index: index[0].update(file="../other/shard-000000.tar"),
-        lambda manifest, index: index[0].update(keys=[1, 2, 3, 4]),
-        lambda manifest, index: index[0].update(keys=["a"]),
-        lambda manifest, index: index[0]["offsets"].__setitem__(0, -512),
-        lambda manifest, index: index[0]["sizes"].__setitem__(0, 10**15),
-        lambda manifest, index: index[0]["sizes"].__setitem__(0, 1.5),
-        lambda manifest, index: index[0].update(labels=["a"] * 4),
-        lambda manifest, index: index.__setitem__(0, [1]),
-    ],
-)
+@pytest.mark.parametrize("change", [
+    lambda manifest, index: manifest.update(shape=[10**6, 10**6, 3]),
+    lambda manifest, index: manifest.update(shape=[5, 5]),
+    lambda manifest, index: manifest.update(shape=None),
+    lambda manifest, index: manifest.update(kind="pickle"),
+    lambda manifest, index: manifest.update(classes=7),
+    lambda manifest, index: index[0].update(file="../other/shard-000000.tar"),
+    lambda manifest, index: index[0].update(keys=[1, 2, 3, 4]),
+    lambda manifest, index: index[0].update(keys=["a"]),
+    lambda manifest, index: index[0]["offsets"].__setitem__(0, -512),
+    lambda manifest, index: index[0]["sizes"].__setitem__(0, 10**15),
+    lambda manifest, index: index[0]["sizes"].__setitem__(0, 1.5),
+    lambda manifest, index: index[0].update(labels=["a"] * 4),
+    lambda manifest, index: index.__setitem__(0, [1]),
+])  # fmt: skip
 def test_an_index_that_makes_no_sense_is_refused(tmp_path, change, tolerant):
     reindexed(pack(tmp_path / "set", images(4)), change)
     with pytest.raises(InputError, match="unreadable packing"):
@@ -304,7 +268,7 @@ def with_size(path, size):
 
 @pytest.mark.parametrize("size", [-1024, -512, -(2**40), 8**11 - 1])
 def test_a_member_that_leads_back_or_beyond_ends_the_walk(tmp_path, size):
-    write_tar(tmp_path / "a.tar", [(f"{i}.png", encoded(image, "PNG")) for i, image in enumerate(images(4))])
+    write_tar(tmp_path / "a.tar", [(f"{i}.png", encoded(image)) for i, image in enumerate(images(4))])
     with_size(tmp_path / "a.tar", size)
     members, faults = walk_shard(tmp_path / "a.tar")
     assert [member.key for member in members] == ["0", "2", "3"] and len(faults) == 1
@@ -322,33 +286,19 @@ def test_pipes_and_devices_are_no_shards(tmp_path):
 
 def bomb(side):
     """A png of a few bytes that claims ``side`` squared pixels."""
-
-    def chunk(name, body):
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return png_of_size(side, side, zlib.compress(bytes(1000)))
 
 
-def array(values, **options):
-    buffer = io.BytesIO()
-    (np.savez if options.get("zipped") else np.save)(buffer, values)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "says"),
-    [
-        ("0.png", bomb(5000), "pixels"),
-        ("0.png", bomb(100_000), "cannot be decoded"),
-        ("0.npy", array(np.zeros(4), zipped=True), "several arrays"),
-        ("0.npy", array(np.array([1.0, np.nan])), "not finite"),
-        ("0.npy", array(np.array([1e300])), "not finite"),
-        ("0.npy", array(np.zeros(4)).replace(b"(4,)", b"(4000000000,)"), "cannot be decoded"),
-        ("0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"-" * 8999 + b"1", "cannot be decoded"),
-        ("0.npy", b"\x93NUMPY\x09\x09", "unknown .npy version"),
-    ],
-)
+@pytest.mark.parametrize(("name", "data", "says"), [
+    ("0.png", bomb(5000), "pixels"),
+    ("0.png", bomb(100_000), "cannot be decoded"),
+    ("0.npy", npz(a=np.zeros(4)), "several arrays"),
+    ("0.npy", npy(np.array([1.0, np.nan])), "not finite"),
+    ("0.npy", npy(np.array([1e300])), "not finite"),
+    ("0.npy", npy(np.zeros(4)).replace(b"(4,)", b"(4000000000,)"), "cannot be decoded"),
+    ("0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"-" * 8999 + b"1", "cannot be decoded"),
+    ("0.npy", b"\x93NUMPY\x09\x09", "unknown .npy version"),
+])  # fmt: skip
 def test_samples_that_ask_for_more_than_they_are_cannot_be_decoded(tmp_path, recwarn, name, data, says):
     write_tar(tmp_path / "a.tar", [(name, data)])
     with pytest.raises(InputError, match=says):
@@ -358,5 +308,5 @@ def test_samples_that_ask_for_more_than_they_are_cannot_be_decoded(tmp_path, rec
 
 def test_columns_first_arrays_are_read_as_they_were_saved(tmp_path):
     values = np.arange(24.0).reshape(2, 3, 4)
-    write_tar(tmp_path / "a.tar", [("0.npy", array(np.asfortranarray(values)))])
+    write_tar(tmp_path / "a.tar", [("0.npy", npy(np.asfortranarray(values)))])
     np.testing.assert_array_equal(ShardSet(tmp_path).read(0), values.astype(np.float32))

@@ -18,7 +18,7 @@ from rdmd_fast.data.packing.sources.shards import ShardFiles
 from rdmd_fast.data.pictures import UNREADABLE, load_image
 from rdmd_fast.data.sample_names import image_keys
 from rdmd_fast.data.shards.decode_arrays import checked_array, decode_array
-from rdmd_fast.data.shards.folder_kind import Contents, Kind, describe_file, look_into
+from rdmd_fast.data.shards.folder_kind import Contents, Kind, describe_file, look_into, mixed
 from rdmd_fast.errors import InputError
 
 MAX_FILE_BYTES = 1 << 30  # of one file, unpacked where it is in a zip archive
@@ -138,10 +138,7 @@ def file_sets(args) -> list[SampleSet]:
     paths = [path for path in files.paths if path.lower().endswith(ending)]
     images, arrays = list(filter(is_image, paths)), list(filter(is_array, paths))
     if images and arrays:
-        raise InputError(
-            f"{files.origin}: holds {len(images)} images ({images[0]}) and {len(arrays)} {ARRAY_SUFFIX} files "
-            f"({arrays[0]}); pack each kind from a folder of its own"
-        )
+        raise mixed(files.origin, {Kind.IMAGES: images, Kind.ARRAYS: arrays})
     if not images and not arrays:
         chosen = f"files that end in .{args.extension}" if args.extension else "images and no arrays"
         raise InputError(f"{files.origin}: no {chosen} there")

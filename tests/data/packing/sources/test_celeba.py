@@ -1,11 +1,10 @@
-import io
 import zipfile
 
+import material
 import numpy as np
 import pytest
-from PIL import Image
+from material import encoded, error_line, write_files
 
-from rdmd_fast import cli
 from rdmd_fast.data.packing.sources import celeba
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.errors import InputError
@@ -26,23 +25,15 @@ def picture(number):
     return pixels
 
 
-def jpeg(number):
-    buffer = io.BytesIO()
-    Image.fromarray(picture(number)).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
 def template(tmp_path_factory):
-    return {name: jpeg(i) for i, (name, *_) in enumerate(rows())}
+    return {name: encoded(picture(i), "JPEG", quality=95) for i, (name, *_) in enumerate(rows())}
 
 
 @pytest.fixture
 def folder(tmp_path, template):
     folder = tmp_path / "celeba"
-    (folder / "img_align_celeba").mkdir(parents=True)
-    for name, data in template.items():
-        (folder / "img_align_celeba" / name).write_bytes(data)
+    write_files(folder / "img_align_celeba", template)
     sign = {True: " 1", False: "-1"}
     lines = [f"{name} {sign[male]} {sign[smiling]}" for name, male, smiling, _ in rows()]
     (folder / celeba.ATTRIBUTES).write_text("\n".join([str(len(lines)), "Male Smiling ", *lines]) + "\n")
@@ -51,7 +42,7 @@ def folder(tmp_path, template):
 
 
 def pack(source, out, *words):
-    return cli.main(["pack", f"celeba:{source}", "--out", str(out), "--resolution", "32", *map(str, words)])
+    return material.pack(f"celeba:{source}", "--out", out, "--resolution", 32, *words)
 
 
 def expected_keys(male, split):
@@ -109,10 +100,9 @@ def test_without_the_official_split_a_hold_out_is_asked_for(folder, tmp_path, ca
     assert sorted(train + test) == [name[:-4] for name, male, _, _ in rows() if male]
 
 
-@pytest.mark.parametrize(
-    ("attribute", "named"),
-    [("male", "did you mean Male?"), ("Smilin", "did you mean Smiling"), ("zzz", "Male, Smiling")],
-)
+@pytest.mark.parametrize(("attribute", "named"), [
+    ("male", "did you mean Male?"), ("Smilin", "did you mean Smiling"), ("zzz", "Male, Smiling"),
+])  # fmt: skip
 def test_an_unknown_attribute_names_the_nearest(folder, attribute, named):
     with pytest.raises(InputError, match=named.replace("?", r"\?")):
         celeba.read_attribute(folder / celeba.ATTRIBUTES, attribute)
@@ -124,29 +114,24 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: edit(f / celeba.ATTRIBUTES, "12\n", "13\n"), "lists 12 images where its first line says 13"),
-        (lambda f: edit(f / celeba.ATTRIBUTES, "12\n", "x\n"), "no image count"),
-        (lambda f: edit(f / celeba.ATTRIBUTES, "000002.jpg -1 -1", "000002.jpg 0 -1"), "line 4"),
-        (lambda f: edit(f / celeba.ATTRIBUTES, "000002.jpg -1 -1", "000002.jpg -1"), "line 4"),
-        (lambda f: (f / celeba.ATTRIBUTES).write_bytes(b"\xff\xfe\x00"), "cannot be read as text"),
-        (lambda f: (f / celeba.ATTRIBUTES).write_text(""), "no image count"),
-        (lambda f: (f / celeba.ATTRIBUTES).unlink(), "holds no list_attr_celeba.txt"),
-        (lambda f: edit(f / celeba.PARTITION, "000005.jpg 1", "000005.jpg 7"), "line 5"),
-        (lambda f: edit(f / celeba.PARTITION, "000005.jpg 1\n", ""), "lacks 1 of 12 images, first 000005.jpg"),
-        (lambda f: (f / "img_align_celeba/000005.jpg").unlink(), "lacks 1 of the 12 images"),
-        (lambda f: (f / "img_align_celeba/000005.jpg").write_bytes(b"x"), "000005.jpg"),
-        (lambda f: (f / "img_align_celeba").rename(f / "img"), "holds neither img_align_celeba/"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "message"), [
+    (lambda f: edit(f / celeba.ATTRIBUTES, "12\n", "13\n"), "lists 12 images where its first line says 13"),
+    (lambda f: edit(f / celeba.ATTRIBUTES, "12\n", "x\n"), "no image count"),
+    (lambda f: edit(f / celeba.ATTRIBUTES, "000002.jpg -1 -1", "000002.jpg 0 -1"), "line 4"),
+    (lambda f: edit(f / celeba.ATTRIBUTES, "000002.jpg -1 -1", "000002.jpg -1"), "line 4"),
+    (lambda f: (f / celeba.ATTRIBUTES).write_bytes(b"\xff\xfe\x00"), "cannot be read as text"),
+    (lambda f: (f / celeba.ATTRIBUTES).write_text(""), "no image count"),
+    (lambda f: (f / celeba.ATTRIBUTES).unlink(), "holds no list_attr_celeba.txt"),
+    (lambda f: edit(f / celeba.PARTITION, "000005.jpg 1", "000005.jpg 7"), "line 5"),
+    (lambda f: edit(f / celeba.PARTITION, "000005.jpg 1\n", ""), "lacks 1 of 12 images, first 000005.jpg"),
+    (lambda f: (f / "img_align_celeba/000005.jpg").unlink(), "lacks 1 of the 12 images"),
+    (lambda f: (f / "img_align_celeba/000005.jpg").write_bytes(b"x"), "000005.jpg"),
+    (lambda f: (f / "img_align_celeba").rename(f / "img"), "holds neither img_align_celeba/"),
+])  # fmt: skip
 def test_damage_is_one_line(folder, tmp_path, capsys, damage, message):
     damage(folder)
-    capsys.readouterr()
     assert pack(folder, tmp_path / "out", "--attribute", "Male") == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("skipped, unreadable: ")]
-    assert len(lines) == 1 and message in lines[0]
+    assert message in error_line(capsys, "skipped, unreadable: ")
     assert not list((tmp_path / "out").rglob("manifest.json"))
 
 

@@ -1,6 +1,5 @@
 """Packing image folders with classes, zip archives and arrays."""
 
-import io
 import struct
 import sys
 import types
@@ -9,41 +8,24 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from material import encoded, error_line, files_of, npy, npz, pack, random_pixels, save_images, write_files
 
-from rdmd_fast import cli
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import SampleStream
 from rdmd_fast.errors import InputError
 from rdmd_fast.randomness import Philox, Stream
 
 
-def pack(*words):
-    return cli.main(["pack", *map(str, words)])
-
-
 def refused(capsys, out, *words):
     """The one line with which packing is refused; nothing complete may be left behind."""
     capsys.readouterr()
     assert pack(*words, "--out", out) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("skipped, unreadable: ")]
-    assert len(lines) == 1 and lines[0].startswith("error: ")
-    assert not [path for path in out.rglob("*") if path.is_file()]
-    return lines[0]
+    assert not files_of(out)
+    return error_line(capsys, "skipped, unreadable: ")
 
 
 def png(value, side=4):
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((side, side, 3), value, np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_tree(folder, files):
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return folder
+    return encoded(np.full((side, side, 3), value, np.uint8))
 
 
 def write_zip(path, files, compression=zipfile.ZIP_DEFLATED):
@@ -51,12 +33,6 @@ def write_zip(path, files, compression=zipfile.ZIP_DEFLATED):
         for name, data in files.items():
             archive.writestr(name, data)
     return path
-
-
-def npy(array, **options):
-    buffer = io.BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
 
 
 def values(shards):
@@ -78,17 +54,12 @@ ANIMALS = {
 def test_first_level_folders_are_classes(tmp_path):
     import webdataset
 
-    write_tree(tmp_path / "animals", ANIMALS)
-    assert (
-        pack(tmp_path / "animals/train", "--out", tmp_path / "out", "--resolution", 4, "--labels", "--shard-size", 2)
-        == 0
-    )
+    write_files(tmp_path / "animals", ANIMALS)
+    words = ["--resolution", 4, "--labels", "--shard-size", 2]
+    assert pack(tmp_path / "animals/train", "--out", tmp_path / "out", *words) == 0
     shards = ShardSet(tmp_path / "out")
-    assert (shards.classes, shards.labels.tolist(), shards.labels.dtype) == (
-        ["cat", "dog", "wild"],
-        [0, 0, 1, 2, 2],
-        np.int64,
-    )
+    assert (shards.classes, shards.labels.tolist()) == (["cat", "dog", "wild"], [0, 0, 1, 2, 2])
+    assert shards.labels.dtype == np.int64
     assert values(shards) == [10, 11, 20, 30, 31]
     urls = sorted(map(str, (tmp_path / "out").glob("*.tar")))
     read = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
@@ -98,7 +69,7 @@ def test_first_level_folders_are_classes(tmp_path):
 def test_labels_survive_a_hold_out_and_skipped_files(tmp_path):
     files = {f"{kind}/{i:03d}.png": png(10 * label + i % 10) for label, kind in enumerate("ab") for i in range(60)}
     files["a/007.png"] = b"broken"
-    write_tree(tmp_path / "photos", files)
+    write_files(tmp_path / "photos", files)
     assert pack(tmp_path / "photos", "--out", tmp_path / "out", "--resolution", 4, "--labels", "--holdout", 0.25) == 0
     sets = [ShardSet(tmp_path / "out" / split) for split in ("train", "test")]
     assert sum(map(len, sets)) == 119
@@ -109,7 +80,7 @@ def test_labels_survive_a_hold_out_and_skipped_files(tmp_path):
 
 
 def test_labels_follow_positions_through_epochs(tmp_path):
-    write_tree(tmp_path / "animals", ANIMALS)
+    write_files(tmp_path / "animals", ANIMALS)
     pack(tmp_path / "animals/train", "--out", tmp_path / "out", "--resolution", 4, "--labels")
     stream = SampleStream(ShardSet(tmp_path / "out"), Philox(3), Stream.TARGET_ORDER)
     positions = torch.arange(12)
@@ -120,7 +91,7 @@ def test_labels_follow_positions_through_epochs(tmp_path):
 
 
 def test_a_set_without_labels_says_so(tmp_path):
-    write_tree(tmp_path / "animals", ANIMALS)
+    write_files(tmp_path / "animals", ANIMALS)
     pack(tmp_path / "animals/train", "--out", tmp_path / "out", "--resolution", 4)
     shards = ShardSet(tmp_path / "out")
     assert shards.labels is None and shards.classes is None
@@ -129,14 +100,13 @@ def test_a_set_without_labels_says_so(tmp_path):
 
 
 def test_an_image_outside_every_class_folder_is_named(tmp_path, capsys):
-    write_tree(tmp_path / "photos", {"a/1.png": png(1), "2.png": png(2)})
-    assert "2.png lies in no subfolder" in refused(
-        capsys, tmp_path / "out", tmp_path / "photos", "--resolution", 4, "--labels"
-    )
+    write_files(tmp_path / "photos", {"a/1.png": png(1), "2.png": png(2)})
+    line = refused(capsys, tmp_path / "out", tmp_path / "photos", "--resolution", 4, "--labels")
+    assert "2.png lies in no subfolder" in line
 
 
 def test_a_broken_link_counts_as_unreadable(tmp_path, capsys):
-    write_tree(tmp_path / "photos", {"1.png": png(1)})
+    write_files(tmp_path / "photos", {"1.png": png(1)})
     (tmp_path / "photos/2.png").symlink_to("nowhere")
     assert "1 of 2 files are unreadable" in refused(capsys, tmp_path / "out", tmp_path / "photos", "--resolution", 4)
 
@@ -145,7 +115,7 @@ def test_a_broken_link_counts_as_unreadable(tmp_path, capsys):
 
 
 def test_a_zip_packs_as_its_unpacked_folder_does(tmp_path):
-    write_tree(tmp_path / "animals", ANIMALS)
+    write_files(tmp_path / "animals", ANIMALS)
     write_zip(tmp_path / "animals.zip", {**ANIMALS, "__MACOSX/._a.png": b"x", "train/.hidden.png": b"x"})
     before = sorted(tmp_path.rglob("*"))
     for source, out in ((tmp_path / "animals", "folder"), (tmp_path / "animals.zip", "zip")):
@@ -157,9 +127,9 @@ def test_a_zip_packs_as_its_unpacked_folder_does(tmp_path):
     assert ShardSet(tmp_path / "wild").keys == ["a", "b"] and values(ShardSet(tmp_path / "wild")) == [30, 31]
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil.png", "/evil.png", "a/../../evil.png", "a\\..\\evil.png", "a//b.png", "./a.png"]
-)
+@pytest.mark.parametrize("name", [
+    "../evil.png", "/evil.png", "a/../../evil.png", "a\\..\\evil.png", "a//b.png", "./a.png",
+])  # fmt: skip
 def test_zip_members_with_path_games_are_refused(tmp_path, capsys, name):
     write_zip(tmp_path / "x.zip", {"good.png": png(1), name: png(2)})
     assert "no plain relative path" in refused(capsys, tmp_path / "out", tmp_path / "x.zip", "--resolution", 4)
@@ -204,16 +174,15 @@ def test_a_folder_that_is_not_in_the_archive_is_named(tmp_path, capsys):
 def test_latents_in_a_folder_are_packed_as_they_are(tmp_path):
     latents = np.random.default_rng(0).normal(size=(5, 4, 3, 2))
     types = (np.float16, np.float32, np.float64, ">f4", np.float32)
-    write_tree(
-        tmp_path / "z", {f"{i}.npy": npy(z.astype(t)) for i, (z, t) in enumerate(zip(latents, types, strict=True))}
-    )
+    arrays = [latent.astype(kind) for latent, kind in zip(latents, types, strict=True)]
+    write_files(tmp_path / "z", {f"{i}.npy": npy(array) for i, array in enumerate(arrays)})
     assert pack(tmp_path / "z", "--out", tmp_path / "out", "--holdout", 0.2) == 0
     assert (len(ShardSet(tmp_path / "out/train")), len(ShardSet(tmp_path / "out/test"))) == (4, 1)
     for split in ("train", "test"):
         shards = ShardSet(tmp_path / "out" / split)
         assert (shards.kind, shards.shape) == ("array", (4, 3, 2))
         for i, key in enumerate(shards.keys):
-            np.testing.assert_array_equal(shards.read(i), latents[int(key)].astype(types[int(key)]).astype(np.float32))
+            np.testing.assert_array_equal(shards.read(i), arrays[int(key)].astype(np.float32))
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (7, 2, 4, 4)])
@@ -238,57 +207,45 @@ class Bomb:
         return exec, ("import pathlib; pathlib.Path('canary').write_text('')",)
 
 
-def npz():
-    buffer = io.BytesIO()
-    np.savez(buffer, a=np.zeros((3, 2)))
-    return buffer.getvalue()
-
-
 def header(shape):
     return npy(np.zeros(3, np.float32)).replace(b"(3,), }" + b" " * 30, shape.ljust(37))
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"a.npy": npy(np.zeros((4, 2, 2), np.float32)), "b.png": png(1)}, r"1 images \(b.png\) and .*\(a.npy\)"),
-        ({"a.npy": npy(np.zeros(3, np.int64))}, "holds int64"),
-        ({"a.npy": npy(np.zeros((2, 2)))}, r"has shape \(2, 2\)"),
-        ({"a.npy": npy(np.array([1.0, np.nan]))}, "not finite"),
-        ({"a.npy": npy(np.array([1e300]))}, "not finite"),
-        ({"a.npy": npy(np.array([Bomb()]), allow_pickle=True)}, "a.npy"),
-        ({"a.npy": npy(np.zeros(300))[:-8]}, "a.npy"),
-        ({"a.npy": npy(np.zeros(300))[:20]}, "a.npy"),
-        ({"a.npy": b""}, "a.npy"),
-        ({"a.npy": npz()}, "several arrays"),
-        ({"a.npy": npz()[:-20]}, "a.npy"),
-        ({"a.npy": header(b"(8000000000000000,), }")}, "a.npy"),
-        ({"a.npy": npy(np.zeros(3)), "b.npy": npy(np.zeros(4))}, r"b: npy of shape \(4,\)"),
-        ({"readme.txt": b""}, "no images and no arrays"),
-    ],
-)
+@pytest.mark.parametrize(("files", "message"), [
+    ({"a.npy": npy(np.zeros((4, 2, 2), np.float32)), "b.png": png(1)}, r"images \(b.png\) and .npy files \(a.npy\)"),
+    ({"a.npy": npy(np.zeros(3, np.int64))}, "holds int64"),
+    ({"a.npy": npy(np.zeros((2, 2)))}, r"has shape \(2, 2\)"),
+    ({"a.npy": npy(np.array([1.0, np.nan]))}, "not finite"),
+    ({"a.npy": npy(np.array([1e300]))}, "not finite"),
+    ({"a.npy": npy(np.array([Bomb()]), allow_pickle=True)}, "a.npy"),
+    ({"a.npy": npy(np.zeros(300))[:-8]}, "a.npy"),
+    ({"a.npy": npy(np.zeros(300))[:20]}, "a.npy"),
+    ({"a.npy": b""}, "a.npy"),
+    ({"a.npy": npz(a=np.zeros((3, 2)))}, "several arrays"),
+    ({"a.npy": npz(a=np.zeros((3, 2)))[:-20]}, "a.npy"),
+    ({"a.npy": header(b"(8000000000000000,), }")}, "a.npy"),
+    ({"a.npy": npy(np.zeros(3)), "b.npy": npy(np.zeros(4))}, r"b: npy of shape \(4,\)"),
+    ({"readme.txt": b""}, "no images and no arrays"),
+])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_what_no_sample_can_be_made_of_is_refused(tmp_path, capsys, monkeypatch, files, message):
     import re
 
     monkeypatch.chdir(tmp_path)
-    write_tree(tmp_path / "z", files)
+    write_files(tmp_path / "z", files)
     assert re.search(message, refused(capsys, tmp_path / "out", tmp_path / "z"))
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (npy(np.zeros((3, 2), np.int32)), "int32"),
-        (npy(np.zeros(3)), r"[3]"),
-        (npz(), "several arrays"),
-        (npz()[:-20], "not a whole .npy file"),
-        (npy(np.zeros((3, 2)))[:-1], "not a whole .npy file"),
-        (npy(np.array([[Bomb()]]), allow_pickle=True), "not a whole .npy file"),
-        (npy(np.array([[0.0], [np.inf]])), "row 1 holds values that are not finite"),
-    ],
-)
+@pytest.mark.parametrize(("data", "message"), [
+    (npy(np.zeros((3, 2), np.int32)), "int32"),
+    (npy(np.zeros(3)), r"[3]"),
+    (npz(a=np.zeros((3, 2))), "several arrays"),
+    (npz(a=np.zeros((3, 2)))[:-20], "not a whole .npy file"),
+    (npy(np.zeros((3, 2)))[:-1], "not a whole .npy file"),
+    (npy(np.array([[Bomb()]]), allow_pickle=True), "not a whole .npy file"),
+    (npy(np.array([[0.0], [np.inf]])), "row 1 holds values that are not finite"),
+])  # fmt: skip
 def test_one_large_file_that_does_not_fit_is_refused(tmp_path, capsys, monkeypatch, data, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "z.npy").write_bytes(data)
@@ -315,19 +272,16 @@ def autoencoder(tmp_path, monkeypatch):
             means = torch.nn.functional.avg_pool2d(images, 2)
             return torch.cat([means, torch.ones_like(means[:, :1])], dim=1)
 
-    monkeypatch.setitem(
-        sys.modules, "rdmd_fast.model_files.autoencoder", types.SimpleNamespace(Autoencoder=Autoencoder)
-    )
-    write_tree(tmp_path / "vae", {"config.json": b"{}", "weights.safetensors": b"1"})
+    module = types.SimpleNamespace(Autoencoder=Autoencoder)
+    monkeypatch.setitem(sys.modules, "rdmd_fast.model_files.autoencoder", module)
+    write_files(tmp_path / "vae", {"config.json": b"{}", "weights.safetensors": b"1"})
     return tmp_path / "vae", calls
 
 
 def test_an_encoder_turns_images_into_latents(tmp_path, autoencoder, capsys):
     folder, calls = autoencoder
-    pixels = np.random.default_rng(0).integers(0, 256, (35, 4, 4, 3), dtype=np.uint8)
-    for i, image in enumerate(pixels):
-        (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(tmp_path / "photos" / "ab"[i % 2] / f"{i:02d}.png")
+    pixels = random_pixels(0, 35, 4, 4, 3)
+    save_images(tmp_path / "photos", {f"{'ab'[i % 2]}/{i:02d}.png": image for i, image in enumerate(pixels)})
     words = [tmp_path / "photos", "--out", tmp_path / "out", "--resolution", 4, "--encoder", folder, "--labels"]
     assert pack(*words, "--device", "cpu") == 0
     assert calls == [16, 16, 3]
@@ -344,23 +298,20 @@ def test_an_encoder_turns_images_into_latents(tmp_path, autoencoder, capsys):
     assert pack(*words) == 2
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["{images}", "--resolution", 4, "--encoder", "{images}"], "no config.json there"),
-        (["{images}", "--resolution", 4, "--device", "cpu"], "give --encoder too"),
-        (["{arrays}", "--encoder", "{vae}"], "--encoder: is for images"),
-        (["{arrays}", "--resolution", 4], "--resolution: is for images"),
-        (["{images}", "--resolution", 4, "--crop", 5], "too few for a central square of 5"),
-        (["{images}", "--resolution", 4, "--crop", 0], "at least 1"),
-        (["{images}", "--resolution", 4, "--hues", 3], "--hues: does nothing for image or array files"),
-        (["digits", "--resolution", 8], "--resolution: does nothing for digits, which take --hues"),
-        (["toy:circles", "--labels"], "--labels: does nothing for toys"),
-        (["{images}/nowhere.zip", "--resolution", 4], "no such folder"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    (["{images}", "--resolution", 4, "--encoder", "{images}"], "no config.json there"),
+    (["{images}", "--resolution", 4, "--device", "cpu"], "give --encoder too"),
+    (["{arrays}", "--encoder", "{vae}"], "--encoder: is for images"),
+    (["{arrays}", "--resolution", 4], "--resolution: is for images"),
+    (["{images}", "--resolution", 4, "--crop", 5], "too few for a central square of 5"),
+    (["{images}", "--resolution", 4, "--crop", 0], "at least 1"),
+    (["{images}", "--resolution", 4, "--hues", 3], "--hues: does nothing for image or array files"),
+    (["digits", "--resolution", 8], "--resolution: does nothing for digits, which take --hues"),
+    (["toy:circles", "--labels"], "--labels: does nothing for toys"),
+    (["{images}/nowhere.zip", "--resolution", 4], "no such folder"),
+])  # fmt: skip
 def test_options_that_do_not_fit_are_refused(tmp_path, capsys, autoencoder, words, message):
-    write_tree(tmp_path / "images", {"a.png": png(1)})
-    write_tree(tmp_path / "arrays", {"a.npy": npy(np.zeros(3))})
+    write_files(tmp_path / "images", {"a.png": png(1)})
+    write_files(tmp_path / "arrays", {"a.npy": npy(np.zeros(3))})
     folders = {name: tmp_path / name for name in ("images", "arrays", "vae")}
     assert message in refused(capsys, tmp_path / "out", *(str(word).format(**folders) for word in words))

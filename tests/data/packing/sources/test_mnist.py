@@ -3,11 +3,11 @@ import contextlib
 import gzip
 import struct
 
+import material
 import numpy as np
 import pytest
 import torch
 
-from rdmd_fast import cli
 from rdmd_fast.data.packing.sources import mnist
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.errors import InputError
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 
 def pack(source, out, *words):
-    return cli.main(["pack", f"mnist:{source}", "--out", str(out), *map(str, words)])
+    return material.pack(f"mnist:{source}", "--out", out, *words)
 
 
 def test_each_digit_is_painted_in_the_hue_of_its_place(folder, tmp_path):
@@ -114,37 +114,30 @@ def test_random_damage_of_a_gzipped_file_is_refused_or_harmless(tmp_path):
             np.testing.assert_array_equal(mnist.read_idx(path), array)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"<html>", "no IDX file of bytes"),
-        (struct.pack(">BBBBI", 0, 0, 0x0D, 1, 4) + bytes(16), "no IDX file of bytes"),
-        (struct.pack(">BBBBI", 0, 0, 8, 1, 4) + bytes(5), "too long"),
-        (struct.pack(">BBBBII", 0, 0, 8, 2, 2**31, 2**31), "declares"),
-    ],
-)
+@pytest.mark.parametrize(("data", "message"), [
+    (b"<html>", "no IDX file of bytes"),
+    (struct.pack(">BBBBI", 0, 0, 0x0D, 1, 4) + bytes(16), "no IDX file of bytes"),
+    (struct.pack(">BBBBI", 0, 0, 8, 1, 4) + bytes(5), "too long"),
+    (struct.pack(">BBBBII", 0, 0, 8, 2, 2**31, 2**31), "declares"),
+])  # fmt: skip
 def test_other_files_are_told_apart(tmp_path, data, message):
     (tmp_path / "a").write_bytes(data)
     with pytest.raises(InputError, match=message):
         mnist.read_idx(tmp_path / "a")
 
 
-@pytest.mark.parametrize(
-    ("name", "data", "message"),
-    [
-        ("train-labels-idx1-ubyte", idx(np.zeros(39, np.uint8)), "40 images where"),
-        ("train-labels-idx1-ubyte", idx(np.full(40, 10, np.uint8)), "holds label 10"),
-        ("train-labels-idx1-ubyte", idx(np.zeros((40, 1, 1), np.uint8)), "3-D labels"),
-        ("t10k-images-idx3-ubyte", None, "holds neither t10k-images-idx3-ubyte nor"),
-    ],
-)
+@pytest.mark.parametrize(("name", "data", "message"), [
+    ("train-labels-idx1-ubyte", idx(np.zeros(39, np.uint8)), "40 images where"),
+    ("train-labels-idx1-ubyte", idx(np.full(40, 10, np.uint8)), "holds label 10"),
+    ("train-labels-idx1-ubyte", idx(np.zeros((40, 1, 1), np.uint8)), "3-D labels"),
+    ("t10k-images-idx3-ubyte", None, "holds neither t10k-images-idx3-ubyte nor"),
+])  # fmt: skip
 def test_files_that_do_not_belong_together_are_refused(folder, tmp_path, capsys, name, data, message):
     (folder / name).unlink()
     if data is not None:
         (folder / name).write_bytes(data)
     assert pack(folder, tmp_path / "out", "--resolution", 32) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
+    assert message in material.error_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
