@@ -25,6 +25,11 @@ def random_pixels(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
+def picture(number: int = 0) -> np.ndarray:
+    """Random levels of 8×8 pixels from seed ``number``."""
+    return random_pixels(number, 8, 8, 3)
+
+
 def encoded(image: np.ndarray | Image.Image, form: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, form, **options)
@@ -68,6 +73,13 @@ def save_images(folder: Path, images: dict[str, np.ndarray], **options) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(folder / name, **options)
     return folder
+
+
+def write_pictures(folder: Path, *names: str) -> Path:
+    """Random pictures of 8×8 pixels, the n-th from seed n, in the format that the name tells, or PNG."""
+    kinds = {".jpg": "JPEG", ".jpeg": "JPEG", ".jfif": "JPEG", ".webp": "WEBP"}
+    files = {name: encoded(picture(number), kinds.get(Path(name).suffix, "PNG")) for number, name in enumerate(names)}
+    return write_files(folder, files)
 
 
 def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> None:

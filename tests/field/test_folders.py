@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from material import encoded, files_of, picture, write_pictures, write_tar
 
 from rdmd_fast.data.file_walk import walk_files
 from rdmd_fast.data.shards.folder_kind import Kind, look_into
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.errors import InputError
-from tests.field.conftest import encoded, files_below, packed_keys, picture, write_pictures, write_tar
 
 
 def drop_rights(work) -> int:
@@ -56,11 +56,11 @@ def test_a_link_back_up_is_not_followed_and_said(tmp_path, rdmd, target):
     done = rdmd("pack", photos, "--out", tmp_path / "set", "--resolution", 8)
     wanted = ["a", "inner/b", "inner/deep/c"]
     if target == "inner":  # a link that leads nowhere is no folder and no image
-        assert packed_keys(tmp_path / "set") == wanted
+        assert ShardSet(tmp_path / "set").keys == wanted
         return
-    assert set(packed_keys(tmp_path / "set")) >= set(wanted)
+    assert set(ShardSet(tmp_path / "set").keys) >= set(wanted)
     assert "link to a folder that it lies in" in done.err
-    assert len(packed_keys(tmp_path / "set")) <= 2 * len(wanted)
+    assert len(ShardSet(tmp_path / "set").keys) <= 2 * len(wanted)
 
 
 def test_each_real_folder_is_taken_once_along_a_path(tmp_path):
@@ -81,10 +81,10 @@ def test_images_of_other_formats_and_thumbnails_of_servers_are_said(tmp_path, rd
     for name in ("cats/x.heic", "cats/y.HEIC", "z.avif", "notes.txt"):
         (photos / name).write_bytes(b"unread")
     packed = rdmd("pack", photos, "--out", tmp_path / "set", "--resolution", 8, "--labels")
-    assert packed.status == 0 and packed_keys(tmp_path / "set") == ["cats/a", "cats/b", "dogs/c"]
+    assert packed.status == 0 and ShardSet(tmp_path / "set").keys == ["cats/a", "cats/b", "dogs/c"]
     assert json.loads((tmp_path / "set/manifest.json").read_text())["classes"] == ["cats", "dogs"]
     translated = translate(photos, tmp_path / "out")
-    assert files_below(tmp_path / "out") == ["cats/a.png", "cats/b.png", "dogs/c.png"]
+    assert sorted(files_of(tmp_path / "out")) == ["cats/a.png", "cats/b.png", "dogs/c.png"]
     for done in (packed, translated):
         assert "left out 1 × .avif files, 2 × .heic files, 2 × folder @eaDir" in done.err
         assert "txt" not in done.err
@@ -95,10 +95,10 @@ def test_images_beside_the_tar_they_came_from_are_the_images(tmp_path, rdmd, tra
     write_tar(photos / "backup.tar", {f"down/{number}.png": encoded(picture(number)) for number in range(2)})
     (photos / "manifest.json").write_text('{"name": "album", "icons": [], "version": 1}')
     done = translate(photos, tmp_path / "out")
-    assert done.status == 0 and len(files_below(tmp_path / "out")) == 6
+    assert done.status == 0 and len(sorted(files_of(tmp_path / "out"))) == 6
     assert "left out 1 × .tar files" in done.err
     assert rdmd("pack", photos, "--out", tmp_path / "set", "--resolution", 8).status == 0
-    assert len(packed_keys(tmp_path / "set")) == 6
+    assert len(ShardSet(tmp_path / "set").keys) == 6
     done = rdmd("evaluate", "--outputs", photos, "--source", photos, "--target", photos, "--resolution", 8)
     assert done.status == 0 and "target: 6 images" in done.out
 
@@ -128,14 +128,16 @@ def test_tars_beside_another_programs_manifest_are_tars(tmp_path, translate):
     write_tar(tmp_path / "tars/part-0.tar", {"a.png": encoded(picture())})
     (tmp_path / "tars/manifest.json").write_text("[1, 2]")
     assert look_into(tmp_path / "tars").kind is Kind.TARS
-    assert translate(tmp_path / "tars", tmp_path / "out").status == 0 and files_below(tmp_path / "out") == ["a.png"]
+    assert translate(tmp_path / "tars", tmp_path / "out").status == 0 and sorted(files_of(tmp_path / "out")) == [
+        "a.png"
+    ]
 
 
 @pytest.mark.parametrize("inside", ["", "results"])
 def test_an_output_inside_its_input_is_refused_by_every_command(tmp_path, rdmd, translate, inside):
     photos = write_pictures(tmp_path / "photos", "a.png", "b.png")
     os.symlink(photos, tmp_path / "link")
-    before = files_below(photos)
+    before = sorted(files_of(photos))
     place = tmp_path / "link" / inside
     for done in (
         translate(photos, place),
@@ -146,7 +148,7 @@ def test_an_output_inside_its_input_is_refused_by_every_command(tmp_path, rdmd, 
         ),
     ):
         assert done.status == 2 and str(place) in done.err and "results would mix" in done.err
-    assert files_below(photos) == before
+    assert sorted(files_of(photos)) == before
 
 
 def test_shards_never_go_beside_images_or_over_another_programs_manifest(tmp_path, rdmd):
@@ -156,7 +158,7 @@ def test_shards_never_go_beside_images_or_over_another_programs_manifest(tmp_pat
         out.mkdir()
         (out / stray).write_text("{}")
         done = rdmd("pack", source, "--out", out, "--resolution", 8, "--force")
-        assert done.status == 2 and stray in done.err and files_below(out) == [stray]
+        assert done.status == 2 and stray in done.err and sorted(files_of(out)) == [stray]
 
 
 def test_members_with_dots_in_their_names_are_images_of_their_own(tmp_path, rdmd, translate):
@@ -164,16 +166,19 @@ def test_members_with_dots_in_their_names_are_images_of_their_own(tmp_path, rdmd
     pictures = {name: encoded(picture(number)) for number, name in enumerate(names)}
     write_tar(tmp_path / "tars/a.tar", pictures)
     assert translate(tmp_path / "tars", tmp_path / "out").status == 0
-    assert files_below(tmp_path / "out") == sorted(names)
+    assert sorted(files_of(tmp_path / "out")) == sorted(names)
     assert rdmd("pack", tmp_path / "tars", "--out", tmp_path / "set", "--resolution", 8).status == 0
     wanted = ["plain", "img v1_0", "img v1_1", "img v1_2", "deep/cat_final"]
-    assert packed_keys(tmp_path / "set") == wanted
+    assert ShardSet(tmp_path / "set").keys == wanted
 
 
 def test_members_that_are_no_samples_are_counted_and_said(tmp_path, rdmd, translate):
     members = {}
     for number in range(3):
-        members |= {f"{number}.png": encoded(picture(number)), f"{number}.seg.png": encoded(picture(9))}
+        members |= {
+            f"{number}.png": encoded(picture(number)),
+            f"{number}.seg.png": encoded(picture(9)),
+        }
     members |= {"x.heic": b"", "y.bmp": b"", "@eaDir/z.png": b"", "0.txt": b"caption"}
     write_tar(tmp_path / "tars/a.tar", members)
     said = "left out 1 × .bmp members, 1 × .heic members, 3 × .seg.png members, 1 × members in @eaDir"
@@ -183,8 +188,8 @@ def test_members_that_are_no_samples_are_counted_and_said(tmp_path, rdmd, transl
         rdmd("pack", "--check", tmp_path / "tars"),
     ):
         assert done.status == 0 and said in done.err
-    assert files_below(tmp_path / "out") == ["0.png", "1.png", "2.png"]
-    assert packed_keys(tmp_path / "set") == ["0", "1", "2"]
+    assert sorted(files_of(tmp_path / "out")) == ["0.png", "1.png", "2.png"]
+    assert ShardSet(tmp_path / "set").keys == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("first, second", [("jpg", "png"), ("webp", "jpeg")])
@@ -207,8 +212,8 @@ def test_files_that_differ_in_their_suffix_alone_are_said(tmp_path, rdmd):
     done = rdmd("pack", photos, "--out", tmp_path / "both", "--resolution", 8)
     assert "a.jpg and a.png differ in their suffix alone, as 2 names do" in done.err
     rdmd("pack", photos, "--out", tmp_path / "one", "--resolution", 8, "--extension", ".jpg")
-    assert packed_keys(tmp_path / "both") == ["a_jpg", "a_png", "b_jpg", "b_png", "c"]
-    assert packed_keys(tmp_path / "one") == ["a", "b", "c"]
+    assert ShardSet(tmp_path / "both").keys == ["a_jpg", "a_png", "b_jpg", "b_png", "c"]
+    assert ShardSet(tmp_path / "one").keys == ["a", "b", "c"]
 
 
 def test_what_is_no_folder_of_samples_is_called_what_it_is(tmp_path, rdmd, translate):
@@ -254,11 +259,11 @@ def test_a_run_inside_its_data_is_refused(tmp_path, rdmd, capfd, place):
     rdmd("pack", photos, "--out", tmp_path / "set", "--resolution", 8, "--holdout", 0.2)
     data = [f"data.source=[{tmp_path}/set/train]", f"data.target={tmp_path}/set/test::{tmp_path}/set"]
     config = str(Path(__file__).parents[2] / "configs/digits/rdmd_2to3.yaml")
-    before = files_below(tmp_path / "set")
+    before = sorted(files_of(tmp_path / "set"))
     assert trainer.main(["--config", config, *data, f"run_dir={tmp_path}/set/{place}"]) == 2
     error = capfd.readouterr().err
     assert f"run_dir {tmp_path}/set" in error and "results would mix" in error
-    assert files_below(tmp_path / "set") == before
+    assert sorted(files_of(tmp_path / "set")) == before
 
 
 @pytest.mark.parametrize(("kind", "said"), [("images", "but images; make shards"), ("zip", "is a zip archive")])

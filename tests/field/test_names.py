@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from material import encoded, files_of, picture, pixels_of, write_pictures, write_tar
 
 from rdmd_fast.data.sample_names import check_results, image_keys, names_in_shards, output_names, pairing_name
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.errors import InputError
-from tests.field.conftest import encoded, files_below, picture, pixels_of, write_pictures, write_tar
 
 
 def test_samples_of_one_key_in_two_shards_keep_their_own_results(tmp_path, rdmd, translate):
@@ -20,7 +20,7 @@ def test_samples_of_one_key_in_two_shards_keep_their_own_results(tmp_path, rdmd,
     for flags in ([], ["--skip-existing"]):
         assert translate(tmp_path / "tars", tmp_path / "out", *flags).status == 0
         names = [f"part-{shard}/{number:06d}.png" for shard in range(2) for number in range(3)]
-        assert files_below(tmp_path / "out") == ["alone.0.png", "alone.1.png", *names]
+        assert sorted(files_of(tmp_path / "out")) == ["alone.0.png", "alone.1.png", *names]
     for shard in range(2):
         for number in range(3):
             translated = pixels_of(tmp_path / f"out/part-{shard}/{number:06d}.png")
