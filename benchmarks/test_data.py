@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from benchmarks.images import BATCH, FORMATS, SHARDS, encode, write
+from rdmd_fast.data.pictures import decode_rgb
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import SampleStream
 from rdmd_fast.randomness import Philox, Stream
@@ -182,3 +183,11 @@ def test_cached_epochs(benchmark, request, sets, form, workers):
     benchmark.group = f"{form}, {workers} workers"
     benchmark.pedantic(lambda: run_through(epoch(stream, next(numbers))), rounds=5, warmup_rounds=1, iterations=1)
     note(benchmark, request, form, "ours, cached", workers, count, memory() - before)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("decode", [decode_rgb, rgb], ids=["ours", "Image.open"])
+def test_decoding_alone(benchmark, form, decode):
+    files = [encode(number, form, FORMATS[form][1]) for number in range(BATCH)]
+    benchmark.group = f"{form}, a batch decoded in line"
+    benchmark(lambda: [decode(data) for data in files])

@@ -26,6 +26,7 @@ VALUES = st.recursive(
 
 def test_fuzz_in_short():
     counts = ["--configs", "30", "--exports", "12", "--pickles", "12", "--shards", "12", "--checkpoints", "4"]
+    counts += ["--pictures", "40"]
     command = [sys.executable, str(ROOT / "tests/soak/fuzz_inputs.py"), "--seed", "1", "--jobs", "1", *counts]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
@@ -43,7 +43,7 @@ MOST_PIXELS = 1 << 24
 MOST_FILE_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
 """Of a picture in a file, 179 million: Pillow refuses more, as a file of a few KiB can ask for gigabytes."""
 
-MOST_FILE_BYTES = 1 << 30
+MOST_FILE_BYTES = 1 << 30  # as of what is packed; files are read whole
 
 SHARD_FORMATS = ("PNG", "JPEG", "WEBP")
 # Of those that Pillow knows, the ones of our suffixes: it would run Ghostscript on others, whatever they are named.
@@ -112,13 +112,16 @@ def decode_rgb(data: bytes, most: int = MOST_PIXELS, formats: Sequence[str] = SH
         One of ``UNREADABLE``: a damaged file, one of another format, or one too large, ahead of decoding it.
     """
     split = _SPLIT.get(data[:2])
-    parts = split(data, most) if split else _Parts(data)
-    image = _open(parts, most, formats) if parts.plain is None else _to_srgb(parts.plain, parts.profile)
-    turn = _TURNS.get(_orientation(parts)) if parts.exif or parts.xmp else None
+    plain, pixels, notes = split(data, most) if split else (None, data, {})
+    if plain is not None and not notes:
+        return plain if plain.mode == "RGB" else plain.convert("RGB")
+    profile = notes.get("profile", b"")
+    image = _open(pixels, profile, most, formats) if plain is None else _to_srgb(plain, profile)
+    turn = _TURNS.get(_orientation(notes.get("exif", b""), notes.get("xmp", b"")))
     return image if turn is None else image.transpose(turn)
 
 
-def check_webp_size(head: bytes, most: int) -> None:
+def _check_webp_size(head: bytes, most: int) -> None:
     """ValueError for a WebP file of more pixels, by its first 32 bytes: to open it takes the memory already."""
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return
@@ -206,14 +209,17 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """
     import numpy as np
 
-    maximum = image.tile[0].args[-1] if image.mode == "I" and image.tile else 65535
-    tags = getattr(image, "tag_v2", {})
+    maximum, tags = 65535, getattr(image, "tag_v2", {})
+    for tile in image.tile if image.mode == "I" else ():
+        if isinstance(tile.args, tuple):  # a PGM: Pillow would scale each level to 16 bits
+            maximum, codec = tile.args[-1], "raw" if tile.codec_name == "ppm" else tile.codec_name
+            image.tile = [tile._replace(codec_name=codec, args="I;16B" if codec == "raw" else ("L", 65535))]
     image.load()
     numbers = np.asarray(image)
-    if maximum not in (65535, "B"):
-        grey = np.rint(np.rint(numbers * (maximum / 65535)) * (255 / maximum)).astype(np.uint8)
-    else:
+    if maximum == 65535:
         grey = (numbers >> tags.get(258, (16,))[0] - 8).astype(np.uint8)
+    else:
+        grey = np.rint(np.minimum(numbers, maximum) * (255 / maximum)).astype(np.uint8)
     result = Image.fromarray(~grey if tags.get(262) == 0 else grey)
     if "transparency" in image.info:
         result.putalpha(Image.fromarray(np.where(numbers == image.info["transparency"], 0, 255).astype(np.uint8)))
@@ -223,27 +229,16 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-class _Parts(NamedTuple):
-    """A file taken apart.
-
-    Attributes:
-        pixels: the file without what its pixels do not need; empty where there is ``plain``.
-        plain: the pixels, where Pillow's decoder has them already.
-        exif, xmp, profile: as the file holds them, empty where it does not.
-    """
-
-    pixels: bytes
-    plain: Image.Image | None = None
-    exif: bytes = b""
-    xmp: bytes = b""
-    profile: bytes = b""
+_Split = tuple[Image.Image | None, bytes, dict[str, bytes]]
+"""A file taken apart: its pixels where Pillow's decoder has them already, or the file without what its pixels do not
+need; and what it has of "exif", "xmp" and "profile"."""
 
 
-def _open(parts: _Parts, most: int, formats: Sequence[str]) -> Image.Image:
+def _open(data: bytes, profile: bytes, most: int, formats: Sequence[str]) -> Image.Image:
     """By ``Image.open``, in RGB; raises as ``decode_rgb``."""
-    check_webp_size(parts.pixels[:32], most)
+    _check_webp_size(data[:32], most)
     try:
-        opened = Image.open(io.BytesIO(parts.pixels), formats=formats)
+        opened = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:  # its message holds a memory address
         raise ValueError("not an image of a known format") from None
     with opened as image:
@@ -251,8 +246,8 @@ def _open(parts: _Parts, most: int, formats: Sequence[str]) -> Image.Image:
         if width * height > most:
             raise ValueError(f"{width}x{height} pixels are more than {most}")
         if image.format == "PNG" and "transparency" in image.info:
-            _fit_transparency(image, parts.pixels)
-        return to_rgb(image, parts.profile)
+            _fit_transparency(image, data)
+        return to_rgb(image, profile)
 
 
 def _fit_transparency(image: Image.Image, data: bytes) -> None:
@@ -262,9 +257,7 @@ def _fit_transparency(image: Image.Image, data: bytes) -> None:
         import numpy as np
 
         with Image.open(io.BytesIO(data), formats=("PNG",)) as low:
-            low.tile = [
-                tile._replace(args="RGB;16L") for tile in low.tile
-            ]  # the low bytes, where Pillow takes the high
+            low.tile = [low.tile[0]._replace(args="RGB;16L")]  # low bytes, where Pillow takes the high ones
             low.load()
         image.load()
         clear = (np.asarray(image) == np.array(level) >> 8) & (np.asarray(low) == np.array(level) & 255)
@@ -288,13 +281,16 @@ def _decoded(mode: str | None, size: tuple[int, int], most: int, data: bytes, de
         return None
 
 
-def _orientation(parts: _Parts) -> int:
+def _orientation(exif: bytes, xmp: bytes) -> int:
     """As EXIF tells it, or XMP where EXIF does not; 1 where neither does. What is not in [1, 8] turns nothing."""
-    head = _TIFF_HEAD.match(parts.exif)
-    for tag, kind, count, value in _entries(parts.exif, head.start(1)) if head else ():
+    prefix = exif.rfind(b"Exif\0", 0, 20)  # some writers leave it out, some put the offset of HEIF files in front of it
+    start = prefix + 6 if prefix >= 0 else 0
+    start += 4 if exif[start : start + 3] == bytes(3) else 0
+    for tag, kind, count, value in _entries(exif, start):
         if tag == 0x112 and count == 1 and kind in (3, 4):  # a SHORT, or a LONG
-            return int.from_bytes(value[:2] if kind == 3 else value[:4], "little" if head[1][0] == 0x49 else "big")
-    told = _XMP_ORIENTATION.search(parts.xmp)
+            order = "little" if exif[start] == 0x49 else "big"
+            return int.from_bytes(value[:2] if kind == 3 else value[:4], order)
+    told = _XMP_ORIENTATION.search(xmp)
     return int(told[1]) if told else 1
 
 
@@ -304,8 +300,6 @@ _DIRECTORIES = {
     for heads, formats in (((b"II*\0", b"MM\0*"), ("4xI", "H", "HHI4s")), ((b"II+\0", b"MM\0+"), ("8xQ", "Q", "HHQ8s")))
     for head in heads
 }
-# Some writers leave the prefix out, some put the offset of HEIF files in front of it.
-_TIFF_HEAD = re.compile(rb"(?:Exif\0.|\0\0\0[\0\6])*(II[*+]\0|MM\0[*+])", re.DOTALL)
 _XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=\"|>)([1-8])")
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -320,6 +314,8 @@ _TURNS = {
 
 def _entries(data: bytes, start: int = 0) -> Iterator[tuple[int, int, int, bytes]]:
     """(tag, type, count, value or its offset) of a TIFF structure's first directory, as far as it goes."""
+    if data[start : start + 4] not in _DIRECTORIES:
+        return iter(())
     offset, length, entry = _DIRECTORIES[data[start : start + 4]]
     try:
         first = start + offset.unpack_from(data, start)[0]
@@ -335,31 +331,34 @@ def _entries(data: bytes, start: int = 0) -> Iterator[tuple[int, int, int, bytes
 _JPEG_MODES = {1: "L", 3: "RGB"}  # by number of components
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, Huffman coded
 _JPEG_TABLES = (0xDB, 0xC4, 0xDD)
-_NOTE_OR_SCAN = re.compile(rb"\xff[\xe1\xe2\xda]")
 _XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\0"
 
 
-def _split_jpeg(data: bytes, most: int) -> _Parts:
-    """Comments and application segments are left out but those that tell libjpeg the colour space."""
-    plain, exif, xmp, profile, count = None, b"", b"", {}, 0
-    at, stop, orderly, spare = 2, len(data) - 3, True, []
+def _split_jpeg(data: bytes, most: int) -> _Split:
+    """Comments and application segments are left out but those that tell libjpeg the colour space.
+
+    What stands behind the frame's header is no metadata of the picture, as for Pillow's reading of profiles.
+    """
+    plain, notes, profile, spare = None, {}, {}, []
+    at, stop, framed = 2, len(data) - 3, False
     while at < stop:
         marker = data[at + 1] if data[at] == 0xFF else 0
         end = at + 2 + (data[at + 2] << 8 | data[at + 3])
         if marker in _JPEG_TABLES:
             pass
         elif 0xE0 <= marker <= 0xFE:
-            if marker == 0xE1 and not exif and data.startswith(b"Exif\0", at + 4):
-                exif = data[at + 4 : end]
-            elif marker == 0xE1 and not xmp and data.startswith(_XMP_HEAD, at + 4):
-                xmp = data[at + 4 : end]
-            elif marker == 0xE2 and data.startswith(b"ICC_PROFILE\0", at + 4) and end - at >= 18:
-                profile[data[at + 16]], count = data[at + 18 : end], data[at + 17]
+            if marker == 0xE1 and not framed:
+                if data.startswith(b"Exif\0", at + 4):
+                    notes.setdefault("exif", data[at + 4 : end])
+                elif data.startswith(_XMP_HEAD, at + 4):
+                    notes.setdefault("xmp", data[at + 4 : end])
+            elif marker == 0xE2 and not framed and data.startswith(b"ICC_PROFILE\0", at + 4) and end - at >= 18:
+                profile[data[at + 16]] = data[at + 17 : end]
             if end - at < 16 or not data.startswith((b"JFIF\0", b"Adobe"), at + 4):
                 spare.append((at, end))
-        elif marker in _JPEG_FRAMES and orderly:
-            orderly, behind = False, _NOTE_OR_SCAN.search(data, end)
-            if behind and behind[0] == b"\xff\xda" and data[at + 4] == 8:
+        elif marker in _JPEG_FRAMES and not framed:
+            framed = True
+            if data[at + 4] == 8:
                 size = data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
                 plain = _decoded(_JPEG_MODES.get(data[at + 9]), size, most, data, "jpeg", "")
                 if plain is not None:
@@ -367,12 +366,13 @@ def _split_jpeg(data: bytes, most: int) -> _Parts:
         elif marker == 0xDA:
             break
         elif marker in (0, 0xFF) or 0xD0 <= marker <= 0xD9:  # junk, padding, or no length follows
-            orderly, end = False, data.find(b"\xff", at + 1)
+            framed, end = True, data.find(b"\xff", at + 1)
             if end < 0:
                 break
         at = end
-    whole = b"".join(profile[number] for number in sorted(profile)) if count and len(profile) == count else b""
-    return _Parts(_without(data, spare) if plain is None else b"", plain, exif, xmp, whole)
+    if profile and all(part[0] == len(profile) for part in profile.values()):
+        notes["profile"] = b"".join(profile[number][1:] for number in sorted(profile))
+    return plain, b"" if plain is not None else _without(data, spare), notes
 
 
 def _without(data: bytes, spare: list[tuple[int, int]]) -> bytes:
@@ -390,34 +390,36 @@ _PNG_PIXELS = (b"IDAT", b"IHDR", b"IEND", b"PLTE", b"tRNS")
 _PNG_NOTES = (b"eXIf", b"iCCP", b"iTXt", b"zTXt", b"tEXt")
 
 
-def _split_png(data: bytes, most: int) -> _Parts:
+def _split_png(data: bytes, most: int) -> _Split:
     """Chunks that no pixel needs are left out; of an animation that leaves the first picture."""
-    notes: dict[str, bytes] = {}
-    chunks, kind, at, length = [], b"", 8, len(data)
+    plain, notes, chunks, pixels = None, {}, [], []
+    mode = _plain_png_mode(data)
+    kind, at, length = b"", 8, len(data)
     while at + 8 <= length and kind != b"IEND":
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
         if kind in _PNG_PIXELS:
-            chunks.append((kind, at, end))
+            chunks.append((at, end))
+            if kind == b"IDAT":
+                pixels.append(data[at + 8 : end - 4])
+            elif kind == b"tRNS":
+                mode = None
         elif kind in _PNG_NOTES:
             _read_png_note(kind, data, at, end, notes)
         elif not kind.isalnum():
-            chunks.append((kind, at, length))
+            chunks.append((at, length))
             break
         at = end
-    plain = _plain_png(data, chunks, most) if kind == b"IEND" else None
-    pixels = b"" if plain is not None else data[:8] + b"".join(data[at:end] for _, at, end in chunks)
-    return _Parts(pixels, plain, **notes)
+    if mode and kind == b"IEND":
+        size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+        plain = _decoded(mode, size, most, b"".join(pixels), "zip", 0)
+    return plain, b"" if plain is not None else data[:8] + b"".join(data[at:end] for at, end in chunks), notes
 
 
-def _plain_png(data: bytes, chunks: list[tuple[bytes, int, int]], most: int) -> Image.Image | None:
-    """An 8-bit grey or RGB PNG, neither interlaced nor transparent, that decodes without a fault."""
+def _plain_png_mode(data: bytes) -> str | None:
+    """Of an 8-bit grey or RGB picture that is not interlaced; None for others and for a damaged header."""
     if data[:16] != _PNG_HEAD or data[24:25] != b"\x08" or data[26:29] != bytes(3):
         return None
-    if zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big") or any(kind == b"tRNS" for kind, _, _ in chunks):
-        return None
-    size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    pixels = b"".join(data[at + 8 : end - 4] for kind, at, end in chunks if kind == b"IDAT")
-    return _decoded(_PNG_MODES.get(data[25]), size, most, pixels, "zip", 0)
+    return _PNG_MODES.get(data[25]) if zlib.crc32(data[12:29]) == int.from_bytes(data[29:33], "big") else None
 
 
 def _read_png_note(kind: bytes, data: bytes, at: int, end: int, notes: dict[str, bytes]) -> None:
@@ -452,16 +454,16 @@ def _inflate(data: bytes) -> bytes:
     return b"" if inflater.unconsumed_tail else text
 
 
-# -- WebP and TIFF -----------------------------------------------------------------------------------------------------
+# -- WebP, TIFF and GIF ------------------------------------------------------------------------------------------------
 
 _WEBP_NOTES = {b"ICCP": ("profile", 0x20), b"EXIF": ("exif", 8), b"XMP ": ("xmp", 4)}
 _WEBP_PIXELS = (b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L")
 
 
-def _split_webp(data: bytes, most: int) -> _Parts:
+def _split_webp(data: bytes, most: int) -> _Split:
     """An extended file's metadata are left out, and the flags that announce them."""
     if data[8:16] != b"WEBPVP8X" or len(data) < 30:
-        return _Parts(data)
+        return None, data, {}
     notes, kept, at = {}, [b"WEBP"], 12
     stop = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
     while at + 8 <= stop:
@@ -476,7 +478,7 @@ def _split_webp(data: bytes, most: int) -> _Parts:
             notes.setdefault(name, data[at + 8 : min(at + 8 + size, stop)])
         at = end
     body = b"".join(kept)
-    return _Parts(b"RIFF" + len(body).to_bytes(4, "little") + body, **notes)
+    return None, b"RIFF" + len(body).to_bytes(4, "little") + body, notes
 
 
 _TIFF_PIXELS = frozenset((
@@ -486,13 +488,11 @@ _TIFF_PIXELS = frozenset((
 _TIFF_NOTES = {34675: "profile", 700: "xmp"}
 
 
-def _split_tiff(data: bytes, most: int) -> _Parts:
+def _split_tiff(data: bytes, most: int) -> _Split:
     """The first picture, with a directory at the end that holds the tags of its pixels alone."""
-    if data[:4] not in _DIRECTORIES:
-        return _Parts(data)
     order, big = "little" if data[:1] == b"I" else "big", 43 in data[2:4]
     wide = 8 if big else 4
-    notes, kept = {}, []
+    notes, kept = {"exif": data}, []
     for tag, kind, count, value in _entries(data):
         if tag in _TIFF_PIXELS:
             kept.append(b"".join((tag.to_bytes(2, order), kind.to_bytes(2, order), count.to_bytes(wide, order), value)))
@@ -500,11 +500,33 @@ def _split_tiff(data: bytes, most: int) -> _Parts:
             at = int.from_bytes(value, order)
             notes.setdefault(_TIFF_NOTES[tag], data[at : at + count])
     if not kept:
-        return _Parts(data)
+        return None, data, {}
     table = len(kept).to_bytes(8 if big else 2, order) + b"".join(kept) + bytes(wide)
     pad = bytes(len(data) % 2)
     head = data[: 8 if big else 4] + (len(data) + len(pad)).to_bytes(wide, order)
-    return _Parts(b"".join((head, memoryview(data)[len(head) :], pad, table)), None, data, **notes)
+    return None, b"".join((head, memoryview(data)[len(head) :], pad, table)), notes
 
 
-_SPLIT = {b"\xff\xd8": _split_jpeg, b"\x89P": _split_png, b"RI": _split_webp, b"II": _split_tiff, b"MM": _split_tiff}
+def _split_gif(data: bytes, most: int) -> _Split:
+    """Extensions ahead of the first picture are left out, but for those that tell its transparency."""
+    at = 13 + (6 << (data[10] & 7) if data[10:11] >= b"\x80" else 0)
+    kept = [data[:at]]
+    while data[at : at + 1] == b"!":
+        end = at + 2
+        while data[end : end + 1] > b"\0":
+            end += 1 + data[end]
+        if data[at + 1 : at + 3] == b"\xf9\4":
+            kept.append(data[at : end + 1])
+        at = end + 1
+    return None, b"".join((*kept, data[at:])), {}
+
+
+# By a file's first two bytes; a function takes the file and the most pixels.
+_SPLIT = {
+    b"\xff\xd8": _split_jpeg,
+    b"\x89P": _split_png,
+    b"RI": _split_webp,
+    b"II": _split_tiff,
+    b"MM": _split_tiff,
+    b"GI": _split_gif,
+}

@@ -5,6 +5,7 @@ import json
 import struct
 import tarfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -289,6 +290,14 @@ def test_a_profile_in_several_segments_is_put_together_in_their_order():
     assert np.abs(decoded(data) - converted(Image.fromarray(opened(data)), PROFILES["Adobe RGB"])).max() <= 1
 
 
+def test_threads_share_a_profile():
+    data = encoded(smooth(size=(200, 200)), "JPEG", icc_profile=PROFILES["Display P3"])
+    pictures._transform.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        first, *others = pool.map(lambda _: np.asarray(decode_rgb(data)), range(32))
+    assert all(np.array_equal(first, other) for other in others)
+
+
 def test_gamma_and_primaries_of_a_png_leave_its_pixels():
     chunks = chunk(b"gAMA", struct.pack(">I", 100000)), chunk(b"cHRM", struct.pack(">8I", *[30000] * 8))
     np.testing.assert_array_equal(decoded(in_png(*chunks, chunk(b"cICP", bytes([12, 13, 0, 1])))), np.asarray(smooth()))
@@ -375,6 +384,15 @@ def test_tiff_tags_that_no_pixel_needs_may_be_broken(entry, compression):
     data += bytes(len(data) % 2)
     broken = data[:4] + struct.pack("<I", len(data)) + data[8:] + struct.pack("<H", count + 1) + table
     np.testing.assert_array_equal(decoded(broken), opened(data))
+
+
+@pytest.mark.parametrize("extension", [
+    b"!\xff\x0bNETSCAPE2.0\0", b"!\xff\x0bNETSCAPE2.0\1\1\0", b"!\xfe\0", b"!\xf9\0", b"!\xf9\1\0\0", b"!\x77\2ab\0",
+])  # fmt: skip
+def test_gif_extensions_that_no_pixel_needs_may_be_broken(extension):
+    data = encoded(smooth(), "GIF", comment=NOISE)
+    at = 13 + (6 << (data[10] & 7))
+    np.testing.assert_array_equal(decoded(data[:at] + extension + data[at:]), opened(data))
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -29,6 +29,7 @@ import PIL
 from PIL import Image
 
 from rdmd_fast.data.packing.report import Traits, traits_of
+from rdmd_fast.data.pictures import DECODING
 from rdmd_fast.data.shards.parts import INDEX, LABEL_EXTENSION, MANIFEST, MANIFEST_VERSION, UNFINISHED_MANIFEST
 from rdmd_fast.data.shards.tar import scan_shard
 from rdmd_fast.errors import InputError
@@ -184,8 +185,8 @@ class ShardWriter:
         self._folder, self._content, self._command, self._shard_size = folder, content, command, shard_size
         self._classes = classes
         make_folder(folder)
-        # Another Pillow may encode the same pixels in other bytes.
-        identity = json.dumps([MANIFEST_VERSION, PIL.__version__, content], sort_keys=True)
+        # Another Pillow may encode the same pixels in other bytes, another decoder give other pixels.
+        identity = json.dumps([MANIFEST_VERSION, PIL.__version__, DECODING, content], sort_keys=True)
         self._identity = hashlib.sha256(identity.encode()).hexdigest()
         self.records: dict[int, ShardRecord] = self._finished_shards() if resume else {}
         remove_leftovers(
