@@ -4,8 +4,9 @@ import argparse
 import importlib
 import sys
 
-from rdmd_fast.errors import EXIT_BAD_INPUT, InputError, describe_system_error
+from rdmd_fast.errors import EXIT_BAD_INPUT, InputError
 from rdmd_fast.files import print_any_text
+from rdmd_fast.processes.entry import prepare_process, system_input_error
 
 # name -> (module with add_arguments(parser) and run(arguments) -> exit status, one line of help)
 COMMANDS = {
@@ -28,6 +29,8 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    if argv is None:
+        prepare_process()
     print_any_text()
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="rdmd", description="One-step unpaired image-to-image translation by RDMD.")
@@ -51,10 +54,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130  # as shells have it of SIGINT
-    except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.filename is None:
+    except (OSError, MemoryError, UnicodeEncodeError) as error:
+        bad_input = system_input_error(error)
+        if bad_input is None:
             raise
-        print(f"error: {describe_system_error(error)}", file=sys.stderr)
+        print(f"error: {bad_input}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 

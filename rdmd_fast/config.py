@@ -1,16 +1,17 @@
 """The whole configuration: composes the options that live beside their components, reads YAML and overrides."""
 
+from collections.abc import Collection, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from rdmd_fast.checkpoints.options import CheckpointOptions
 from rdmd_fast.data.options import DataOptions
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.diffusion import DiffusionOptions
+from rdmd_fast.engine.deepspeed_section import section_problems
 from rdmd_fast.engine.options import TrainOptions, zero_stage
 from rdmd_fast.engine.update_guard import GuardOptions
 from rdmd_fast.errors import InputError
@@ -18,10 +19,21 @@ from rdmd_fast.monitoring.telemetry import TelemetryOptions
 from rdmd_fast.monitoring.validation import ValidationOptions
 from rdmd_fast.networks.options import GeneratorOptions, NetworkOptions, TeacherCopyOptions
 from rdmd_fast.options import Options, options_of
+from rdmd_fast.paths import data_path, path_to_read, path_to_write, with_paths
 from rdmd_fast.rdmd import RDMDOptions
 from rdmd_fast.teacher import TeacherStageOptions
 from rdmd_fast.transport_weight import LogUniformWeight
-from rdmd_fast.yaml_values import read_values
+from rdmd_fast.yaml_values import dump_values, read_values
+
+_PATHS = {
+    "run_dir": path_to_read,  # a run may be there, to go on from
+    "teacher": path_to_read,
+    **{f"data.{role}": data_path for role in ("source", "target", "source_holdout", "target_holdout")},
+    "data.cache_dir": path_to_write,
+    "rdmd.cost.features": path_to_read,
+    "telemetry.decoder": path_to_read,
+    "validation.judge": data_path,
+}
 
 
 class Config(Options):
@@ -66,9 +78,14 @@ class Config(Options):
         description="a DeepSpeed section merged over ours for the trained engines, as {zero_optimization: {stage: 2}}",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _on_this_machine(cls, values):
+        return with_paths(values, _PATHS)
+
     @model_validator(mode="after")
     def _consistent(self):
-        problems = chain(_stage_problems(self), _deepspeed_problems(self.deepspeed), _precision_problems(self))
+        problems = chain(_stage_problems(self), section_problems(self.deepspeed), _precision_problems(self))
         problem = next(problems, None)
         if problem:
             raise ValueError(problem)
@@ -108,43 +125,6 @@ def _stage_problems(config: Config):
             yield "rdmd.fake_score: 'closed_form' needs data.source {toy: gaussian}"
 
 
-def _deepspeed_problems(section: dict):
-    ours = {
-        "train_batch_size": "train.global_batch_size",
-        "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-        "gradient_accumulation_steps": "train.micro_batch_size",
-        "gradient_clipping": "rdmd.*_optimizer.grad_clip or teacher_stage.optimizer.grad_clip",
-        "optimizer": "rdmd.*_optimizer or teacher_stage.optimizer",
-        "scheduler": "rdmd.*_optimizer or teacher_stage.optimizer",
-        "bf16": "train.dtype",
-        "fp16": "train.dtype",
-    }
-    for key, replacement in ours.items():
-        if key in section:
-            yield f"deepspeed.{key}: set {replacement} instead"
-    zero = section.get("zero_optimization", {})
-    if not isinstance(zero, dict) or type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
-        yield "deepspeed.zero_optimization.stage: must be 0, 1, 2 or 3"
-        return
-    if zero.get("round_robin_gradients"):
-        yield (
-            "deepspeed.zero_optimization.round_robin_gradients: must stay false, DeepSpeed 0.19 then maps shards "
-            "to the wrong parameters"
-        )
-    for name in ("offload_optimizer", "offload_param"):
-        offload = zero.get(name) or {}
-        if isinstance(offload, dict) and offload.get("device") == "nvme":
-            yield f"deepspeed.zero_optimization.{name}.device: checkpoints cannot hold what lies on nvme, use cpu"
-    offload = zero.get("offload_optimizer") or {}
-    if (isinstance(offload, dict) and offload.get("ratio", 1.0) != 1.0) or zero.get("zenflow"):
-        yield (
-            "deepspeed.zero_optimization: offload_optimizer.ratio must stay 1 and zenflow off, DeepSpeed would step "
-            "some weights by an optimizer of its own, unguarded and in no checkpoint"
-        )
-    if zero.get("compute_grad_norm", True) is not True:
-        yield "deepspeed.zero_optimization.compute_grad_norm: must stay true, updates are guarded by the norm"
-
-
 def _precision_problems(config: Config):
     stage = zero_stage(config.deepspeed)
     if config.train.compile and stage == 3:
@@ -159,12 +139,12 @@ def _precision_problems(config: Config):
 
 
 def load_config(path: str, overrides: list[str] = ()) -> Config:
-    """Read a YAML file, apply ``key=value`` overrides (dotted keys, YAML values), validate.
+    """Read a YAML file, apply ``key=value`` overrides (dotted keys; values as ``yaml_values`` reads them), validate.
 
     Raises:
         InputError: one line that names the file or key, what is wrong and the nearest right key.
     """
-    return validate_config(read_values(path, overrides), path)
+    return validate_config(read_values(path, overrides, model=Config), path)
 
 
 def validate_config(values: dict, origin: str) -> Config:
@@ -179,7 +159,7 @@ def option_table() -> list[tuple[str, str, str]]:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_values(config.model_dump(mode="json"))
 
 
 # Sections and keys that may change between a stop and its continuation without making it another experiment.
@@ -192,25 +172,42 @@ _FREE_KEYS = {
     *(f"train.{key}" for key in ("activation_checkpointing", "compile")),
     *(f"train.guard.{key}" for key in GuardOptions.model_fields),
     *(f"data.{key}" for key in ("cache_gib", "cache_dir", "workers", "prefetch", "max_dropped")),
+    *(f"data.{key}" for key in ("source_holdout", "target_holdout")),
 }
 
 
-def check_compatible(path: Path, saved: dict, config: dict) -> None:
-    """Whether a checkpoint of the plain configuration ``saved`` is one that a run of ``config`` may go on from.
+def check_compatible(path: Path, manifest: dict, config: dict, made_of: dict[str, list]) -> None:
+    """Whether a checkpoint is one that a run of the plain configuration ``config`` may go on from.
+
+    Args:
+        manifest: of the checkpoint; its ``config`` and ``made_of`` are those of the run that saved it.
+        made_of: hashes of data and teacher, by config key: what these keys name may have another name by now.
 
     Raises:
         InputError: names the first key that makes it another experiment.
     """
-    saved = _with_defaults(saved, config)
+    saved, known = _with_defaults(manifest["config"], config), manifest.get("made_of", {})
+    for key in known.keys() & made_of.keys():
+        if not _are_alike(known[key], made_of[key]):
+            raise InputError(
+                f"checkpoint {path}: was trained with another {key} than what the config names so now (their hashes "
+                "differ); name the same again, or choose another run_dir"
+            )
+    free = {*_FREE, *_FREE_KEYS, *(known.keys() & made_of.keys())}
+    if config["stage"] == "rdmd" and config["teacher"] != "analytic":
+        free |= {"data.target"}  # of validation alone
     for section in config:
-        if section in _FREE or saved.get(section) == config[section]:
-            continue
-        key = next(_differences(saved.get(section), config[section], section), None)
+        key = next(_differences(saved.get(section), config[section], section, free), None)
         if key:
             raise InputError(
                 f"checkpoint {path}: was trained with {key[0]} = {key[1]!r}, the config says {key[2]!r}; "
                 "set it back, or choose another run_dir"
             )
+
+
+def _are_alike(saved: list[str | None], now: list[str | None]) -> bool:
+    """Whether shards are the same as far as both are known: one may be damaged by now."""
+    return len(saved) == len(now) and all(None in pair or pair[0] == pair[1] for pair in zip(saved, now, strict=True))
 
 
 def _with_defaults(saved: dict, now: dict) -> dict:
@@ -227,15 +224,19 @@ def _with_defaults(saved: dict, now: dict) -> dict:
         return {key: filled(saved[key], value) if key in saved else value for key, value in defaults.items()}
 
     try:
-        defaults = Config.model_validate(known(saved, now), strict=False).model_dump(mode="json")
+        free = {key: now[key] for key in _FREE & now.keys()}  # of then they may be refused today
+        defaults = Config.model_validate(known(saved, now) | free, strict=False).model_dump(mode="json")
     except ValueError:  # what was added has no default
         return saved
     return {**saved, **filled(saved, defaults)}
 
 
-def _differences(saved, now, key: str):
+def _differences(saved, now, key: str, free: Collection[str]) -> Iterator[tuple[str, object, object]]:
+    """(key, saved value, value of now) where they differ, keys of ``free`` and what is below them aside."""
+    if key in free or saved == now:
+        return
     if isinstance(saved, dict) and isinstance(now, dict):
         for name in {**saved, **now}:
-            yield from _differences(saved.get(name), now.get(name), f"{key}.{name}")
-    elif saved != now and key not in _FREE_KEYS:
+            yield from _differences(saved.get(name), now.get(name), f"{key}.{name}", free)
+    else:
         yield key, saved, now

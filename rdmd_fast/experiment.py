@@ -1,7 +1,7 @@
 """Builds a stage from its configuration: data, networks, engines, EMA, pictures and validation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,7 +20,7 @@ from rdmd_fast.engine.options import DTYPES, OptimizerOptions
 from rdmd_fast.engine.stage_context import StageContext
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.export_format import ExportConfig
-from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config
+from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config, teacher_sha256
 from rdmd_fast.model_files.weights import check_weights, expected_weights, load_teacher_weights, load_weights
 from rdmd_fast.monitoring.run_pictures import Picture, no_picture, rdmd_picture, teacher_picture
 from rdmd_fast.monitoring.telemetry import Telemetry
@@ -30,7 +30,7 @@ from rdmd_fast.networks.analytic import GaussianMixtureDenoiser, gaussian_denois
 from rdmd_fast.networks.analytic_score import AnalyticScore
 from rdmd_fast.networks.class_labels import target_class_row, training_labels
 from rdmd_fast.networks.flops import distillation_flops, forward_flops
-from rdmd_fast.processes.world import World
+from rdmd_fast.processes.world import World, on_main
 from rdmd_fast.randomness import Philox
 from rdmd_fast.rdmd import RDMD, Networks
 from rdmd_fast.teacher import TeacherStage
@@ -50,6 +50,7 @@ class Experiment:
         measure: validation metrics from EMA weights, on the main rank; None without held-out data.
         best_by: the metric whose lowest value is kept.
         compiled: whether networks run under torch.compile.
+        made_of: hashes of each shard of the data and of the teacher, whatever their paths, by config key.
     """
 
     stage: TeacherStage | RDMD
@@ -60,6 +61,7 @@ class Experiment:
     measure: Callable[[dict[str, torch.Tensor]], dict[str, float]] | None = None
     best_by: str | None = None
     compiled: bool = False
+    made_of: dict[str, list[str | None]] = field(default_factory=dict)
 
     def set_learning_rates(self, step: int, total: int) -> dict[str, float]:
         """Set each engine's rate for iteration ``step`` of ``total``; returns them as metrics."""
@@ -95,17 +97,24 @@ def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Expe
     torch.manual_seed((config.seed + 1 + world.rank) % 2**63)
     experiment.compiled = config.train.compile is not None
     telemetry.flops_per_sample = _flops_per_sample(config, experiment)
-    telemetry.at_log += _stream_reports(config, experiment.stage, world)
+    streams = _shard_streams(experiment.stage)
+    hashes = on_main(world, lambda: {role: stream.shards.shard_hashes() for role, stream in streams.items()})
+    experiment.made_of |= {f"data.{role}": of_role for role, of_role in hashes.items()}
+    telemetry.at_log += _stream_reports(config, streams, world)
     if experiment.picture is no_picture and len(experiment.export.sample_shape) == 3:
         channels = experiment.export.sample_shape[0]
         telemetry.say(f"no pictures: samples of {channels} channels are drawn where telemetry.decoder names a decoder")
     return experiment
 
 
-def _stream_reports(config: Config, stage, world: World) -> list[StreamReport]:
-    """What a line of metrics tells of the data; none of toys. Sets that are damaged too much end the run here."""
+def _shard_streams(stage: TeacherStage | RDMD) -> dict[str, SampleStream]:
+    """The stage's streams by role, those of toys aside."""
     streams = {role: getattr(stage, role).stream for role in ("source", "target") if hasattr(stage, role)}
-    streams = {role: stream for role, stream in streams.items() if isinstance(stream, SampleStream)}
+    return {role: stream for role, stream in streams.items() if isinstance(stream, SampleStream)}
+
+
+def _stream_reports(config: Config, streams: dict[str, SampleStream], world: World) -> list[StreamReport]:
+    """What a line of metrics tells of the data; none of toys. Sets that are damaged too much end the run here."""
     if not streams:
         return []
     report = StreamReport(streams, config.data.max_dropped, world)
@@ -122,8 +131,10 @@ def _build_teacher_stage(config: Config, world: World, context: StageContext) ->
         start, weights = read_teacher(config.teacher)
         _check_teacher(config.teacher, start, target.shape, "data.target")
         network_options, diffusion = start.network, start.diffusion
+        made_of = {"teacher": [teacher_sha256(start, weights)]}
     else:
         network_options, diffusion, weights = config.network, config.diffusion or DiffusionOptions(), None
+        made_of = {}
     network_options = _with_dropout(network_options, config.teacher_stage.dropout)
     if weights is not None:
         check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
@@ -146,6 +157,7 @@ def _build_teacher_stage(config: Config, world: World, context: StageContext) ->
         {"teacher": options.optimizer},
         export,
         teacher_picture(config, world, export, context.philox, target),
+        made_of=made_of,
     )
 
 
@@ -165,10 +177,12 @@ def _build_rdmd_stage(config: Config, world: World, context: StageContext) -> Ex
     options = config.rdmd
     source = open_domain(config.data, "source", context.philox, world.device)
     feature_cost = FeatureCost.of(options.cost, source.shape, world.device)
+    made_of = {}
     if config.teacher == "analytic":
         networks, export = _analytic_networks(config, source, world)
     else:
-        networks, export = _distilled_networks(config, source, context.layout, world)
+        networks, export, sha256 = _distilled_networks(config, source, context.layout, world)
+        made_of["teacher"] = [sha256]
     generator = _engine(networks.generator, options.generator_optimizer, config, context)
     engines, optimizers = {"generator": generator}, {"generator": options.generator_optimizer}
     if options.fake_score == "learned":
@@ -192,6 +206,7 @@ def _build_rdmd_stage(config: Config, world: World, context: StageContext) -> Ex
         rdmd_picture(config, world, export, context.philox, validation, networks.teacher, fake_score, class_label),
         validation.measure,
         validation.best_by,
+        made_of=made_of,
     )
 
 
@@ -218,8 +233,8 @@ def _analytic_networks(config: Config, source, world: World) -> tuple[Networks, 
     return Networks(generator, fake, teacher), export
 
 
-def _distilled_networks(config: Config, source, layout, world: World) -> tuple[Networks, ExportConfig]:
-    """Teacher from its export; G and fake score start from its weights."""
+def _distilled_networks(config: Config, source, layout, world: World) -> tuple[Networks, ExportConfig, str]:
+    """Teacher from its export, whose SHA-256 comes last; G and fake score start from its weights."""
     start, weights = read_teacher(config.teacher)
     _check_teacher(config.teacher, start, source.shape, "data.source")
     network_options = start.network if config.generator.kind == "teacher" else config.generator
@@ -239,7 +254,7 @@ def _distilled_networks(config: Config, source, layout, world: World) -> tuple[N
         target_class=config.data.target_class, transport_weights=bounds_of(config.rdmd.transport_weight),
     )  # fmt: skip
     teacher = freeze_teacher(teacher, layout, config.train, config.deepspeed, world.device)
-    return Networks(generator, fake, teacher), export
+    return Networks(generator, fake, teacher), export, teacher_sha256(start, weights)
 
 
 def _closed_form_fake_score(generator: torch.nn.Module, source: ToyDistribution, diffusion) -> AnalyticScore:

@@ -2,10 +2,12 @@
 
 import difflib
 import typing
-from collections.abc import Iterator
-from typing import ClassVar, Self
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from rdmd_fast.errors import InputError, quoted
 
@@ -44,18 +46,21 @@ class Options(BaseModel):
             raise InputError(f"{where}: {explain(error, cls, unknown)}{remedy}") from None
 
 
-def explain(error: ValidationError, model: type[BaseModel] | None = None, unknown: str | None = None) -> str:
+def explain(
+    error: ValidationError, model: type[BaseModel] | None = None, unknown: str | None = None, prefix: str = ""
+) -> str:
     """Say in one line which key is wrong, and how.
 
     Args:
         model: what was validated, whose keys are known: the nearest is named in place of an unknown one.
         unknown: what to say of an unknown key instead; ``{}`` stands for it.
+        prefix: goes before each key.
     """
     first = max(error.errors(), key=lambda each: len(each["loc"]))  # of a union, what got furthest
     is_unknown, given = first["type"] == "extra_forbidden", first["input"]
     key = _dotted(first["loc"], model, is_unknown)
     if is_unknown:
-        return unknown.format(key) if unknown else f"unknown key {key}{_nearest(key, model)}"
+        return unknown.format(key) if unknown else f"unknown key {prefix}{key}{_nearest(key, model, prefix)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         message = "missing"
@@ -64,7 +69,7 @@ def explain(error: ValidationError, model: type[BaseModel] | None = None, unknow
     # A pickle's lists can hold one another, more values than could ever be written out.
     if _is_scalar(given) or (isinstance(given, list | tuple) and all(map(_is_scalar, given))):
         message += f", found {quoted(given)}"
-    return f"{key}: {message}" if key else message
+    return f"{prefix}{key}: {message}" if key else message
 
 
 def _is_scalar(value: object) -> bool:
@@ -77,7 +82,7 @@ def _dotted(location: tuple[str | int, ...], model: type[BaseModel] | None, is_u
         return ".".join(map(str, location))
     sections, parts = [model], []
     for depth, part in enumerate(location, 1):
-        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        fields = fields_called(part, sections)
         if fields:
             sections = [each for field in fields for each in sections_of(field.annotation)]
         if fields or isinstance(part, int) or (is_unknown and depth == len(location)):
@@ -85,14 +90,15 @@ def _dotted(location: tuple[str | int, ...], model: type[BaseModel] | None, is_u
     return ".".join(parts)
 
 
-def _nearest(key: str, model: type[BaseModel] | None) -> str:
-    known = [each for each, _, _ in options_of(model)] if model else []
-    if key in known:
+def _nearest(key: str, model: type[BaseModel] | None, prefix: str) -> str:
+    options = [each for each, _, _ in options_of(model)] if model else []
+    if key in options:
         return " for this kind"  # another member of the union has it
+    known = list({part: None for each in options for part in accumulate(each.split("."), "{}.{}".format)})
     leaf = key.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    near += [each for each in known if each.rsplit(".", 1)[-1] == leaf]
-    return f", did you mean {near[0]}?" if near else ""
+    near = difflib.get_close_matches(key, known, n=1)
+    near += difflib.get_close_matches(key, [each for each in known if each.rsplit(".", 1)[-1] == leaf], n=1, cutoff=0)
+    return f", did you mean {prefix}{near[0]}?" if near else ""
 
 
 def options_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -103,9 +109,9 @@ def options_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
         default = "" if field.is_required() else repr(field.get_default(call_default_factory=True))
         if not sections or field.description:
             plain = not sections or isinstance(field.default, int | float)
-            yield f"{prefix}{name}", default if plain else "", field.description or ""
+            yield f"{prefix}{field.alias or name}", default if plain else "", field.description or ""
         for section in sections:
-            for key, value, description in options_of(section, f"{prefix}{name}."):
+            for key, value, description in options_of(section, f"{prefix}{field.alias or name}."):
                 if key not in seen:
                     seen.add(key)
                     yield key, value, description
@@ -117,3 +123,21 @@ def sections_of(annotation: object) -> Iterator[type[BaseModel]]:
         yield annotation
     for part in typing.get_args(annotation):
         yield from sections_of(part)
+
+
+def fields_called(name: str | int, sections: Iterable[type[BaseModel]]) -> list[FieldInfo]:
+    """List the fields that the sections have under this name or alias."""
+    fields = [(each, field) for section in sections for each, field in section.model_fields.items()]
+    return [field for each, field in fields if name in (each, field.alias)]
+
+
+def plain_types(annotation: object) -> Iterator[type]:
+    """List the types of the numbers, texts and Nones that a field takes, alone or in lists."""
+    if typing.get_origin(annotation) is Literal:
+        yield from map(type, typing.get_args(annotation))
+    elif isinstance(annotation, type) and not typing.get_args(annotation):
+        if not issubclass(annotation, BaseModel):
+            yield annotation
+    else:
+        for part in typing.get_args(annotation):
+            yield from plain_types(part)

@@ -9,14 +9,14 @@ from typing import NoReturn
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from rdmd_fast.files import print_any_text  # noqa: E402
+from rdmd_fast.processes.entry import prepare_process  # noqa: E402
 from rdmd_fast.processes.signals import StopSignal  # noqa: E402
 
 
 def run_rank() -> NoReturn:
     """A whole process: it heeds signals before the seconds that imports take, and keeps no other rank waiting."""
+    prepare_process()
     stop = StopSignal(launched="LOCAL_RANK" in os.environ).hold()
-    print_any_text()
     from rdmd_fast.processes.failures import end_after_error, end_process
     from rdmd_fast.trainer import main
 

@@ -2,15 +2,18 @@
 
 import argparse
 import contextlib
+import math
+import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from rdmd_fast.errors import EXIT_DONE, EXIT_STOPPED, InputError, WriteError, describe_system_error
+from rdmd_fast.errors import EXIT_DONE, EXIT_STOPPED, InputError, WriteError
+from rdmd_fast.processes.entry import system_input_error
 from rdmd_fast.processes.failures import end_on_bad_input
-from rdmd_fast.processes.launchers import adopt_launcher
+from rdmd_fast.processes.launchers import adopt_launcher, restarts_left
 from rdmd_fast.processes.run_lock import run_lock
 from rdmd_fast.processes.signals import StopSignal
 from rdmd_fast.processes.world import on_all_ranks, on_main
@@ -43,7 +46,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--profile", type=int, nargs="?", const=5, metavar="N", help="trace N steady iterations (5); train nothing"
     )
     parser.add_argument("--options", action="store_true", help="list every config key with default and meaning")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    # The deepspeed launcher passes the first, torch.distributed.launch the second.
+    parser.add_argument("--local_rank", "--local-rank", metavar="N", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)
 
 
@@ -55,6 +59,8 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
     try:
         if arguments.options:
             return print_options()
+        if arguments.local_rank is not None:
+            os.environ.setdefault("LOCAL_RANK", arguments.local_rank)
         adopt_launcher()
         from rdmd_fast.config import load_config
 
@@ -72,14 +78,13 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
         return train(config, arguments.resume, stop)
     except InputError as error:
         return end_on_bad_input(error)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (OSError, MemoryError, RuntimeError, UnicodeEncodeError) as error:
         # Memory that a network or a batch asks for, and a path that the system will have none of, are input as well.
-        if isinstance(error, OSError) and error.filename is None:
+        lacks_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        bad_input = system_input_error(MemoryError(str(error)) if lacks_memory else error)
+        if bad_input is None:
             raise
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
-            raise
-        line = describe_system_error(MemoryError(str(error)) if isinstance(error, RuntimeError) else error)
-        return end_on_bad_input(InputError(line))
+        return end_on_bad_input(bad_input)
 
 
 def print_options() -> int:
@@ -175,7 +180,7 @@ class Training:
         checkpoint = find_checkpoint(run_dir, resume, world, say)
         if checkpoint:
             manifest = read_manifest(checkpoint)
-            check_compatible(checkpoint, manifest["config"], self.plain_config)
+            check_compatible(checkpoint, manifest, self.plain_config, self.experiment.made_of)
             tensors = load_checkpoint(checkpoint, manifest, self.state, world)
             self.step = manifest["step"]
             self.stage.load_counters(self.state.counters)
@@ -184,6 +189,7 @@ class Training:
             self.telemetry.load_state(tensors)
             self.guards.load_state(tensors)
             say(f"resumed {checkpoint} at step {self.step}")
+            self.tell_of_moved_rates(manifest["config"]["train"]["steps"])
         if checkpoint and self.step >= self.total and on_main(world, self.exported):
             say(f"nothing to do: {run_dir} has reached train.steps = {self.total}")
             return True
@@ -193,8 +199,21 @@ class Training:
         if aside:
             say(f"later checkpoints are now in {aside}")
         on_main(world, lambda: write_atomically(run_dir / "config.yaml", dump_config(self.config)))
-        on_all_ranks(world, lambda: self.telemetry.start(self.step))
+        on_all_ranks(world, lambda: self.telemetry.start(self.step, anew=not checkpoint))
         return False
+
+    def tell_of_moved_rates(self, total: int) -> None:
+        """Say which learning rates leave the course they had with ``total`` steps, the one option that may change."""
+        if self.step >= self.total:
+            return
+        rates = self.experiment.set_learning_rates  # at each iteration they are set anew
+        last, expected = dict(rates(max(self.step - 1, 0), total)), dict(rates(self.step, total))
+        for name, rate in rates(self.step, self.total).items():
+            if not math.isclose(rate, expected[name]):
+                self.telemetry.say(
+                    f"warning: {name} goes on at {rate:.3g} from {last[name]:.3g} at step {self.step}: train.steps is "
+                    f"{self.total}, of this checkpoint's run it was {total}"
+                )
 
     def finish(self, stopped: bool) -> int:
         """Save; at the end of the run also validate, export and draw. Returns the exit status."""
@@ -203,6 +222,11 @@ class Training:
         if stopped:
             name = self.stop.requested.name if self.stop.requested else "a request to another rank"
             self.telemetry.say(f"stopped by {name} at step {self.step}, state saved")
+            if restarts_left():
+                self.telemetry.say(
+                    f"torchrun may start the ranks again ({restarts_left()} of its --max-restarts are left): "
+                    "to stop for good, signal it and not a rank"
+                )
         else:
             weights = self.state.ema.gather()
             self.validate(weights)
@@ -283,8 +307,9 @@ class Training:
         on_main(self.world, self.telemetry.flush)
         tensors = self.telemetry.state() | self.guards.state()
         save_checkpoint(
-            self.run_dir, self.step, self.state, tensors, self.plain_config, self.world, self.config.checkpoint
-        )
+            self.run_dir, self.step, self.state, tensors, self.plain_config, self.experiment.made_of, self.world,
+            self.config.checkpoint,
+        )  # fmt: skip
         self.saved = self.step
 
     def exported(self) -> bool:

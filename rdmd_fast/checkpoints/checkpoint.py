@@ -40,6 +40,7 @@ def save_checkpoint(
     state: TrainingState,
     tensors: dict[str, torch.Tensor],
     config: dict,
+    made_of: dict[str, list[str | None]],
     world: World,
     options: CheckpointOptions,
 ) -> Path:
@@ -49,6 +50,7 @@ def save_checkpoint(
         step: finished iterations.
         tensors: this rank's small tensors to keep (see ``write_state``).
         config: plain resolved configuration, for the manifest.
+        made_of: hashes of the data's shards and of the teacher, by config key, likewise.
 
     Raises:
         WriteError: the disk is full or not writable; the previous checkpoint is untouched.
@@ -65,6 +67,7 @@ def save_checkpoint(
         "world_size": world.size,
         "zero_stage": zero_stage(config.get("deepspeed", {})),
         "config": config,
+        "made_of": made_of,
     }
     what = f"checkpoint {final}"
     try:

@@ -11,6 +11,7 @@ from rdmd_fast.baselines.options import METHODS, NEEDS_SOURCE_TEACHER, BaselineO
 from rdmd_fast.data.sample_names import refuse_inside
 from rdmd_fast.errors import InputError
 from rdmd_fast.options import Options, options_of
+from rdmd_fast.paths import data_path, path_to_read, path_to_write
 from rdmd_fast.processes.devices import pick_device
 from rdmd_fast.randomness import Philox
 from rdmd_fast.translation.folder import add_folder_arguments, translate_folder
@@ -46,9 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for method, summary in SUMMARIES.items():
         _add_method(methods, method, summary)
     train = _subparser(methods, "train-energy", "train EGSDE's domain classifier on the two domains")
-    train.add_argument("--source", required=True, metavar="SHARDS", help="training images of the source domain")
-    train.add_argument("--target", required=True, metavar="SHARDS", help="training images of the target domain")
-    train.add_argument("--out", required=True, metavar="DIR", help="where config.json and energy.safetensors go")
+    train.add_argument(
+        "--source", type=data_path, required=True, metavar="SHARDS", help="training images of the source domain"
+    )
+    train.add_argument(
+        "--target", type=data_path, required=True, metavar="SHARDS", help="training images of the target domain"
+    )
+    train.add_argument(
+        "--out", type=path_to_write, required=True, metavar="DIR", help="where config.json and energy.safetensors go"
+    )
     train.add_argument("--seed", type=int, default=0, help="of weights and all draws (0)")
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     _add_options(train, _training_options())
@@ -63,12 +70,19 @@ def _subparser(methods, name: str, summary: str) -> argparse.ArgumentParser:
 def _add_method(methods, method: str, summary: str) -> None:
     parser = _subparser(methods, method, summary)
     teacher = "RUN/export of the teacher stage, an EDM .pkl or diffusers folder"
-    parser.add_argument("--teacher", required=True, metavar="MODEL", help=f"target domain: {teacher}")
+    parser.add_argument(
+        "--teacher", type=path_to_read, required=True, metavar="MODEL", help=f"target domain: {teacher}"
+    )
     if method in NEEDS_SOURCE_TEACHER:
-        parser.add_argument("--source-teacher", required=True, metavar="MODEL", help="source domain: the same")
+        parser.add_argument(
+            "--source-teacher", type=path_to_read, required=True, metavar="MODEL", help="source domain: the same"
+        )
     if method == "egsde":
         parser.add_argument(
-            "--energy", metavar="DIR", help="folder of `rdmd baseline train-energy` (not needed for lambda_s=0)"
+            "--energy",
+            type=path_to_read,
+            metavar="DIR",
+            help="folder of `rdmd baseline train-energy` (not needed for lambda_s=0)",
         )
     add_folder_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="key of the noise (0)")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.files import strict_json, write_atomically
+from rdmd_fast.paths import data_path, path_to_read, path_to_write
 
 EPILOG = """examples:
   rdmd evaluate --model runs/cats2dogs/export --source shards/cats/test --target shards/dogs/test \\
@@ -24,15 +25,21 @@ TOY_OPTIONS = {"run", "transport_weight", "count", "seed", "picture", "out"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("--run", metavar="DIR", help="a finished toy run: closed form, exact transport")
-    add("--model", metavar="DIR", help="RUN/export or RUN/best of the rdmd stage")
-    add("--outputs", nargs="+", metavar="FOLDER", help="translated images, named as their sources: a row each")
-    add("--teacher", metavar="DIR", help="RUN/export of its teacher: adds the untrained generator")
+    add("--run", type=path_to_read, metavar="DIR", help="a finished toy run: closed form, exact transport")
+    add("--model", type=path_to_read, metavar="DIR", help="RUN/export or RUN/best of the rdmd stage")
+    add(
+        "--outputs",
+        type=data_path,
+        nargs="+",
+        metavar="FOLDER",
+        help="translated images, named as their sources: a row each",
+    )
+    add("--teacher", type=path_to_read, metavar="DIR", help="RUN/export of its teacher: adds the untrained generator")
     weight = {"type": float, "nargs": "+", "metavar": "λ"}
     add("--transport-weight", **weight, help="of a generator of a range of λ: a row or table each")
-    add("--source", metavar="DIR", help="held-out source images, shards or a folder of files")
-    add("--target", metavar="DIR", help="held-out target images, likewise")
-    add("--features", metavar="FILE.pt", help="TorchScript feature network: adds FID and KID")
+    add("--source", type=data_path, metavar="DIR", help="held-out source images, shards or a folder of files")
+    add("--target", type=data_path, metavar="DIR", help="held-out target images, likewise")
+    add("--features", type=path_to_read, metavar="FILE.pt", help="TorchScript feature network: adds FID and KID")
     add(
         "--features-input",
         choices=("auto", "uint8", "float"),
@@ -40,18 +47,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what it takes: uint8 0 to 255 or float [-1, 1] (auto: uint8 if its forward has return_features)",
     )
     add("--lpips", action="store_true", help="add LPIPS to the sources (package lpips)")
-    add("--judge", metavar="DIR", help="labelled digit shards ROOT/<digit>/train|test: adds 3-NN and its features")
+    add(
+        "--judge",
+        type=path_to_read,
+        metavar="DIR",
+        help="labelled digit shards ROOT/<digit>/train|test: adds 3-NN and its features",
+    )
     add("--label", type=int, metavar="N", help="digit of the target domain")
     add("--count", type=int, metavar="N", help="images of each domain, drawn by --seed (all); points of a toy (2000)")
     add("--seed", type=int, metavar="S", help="of --count and of KID's subsets (0); of a toy's points (the run's)")
     add(
         "--resolution", type=int, metavar="N", help="side to which files are brought where no --model and no shards say"
     )
-    add("--cache", metavar="DIR", help="where the target's features are kept ($XDG_CACHE_HOME/rdmd_fast/features)")
+    add(
+        "--cache",
+        type=path_to_write,
+        metavar="DIR",
+        help="where the target's features are kept ($XDG_CACHE_HOME/rdmd_fast/features)",
+    )
     add("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
-    add("--picture", metavar="FILE.png", help="sources, translations and targets, to write")
-    add("--out", metavar="FILE.json", help="where the numbers go")
+    add("--picture", type=path_to_write, metavar="FILE.png", help="sources, translations and targets, to write")
+    add("--out", type=path_to_write, metavar="FILE.json", help="where the numbers go")
 
 
 def run(arguments: argparse.Namespace) -> int:

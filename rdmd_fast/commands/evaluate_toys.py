@@ -26,7 +26,8 @@ def evaluate_toy_run(arguments: argparse.Namespace) -> dict:
     run_dir = Path(arguments.run)
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"--run {run_dir}: no run there (no config.yaml)")
-    config = load_config(str(run_dir / "config.yaml"))
+    # What only training needs may be gone, or refused since.
+    config = load_config(str(run_dir / "config.yaml"), [f"run_dir={run_dir}", "deepspeed={}"])
     if not (isinstance(config.data.source, ToyDistribution) and isinstance(config.data.target, ToyDistribution)):
         raise InputError(f"--run {run_dir}: not a toy run, evaluate images with --model, --source and --target")
     generator = load_generator(run_dir / "export")

@@ -19,6 +19,7 @@ from rdmd_fast.checkpoints.manifest import (
 )
 from rdmd_fast.errors import EXIT_DONE, InputError, write_error
 from rdmd_fast.model_files.export_format import ExportConfig, check_replaceable, write_export
+from rdmd_fast.paths import path_to_read, path_to_write
 
 EPILOG = """examples:
   rdmd export runs/cats2dogs                              EMA of the newest checkpoint's generator
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument(
         "run",
+        type=path_to_read,
         metavar="RUN[@STEP]",
         help="run folder; without a step, its newest whole checkpoint. Or a folder that is exported already",
     )
@@ -52,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--license", metavar="NAME", help="for the model card (default: the run's or its teacher's)")
     parser.add_argument(
-        "--out", metavar="DIR", help="folder (default: RUN/exports/step_STEP[_NETWORK][_raw][_FORMAT], or DIR_FORMAT)"
+        "--out",
+        type=path_to_write,
+        metavar="DIR",
+        help="folder (default: RUN/exports/step_STEP[_NETWORK][_raw][_FORMAT], or DIR_FORMAT)",
     )
 
 

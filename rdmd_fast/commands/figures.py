@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rdmd_fast.commands import pack
 from rdmd_fast.errors import InputError
+from rdmd_fast.paths import path_to_read, path_to_write
 from rdmd_fast.studies.options import FigureOptions
 
 FIGURES = {"surface": "surface", "toys": "toys", "tradeoff": "tradeoff", "lambda": "conditional"}
@@ -32,7 +33,9 @@ command goes on where it was stopped, and trains nothing that is there. The trai
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("--out", required=True, metavar="DIR", help="where pictures, tables and points go")
+    parser.add_argument(
+        "--out", type=path_to_write, required=True, metavar="DIR", help="where pictures, tables and points go"
+    )
     parser.add_argument(
         "--only", nargs="+", action="extend", choices=FIGURES, help="these figures alone (default: all four)"
     )
@@ -43,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=int, metavar="N", help="trainings at a time (default: one for each GPU, or for each core)"
     )
     parser.add_argument(
-        "--study", metavar="FILE.yaml", help="tradeoff, lambda: your own models and data in place of the digits"
+        "--study",
+        type=path_to_read,
+        metavar="FILE.yaml",
+        help="tradeoff, lambda: your own models and data in place of the digits",
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from rdmd_fast.errors import InputError
+from rdmd_fast.paths import path_to_read, path_to_write
 
 EPILOG = """example:
   rdmd import-edm edm-afhqv2-64x64-uncond-vp.pkl --out teachers/afhqv2
@@ -15,8 +16,12 @@ The pickle is read as data, nothing in it is executed. Configs take the .pkl its
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("pickle", metavar="FILE.pkl", help="an EDM network, as NVIDIA publishes them")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the export; an older one is replaced")
+    parser.add_argument(
+        "pickle", type=path_to_read, metavar="FILE.pkl", help="an EDM network, as NVIDIA publishes them"
+    )
+    parser.add_argument(
+        "--out", type=path_to_write, required=True, metavar="DIR", help="folder of the export; an older one is replaced"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ from rdmd_fast.data.packing.sources.mnist import mnist_sets
 from rdmd_fast.data.sample_names import refuse_inside
 from rdmd_fast.data.threads import default_workers
 from rdmd_fast.errors import InputError
+from rdmd_fast.paths import path_to_read, path_to_write
 
 EPILOG = """\
 examples:
@@ -105,6 +106,14 @@ def _flag(option: str) -> str:
     return f"--{option.replace('_', '-')}"
 
 
+def _writable(text: str) -> Path:
+    return Path(path_to_write(text))
+
+
+def _readable(text: str) -> Path:
+    return Path(path_to_read(text))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``rdmd pack`` on its parser."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -117,12 +126,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="?",
+        type=path_to_read,
         metavar="SOURCE",
         help="folder of images or .npy files (searched through), FILE.zip, FILE.zip/FOLDER, FILE.npy of shape "
         "[N, C, H, W] or [N, D], a folder of shards, celeba:FOLDER, "
         "mnist:FOLDER, digits or toy:NAME; a folder of that name is ./digits",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where the shards go")
+    parser.add_argument("--out", type=_writable, metavar="DIR", help="where the shards go")
     add("resolution", "images: side in pixels, after a central square crop", type=int, metavar="N")
     add("crop", "images: side of the central square, pixels of the file (default: the largest)", type=int, metavar="N")
     add(
@@ -145,12 +155,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("seed", "of the hold-out choice, of MNIST's hues and of a toy's points (default: %(default)s)", type=int)
     add("shard_size", "samples in each shard (default: %(default)s)", type=int, metavar="N")
-    add("other", "report the samples that are also in this shard set, the other domain", type=Path, metavar="DIR")
+    add(
+        "other",
+        "report the samples that are also in this shard set, the other domain",
+        type=_readable,
+        metavar="DIR",
+    )
     parser.add_argument(
         "--workers", type=int, metavar="N", help="threads that decode and resize (default: one a core, 16 at most)"
     )
     parser.add_argument("--force", action="store_true", help="replace whatever set DIR holds")
-    parser.add_argument("--check", type=Path, nargs="+", metavar="DIR", help="verify sets of shards; packs nothing")
+    parser.add_argument(
+        "--check", type=_readable, nargs="+", metavar="DIR", help="verify sets of shards; packs nothing"
+    )
     parser.add_argument("--fast", action="store_true", help="with --check: hashes and headers, decodes nothing")
 
 

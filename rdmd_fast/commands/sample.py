@@ -12,6 +12,7 @@ from PIL import Image
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.networks.class_labels import NO_CLASS, one_hot_rows
+from rdmd_fast.paths import path_to_read, path_to_write
 
 EPILOG = """examples:
   rdmd sample --model runs/digits_teacher_3/export --out threes.png --count 16
@@ -28,11 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument(
         "--model",
+        type=path_to_read,
         required=True,
         metavar="MODEL",
         help="RUN/export of the teacher stage, an EDM .pkl or diffusers folder",
     )
-    parser.add_argument("--out", required=True, metavar="FILE.png|FOLDER", help="picture grid, or folder of samples")
+    parser.add_argument(
+        "--out", type=path_to_write, required=True, metavar="FILE.png|FOLDER", help="picture grid, or folder of samples"
+    )
     parser.add_argument(
         "--count", type=int, default=16, metavar="N", help="samples; of each class with --class all (16)"
     )
@@ -57,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--s-noise", type=float, default=1.0, metavar="S", help="S_noise, fresh noise's deviation (EDM: 1)"
     )
-    parser.add_argument("--autoencoder", metavar="DIR", help="diffusers AutoencoderKL folder that decodes latents")
+    parser.add_argument(
+        "--autoencoder", type=path_to_read, metavar="DIR", help="diffusers AutoencoderKL folder that decodes latents"
+    )
     parser.add_argument("--seed", type=int, default=0, help="key of the noise (0)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time (64)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="the network's (fp32)")

@@ -8,6 +8,7 @@ from rdmd_fast.config import load_config
 from rdmd_fast.errors import InputError
 from rdmd_fast.figures.sweep_picture import draw
 from rdmd_fast.figures.sweep_tables import row_of, write_tables
+from rdmd_fast.paths import path_to_read, path_to_write
 from rdmd_fast.studies.jobs import run_jobs
 from rdmd_fast.studies.recommendation import advise
 from rdmd_fast.studies.sweep_jobs import GridSetting, default_sigmas, default_weights, grid_of, reference_point
@@ -27,8 +28,8 @@ SHARE_OF_STEPS, FEWEST_STEPS = 10, 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE.yaml", help="configuration of the rdmd stage")
-    add("--out", required=True, metavar="DIR", help="where picture, tables and runs go")
+    add("--config", type=path_to_read, required=True, metavar="FILE.yaml", help="configuration of the rdmd stage")
+    add("--out", type=path_to_write, required=True, metavar="DIR", help="where picture, tables and runs go")
     add("--transport-weight", nargs="+", metavar="L", help="λ to try (a quarter of the config's, its own, 4 times)")
     add(
         "--generator-sigma",

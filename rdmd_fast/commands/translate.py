@@ -5,6 +5,7 @@
 
 import argparse
 
+from rdmd_fast.paths import path_to_read
 from rdmd_fast.translation.folder import add_folder_arguments, translate_folder
 from rdmd_fast.translation.methods import OneStep
 
@@ -24,7 +25,9 @@ Names and folders are kept. Latents, from shards or a folder of .npy arrays [C, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("--model", required=True, metavar="DIR", help="RUN/export or RUN/best of the rdmd stage")
+    parser.add_argument(
+        "--model", type=path_to_read, required=True, metavar="DIR", help="RUN/export or RUN/best of the rdmd stage"
+    )
     add_folder_arguments(parser)
     parser.add_argument(
         "--overlap", type=float, metavar="SHARE", help="tiles: least share of a side that neighbours share (0.25)"

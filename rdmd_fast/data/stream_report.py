@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,11 +26,12 @@ class StreamReport:
     def __init__(self, streams: Mapping[str, SampleStream], max_dropped: float, world: World):
         self._streams, self._max_dropped, self._world = dict(streams), max_dropped, world
         self._dropped = {role: np.zeros(stream.len, dtype=bool) for role, stream in self._streams.items()}
-        self._warned: set[tuple[str, int]] = set()
+        self._warned: set[tuple[str, Path]] = set()
         self._waited = self._seconds_waited()
         for role, stream in self._streams.items():
-            for name, fault in stream.shards.faults.items():
-                self._warn(role, name, fault)
+            for shard in stream.shards.shards:
+                if shard.faults:
+                    self._warn(role, shard.path, shard.faults[0])
 
     def __call__(self, interval: float) -> dict:
         """The keys of a line: of the main rank's ``interval`` seconds the share that waited for data, and drops if any.
@@ -88,9 +90,9 @@ class StreamReport:
         for index in np.flatnonzero(dropped & ~self._dropped[role]).tolist():
             shard = int(stream.shards.shard_of(index))
             if fault := stream.fault(index):  # else the process that has met it tells
-                self._warn(role, stream.shards.shard_names[shard], fault)
+                self._warn(role, stream.shards.shards[shard].path, fault)
 
-    def _warn(self, role: str, shard: str, fault: str) -> None:
+    def _warn(self, role: str, shard: Path, fault: str) -> None:
         if (role, shard) not in self._warned:
             self._warned.add((role, shard))
             print(

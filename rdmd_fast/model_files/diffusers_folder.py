@@ -26,6 +26,10 @@ VP_SCHEDULERS = tuple(
     )
 )  # fmt: skip
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+# EMAModel.save_pretrained notes its own state beside the network's keys (unet_ema/ of a training checkpoint).
+EMA_STATE = frozenset(
+    ("decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup")
+)
 PARAMETERIZATIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
 
 
@@ -34,7 +38,8 @@ def read_diffusers(folder: str | Path) -> tuple[ExportConfig, dict[str, torch.Te
 
     Args:
         folder: a pipeline with unet/ and scheduler/, or a model folder (config.json and
-            diffusion_pytorch_model.safetensors) with scheduler_config.json in it, or a pipeline's unet/.
+            diffusion_pytorch_model.safetensors) with scheduler_config.json in it, or a pipeline's unet/, or unet/ or
+            unet_ema/ of a training checkpoint in it.
 
     Raises:
         InputError: a file is missing or damaged, the weights are pickled, or the network, the schedule or the
@@ -51,7 +56,7 @@ def read_diffusers_config(folder: str | Path) -> ExportConfig:
     check_class(path, values, "UNet2DModel")
     if "sample_size" not in values or values["sample_size"] is None:
         raise InputError(f"{path}: sample_size: missing, write the resolution that the network was trained at")
-    unet = _validate(path, values, UNet2DOptions)
+    unet = _validate(path, {key: value for key, value in values.items() if key not in EMA_STATE}, UNet2DOptions)
     schedule, diffusion = _read_scheduler(_scheduler_file(path.parent))
     return ExportConfig(
         role="teacher",
@@ -84,11 +89,14 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _scheduler_file(model_folder: Path) -> Path:
-    candidates = (
+    candidates = [
         model_folder / "scheduler_config.json",
         model_folder / "scheduler" / "scheduler_config.json",
         model_folder.parent / "scheduler" / "scheduler_config.json",
-    )
+    ]
+    checkpoint = model_folder.absolute().parent
+    if checkpoint.name.startswith("checkpoint-"):  # of a training script, in the folder that gets its pipeline
+        candidates.append(checkpoint.parent / "scheduler" / "scheduler_config.json")
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise InputError(

@@ -1,5 +1,7 @@
 """Teachers from anywhere: exports of the teacher stage, NVIDIA EDM pickles, diffusers folders."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -36,3 +38,13 @@ def read_teacher_config(spec: str | Path) -> ExportConfig:
     if path.is_dir():
         return read_diffusers_config(path) if is_diffusers_folder(path) else read_export_config(path, "teacher")
     return read_teacher(path)[0]
+
+
+def teacher_sha256(config: ExportConfig, weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of what a teacher computes, in hexadecimal: the same wherever it lies and in whatever file format."""
+    said = config.model_dump(mode="json", include={"network", "sample_shape", "diffusion"})
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import os
+import re
+import secrets
 import sys
 import threading
 import time
@@ -14,8 +16,8 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 
-from rdmd_fast.errors import write_error
-from rdmd_fast.files import append_line, fsync_path, make_folder, write_atomically
+from rdmd_fast.errors import InputError, write_error
+from rdmd_fast.files import append_line, encoded, fsync_path, make_folder, read_text, write_atomically
 from rdmd_fast.options import Options
 from rdmd_fast.processes.world import World, on_main
 
@@ -75,6 +77,7 @@ class Telemetry:
         self._log_due = False
         self.flops_per_sample: float | None = None
         self._writers: list[Writer] = []
+        self._kept: list[dict] = []  # lines of the step that the run is resumed at
         self._bar = None
         # Called by every rank for a due line with the interval's seconds; what they return joins the line.
         self.at_log: list[Callable[[float], dict]] = []
@@ -113,13 +116,20 @@ class Telemetry:
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    def start(self, step: int) -> None:
-        """Training begins at ``step``; until here nothing has been written.
+    def start(self, step: int, anew: bool = True) -> None:
+        """Training begins at ``step``; until here nothing has been written but what ``drop_lines_after`` does.
+
+        Args:
+            anew: it is not resumed.
 
         Raises:
-            InputError: Weights & Biases is asked for but not installed.
+            InputError: Weights & Biases is asked for but cannot be had.
         """
-        self._writers = _open_writers(self.options, self.run_dir) if self.world.is_main else []
+        if self.world.is_main:
+            if self.options.tensorboard:
+                self._writers += _tensorboard_writer(self.run_dir, step, self._kept)
+            if self.options.wandb_project:
+                self._writers.append(_wandb_writer(self.options.wandb_project, self.run_dir, anew))
         self.first_step, self._clock_start, self._clock_step = step, time.perf_counter(), step
         self._interval_clock = time.perf_counter()
         if self.world.is_main and sys.stderr.isatty():
@@ -214,6 +224,7 @@ class Telemetry:
             ended: ``step`` is the last one, where validation follows the checkpoint instead of preceding it.
         """
         path = self.run_dir / "metrics.jsonl"
+        self._kept = []
         if path.exists():
             kept = []
             for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -221,6 +232,7 @@ class Telemetry:
                     line = json.loads(text)
                     if line["step"] < step or (line["step"] == step and not (ended and "validation" in line)):
                         kept.append(text + "\n")
+                        self._kept += [line] if line["step"] == step else []
                 except (ValueError, KeyError, TypeError):
                     continue  # a line the dying process did not finish
             write_atomically(path, "".join(kept))
@@ -290,42 +302,64 @@ class Writer(NamedTuple):
     close: Callable[[], None]
 
 
-def _open_writers(options: TelemetryOptions, run_dir: Path) -> list[Writer]:
-    writers = []
-    if options.tensorboard:
-        writer = _tensorboard_writer(run_dir)
-        if writer:
-            writers.append(writer)
-    if options.wandb_project:
-        from rdmd_fast.errors import InputError
+def _wandb_writer(project: str, run_dir: Path, anew: bool) -> Writer:
+    """The run at Weights & Biases that belongs to this folder; InputError where it cannot be had."""
+    try:
+        import wandb
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "wandb":
+            reason = "is not installed, run `pip install rdmd_fast[wandb]`"
+        else:
+            reason = f"cannot be imported ({_in_words(error)}), mend its installation"
+        raise InputError(f"telemetry.wandb_project: wandb {reason}") from None
+    name, number = encoded(run_dir.resolve().name).decode(), _wandb_id(run_dir, anew)
+    try:
+        run = wandb.init(project=project, dir=str(run_dir), name=name, id=number, resume="allow")
+    except Exception as error:  # of the library's own kinds, and of those that it builds on
+        raise InputError(
+            f"telemetry.wandb_project: wandb refuses to begin ({_in_words(error)}), see `wandb login`, set "
+            "WANDB_MODE=offline, or remove the key"
+        ) from None
+    return Writer(lambda line: run.log(_flat(line), step=line["step"]), run.finish)
 
-        try:
-            import wandb
-        except ImportError:
-            raise InputError(
-                "telemetry.wandb_project: wandb is not installed, run `pip install rdmd_fast[wandb]`"
-            ) from None
-        run = wandb.init(project=options.wandb_project, dir=str(run_dir), resume="allow", id=run_dir.resolve().name)
-        writers.append(Writer(lambda line: run.log(_flat(line), step=line["step"]), run.finish))
-    return writers
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _tensorboard_writer(run_dir: Path):
+def _wandb_id(run_dir: Path, anew: bool) -> str:
+    """The id in RUN/wandb_id; a new one for a run that begins."""
+    path = run_dir / "wandb_id"
+    with contextlib.suppress(OSError, ValueError):
+        if not anew and re.fullmatch(r"[0-9a-f]{16}", number := read_text(path, 64).strip()):
+            return number
+    number = secrets.token_hex(8)
+    write_atomically(path, f"{number}\n")
+    return number
+
+
+def _tensorboard_writer(run_dir: Path, step: int, kept: list[dict]) -> list[Writer]:
+    """A writer into RUN/tensorboard, where tensorboard is installed.
+
+    What events of earlier starts say of ``step`` and later ones is taken back; ``kept`` are the lines that stay of it.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return None
+        return []
     threading.excepthook = _quiet_about_tensorboard
     make_folder(run_dir / "tensorboard")  # a link to a folder that is not there, too
-    writer = SummaryWriter(str(run_dir / "tensorboard"))
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
 
     def write(line: dict) -> None:
         for name, value in _flat(line).items():
             writer.add_scalar(name, value, line["step"])
         writer.flush()
 
-    return Writer(write, writer.close)
+    for line in kept:
+        write(line)
+    return [Writer(write, writer.close)]
 
 
 _report_thread = threading.excepthook

@@ -61,15 +61,27 @@ class UNet2DOptions(Options):
         for channels in self.block_out_channels:
             if channels % groups:
                 raise ValueError(f"block_out_channels: {channels} does not divide by norm_num_groups = {groups}")
-            if channels % head:
-                raise ValueError(f"block_out_channels: {channels} does not divide by attention_head_dim = {head}")
-        if self.block_out_channels[-1] % (self.attn_norm_num_groups or 1):
+        if min(self._attending_widths, default=head) < head:
+            raise ValueError(f"attention_head_dim: {head} is wider than a block that attends")
+        if self._attends_in_the_middle and self.block_out_channels[-1] % (self.attn_norm_num_groups or 1):
             raise ValueError(f"attn_norm_num_groups: {self.attn_norm_num_groups} does not divide the last width")
         if self.block_out_channels[0] % 2 or self.block_out_channels[0] // 2 <= self.freq_shift:
             raise ValueError(f"block_out_channels: {self.block_out_channels[0]} is too odd or small for the embedding")
         if isinstance(self.sample_size, list) and len(self.sample_size) != 2:
             raise ValueError("sample_size: give one side or [height, width]")
         return self
+
+    @property
+    def _attends_in_the_middle(self) -> bool:
+        return self.add_attention and self.mid_block_type is not None
+
+    @property
+    def _attending_widths(self) -> list[int]:
+        """Channels of the blocks in which there is attention."""
+        widths = self.block_out_channels
+        kinds = (*self.down_block_types, *self.up_block_types)
+        attending = [width for kind, width in zip(kinds, widths + widths[::-1], strict=True) if kind.startswith("Attn")]
+        return attending + (widths[-1:] if self._attends_in_the_middle else [])
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

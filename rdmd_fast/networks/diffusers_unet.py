@@ -143,8 +143,9 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.divisor = options.attention_head_dim or channels, divisor
         self.group_norm = GroupNorm(groups, channels, eps=options.norm_eps) if groups else None
-        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+        width = channels // self.head_dim * self.head_dim  # whole heads alone
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         height_width = x.shape[2:]

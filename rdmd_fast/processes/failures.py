@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import NoReturn
 
 from rdmd_fast.errors import EXIT_BAD_INPUT
+from rdmd_fast.processes.launchers import place
 
 EXIT_BROKEN = 1
 
@@ -30,7 +31,7 @@ def end_after_error(error: Exception) -> NoReturn:
     Raises:
         Exception: ``error`` itself where there is no other rank.
     """
-    rank, size = _place()
+    rank, size = place()
     if size == 1:
         raise error
     if is_lost_peer(error):
@@ -47,7 +48,7 @@ def end_on_bad_input(error: Exception) -> int:
 
     A rank that is alone with it ends here: the others wait in a collective, and learn by its end.
     """
-    rank, size = _place()
+    rank, size = place()
     if size == 1 or not _joined():
         if rank == 0 or os.environ.get("LOCAL_RANK") == "0":  # one of each machine: files may lack on one of them
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -97,11 +98,6 @@ def _loss(error: Exception) -> str:
         f"lost another rank, or could not reach it ({reason}); the first error above, or in that rank's own log, is "
         "the cause"
     )
-
-
-def _place() -> tuple[int, int]:
-    """This rank's number and how many there are, before and after they have met."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _joined() -> bool:

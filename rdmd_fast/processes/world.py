@@ -11,9 +11,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from rdmd_fast.errors import InputError, write_error
+from rdmd_fast.errors import InputError, quoted, write_error
 from rdmd_fast.processes.host_memory import keep_freed_memory
-from rdmd_fast.processes.launchers import adopt_launcher, cores_of_rank
+from rdmd_fast.processes.launchers import adopt_launcher, check_port_is_free, cores_of_rank, local_rank, place
 
 
 @dataclass(frozen=True)
@@ -106,18 +106,18 @@ def join_world(timeout: float = 1800.0) -> World:
         timeout: seconds that a collective waits for other ranks.
 
     Raises:
-        InputError: there are other ranks, but not where they meet.
+        InputError: a variable of the launcher's or of DeepSpeed's is wrong, or the port to meet at is not free.
     """
     adopt_launcher()
+    level = _log_level()
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a search and a warning
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(os.environ.get("DS_LOG_LEVEL", "WARNING").upper())
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    logging.getLogger("DeepSpeed").setLevel(level)
     if on_gpu:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(_gpu_of_rank())
     else:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
@@ -125,22 +125,41 @@ def join_world(timeout: float = 1800.0) -> World:
             torch.set_num_threads(cores_of_rank())
         # DeepSpeed would compile a shared-memory collective at the first start, a minute long; gloo serves as well.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", local_rank()) if on_gpu else torch.device("cpu")
     if not dist.is_initialized():
         # Until the process ends: DeepSpeed keeps groups that do not outlive a destroyed world.
         atexit.register(leave_world)
         backend = "nccl" if on_gpu else "gloo"
-        if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
+        if place()[1] > 1:
+            check_port_is_free()
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         else:
             # Alone there is nobody to meet: no port is opened.
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(local_rank()))
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     with contextlib.redirect_stdout(None):
-        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     alone = dist.get_world_size() == 1
     host_group = None if alone or not on_gpu else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     return World(dist.get_rank(), dist.get_world_size(), device, host_group)
+
+
+def _log_level() -> str:
+    """What DS_LOG_LEVEL names, of Python's levels."""
+    level, known = os.environ.get("DS_LOG_LEVEL", "warning"), ("debug", "info", "warning", "error", "critical")
+    if level.lower() not in known:
+        raise InputError(f"environment variable DS_LOG_LEVEL: {quoted(level)} is none of {', '.join(known)}")
+    return level.upper()
+
+
+def _gpu_of_rank() -> int:
+    """This rank's, by its number on the machine; InputError where there are fewer."""
+    rank, there = local_rank(), torch.cuda.device_count()
+    if rank >= there:
+        raise InputError(
+            f"environment variable LOCAL_RANK: {rank}, but this machine shows {there} GPUs: start as many ranks on it"
+        )
+    return rank
 
 
 def leave_world() -> None:

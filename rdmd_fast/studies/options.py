@@ -14,10 +14,21 @@ from rdmd_fast.baselines.energy import EnergyTrainingOptions
 from rdmd_fast.baselines.options import NEEDS_SOURCE_TEACHER
 from rdmd_fast.errors import InputError
 from rdmd_fast.options import Options
+from rdmd_fast.paths import data_path, path_to_read, with_paths
 from rdmd_fast.yaml_values import read_values
 
 Weight = Annotated[float, Field(ge=0)]
 Overrides = Annotated[list[str], Field(default_factory=list, description="key=value changes of the configuration")]
+
+
+_PATHS = {
+    **{f"{domain}.{part}": data_path for domain in ("source", "target") for part in ("train", "test")},
+    **{f"teachers.{domain}.{kind}": path_to_read for domain in ("source", "target") for kind in ("export", "config")},
+    "rdmd.config": path_to_read,
+    "conditioned.config": path_to_read,
+    "judge": data_path,
+    "features": path_to_read,
+}
 
 
 class DomainOptions(Options):
@@ -87,6 +98,11 @@ class StudyOptions(Options):
     )
     baselines: list[BaselineOptions] = Field(default_factory=list, description="settings of the baselines")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _on_this_machine(cls, values):
+        return with_paths(values, _PATHS)
+
     @model_validator(mode="after")
     def _consistent(self):
         if self.judge is None and self.features is None:
@@ -118,7 +134,7 @@ def load_study(path: str, overrides: list[str] = ()) -> StudyOptions:
     Raises:
         InputError: one line that names the file, the key and what is wrong.
     """
-    return StudyOptions.parse(read_values(path, overrides, "study"), f"study {path}")
+    return StudyOptions.parse(read_values(path, overrides, "study", StudyOptions), f"study {path}")
 
 
 CONFIGS = Path(__file__).parents[2] / "configs"

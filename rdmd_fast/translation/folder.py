@@ -1,10 +1,12 @@
 """A folder of images, of latents or of shards through any method of translation."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
 from rdmd_fast.errors import InputError
+from rdmd_fast.paths import path_to_read, path_to_write
 from rdmd_fast.processes.devices import pick_devices
 from rdmd_fast.translation.methods import Method
 
@@ -13,14 +15,18 @@ EXIT_INTERRUPTED = 128 + 2  # as shells report SIGINT
 
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that ``translate_folder`` reads."""
-    parser.add_argument("--input", required=True, metavar="FOLDER", help="a folder of images or latents, or of shards")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where files of the same names go")
+    add = functools.partial(parser.add_argument, metavar="FOLDER", required=True)
+    add("--input", type=path_to_read, help="a folder of images or latents, or of shards")
+    add("--output", type=path_to_write, help="where files of the same names go")
     parser.add_argument(
         "--size", choices=("crop", "resize", "tiles"), default="crop", help="images of another size (crop), see below"
     )
     parser.add_argument("--format", choices=("png", "jpg", "webp"), help="of images (png); jpg and webp at quality 95")
     parser.add_argument(
-        "--autoencoder", metavar="DIR", help="diffusers AutoencoderKL folder: encodes images, decodes latents"
+        "--autoencoder",
+        type=path_to_read,
+        metavar="DIR",
+        help="diffusers AutoencoderKL folder: encodes images, decodes latents",
     )
     parser.add_argument("--skip-existing", action="store_true", help="leave results alone that are there and whole")
     parser.add_argument("--skip-unreadable", action="store_true", help="go on after files that cannot be read")

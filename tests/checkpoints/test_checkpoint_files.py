@@ -39,7 +39,7 @@ def save(run_dir, step, value=0.0, world=ALONE, tensors=None, **options):
     """A checkpoint without engines: a file a rank, of 12,000 bytes and some."""
     state = TrainingState({}, SimpleNamespace(engine=None, shards=[]), counters={"value": value})
     tensors = tensors or {"value": torch.full((3000,), value + world.rank)}
-    return save_checkpoint(run_dir, step, state, tensors, {}, world, CheckpointOptions(**options))
+    return save_checkpoint(run_dir, step, state, tensors, {}, {}, world, CheckpointOptions(**options))
 
 
 def find(run_dir, resume="auto"):

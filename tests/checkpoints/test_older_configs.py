@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rdmd_fast.config import _differences, _with_defaults, load_config
+from rdmd_fast.config import _FREE_KEYS, _differences, _with_defaults, load_config
 
 FILES = sorted((Path(__file__).parents[2] / "configs").glob("*/*.yaml"))
 CONFIGS = [path for path in FILES if path.name != "study.yaml"]  # of a training
@@ -17,7 +17,7 @@ def plain(path, *overrides):
 
 
 def differences(saved, now):
-    return [key for section in now for key, *_ in _differences(saved.get(section), now[section], section)]
+    return [key for section in now for key, *_ in _differences(saved.get(section), now[section], section, _FREE_KEYS)]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")

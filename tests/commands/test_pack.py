@@ -101,43 +101,6 @@ def test_a_failed_packing_leaves_the_old_set(photos, tmp_path):
     assert files_of(out) == before
 
 
-@pytest.mark.parametrize("calls", range(1, 22))
-def test_a_commit_cut_short_reads_as_unfinished_or_complete(tmp_path, monkeypatch, calls):
-    """Die at each file operation of a commit that replaces another set, then run the same packing again."""
-    out = tmp_path / "out"
-    run("toy:circles", "--out", out, "--count", 10, "--shard-size", 5)
-    left = calls
-
-    class KilledError(BaseException):
-        pass
-
-    def dying(operation):
-        def call(*args, **options):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise KilledError
-            return operation(*args, **options)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr("rdmd_fast.data.packing.shard_writer.os.replace", dying(__import__("os").replace))
-        writing = dying(ShardWriter.commit.__globals__["_write_file"])
-        patch.setattr("rdmd_fast.data.packing.shard_writer._write_file", writing)
-        patch.setattr(ShardWriter, "__exit__", lambda *_: None)
-        try:
-            run("toy:circles", "--out", out, "--count", 12, "--shard-size", 4, "--force")
-        except KilledError:
-            try:
-                assert len(ShardSet(out)) == 10
-            except InputError as error:
-                assert "interrupted" in str(error)
-    run("toy:circles", "--out", out, "--count", 12, "--shard-size", 4, "--force")
-    assert len(ShardSet(out)) == 12
-    assert not list(out.glob("*.partial"))
-
-
 def test_few_unreadable_images_are_listed_and_skipped(tmp_path, capsys):
     save_images(tmp_path / "photos", {f"{i:03d}.png": np.full((2, 2, 3), i, np.uint8) for i in range(200)})
     (tmp_path / "photos" / "050.png").write_bytes(b"x")

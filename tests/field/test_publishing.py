@@ -58,7 +58,7 @@ def value_of(folder):
 
 def checkpoint(run_dir, step, **options):
     state = TrainingState({}, SimpleNamespace(engine=None, shards=[]))
-    return save_checkpoint(run_dir, step, state, {"a": torch.ones(3)}, {}, ALONE, CheckpointOptions(**options))
+    return save_checkpoint(run_dir, step, state, {"a": torch.ones(3)}, {}, {}, ALONE, CheckpointOptions(**options))
 
 
 def hidden(folder):
@@ -261,7 +261,7 @@ def test_modes_are_what_the_umask_allows(tmp_path, umask):
             pass
         Outputs(root / "out/deep", "png", True).write("a", np.zeros((3, 8, 8)), np.zeros((8, 8, 3), np.uint8))
         write_set(root / "set", 1)
-        fetch_shard("pipe:echo", root / "cache", False)
+        fetch_shard("pipe:head -c 10240 /dev/zero", root / "cache", False)
     finally:
         os.umask(before)
     modes = {(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in (root, *root.rglob("*"))}
@@ -475,7 +475,7 @@ def test_content_then_name_then_folder_are_on_disk(tmp_path, events):
     named = events.index("-> export")
     assert {"teacher.safetensors", "config.json"} < set(events[:named]) and events[named + 1] == "new"
     events.clear()
-    fetch_shard("pipe:echo", folder, False)
+    fetch_shard("pipe:head -c 10240 /dev/zero", folder, False)
     assert events[-2].startswith("-> ") and events[-1] == "pipes"
 
 

@@ -141,7 +141,7 @@ BAD = {
     "levels": (change(MODEL, block_out_channels=[8]), "down_block_types has 2 entries, block_out_channels 1"),
     "learned variance": (change(MODEL, out_channels=6), "out_channels is 6, in_channels 3"),
     "groups": (change(MODEL, norm_num_groups=3), "8 does not divide by norm_num_groups = 3"),
-    "heads": (change(MODEL, attention_head_dim=5), "8 does not divide by attention_head_dim = 5"),
+    "heads": (change(MODEL, attention_head_dim=17), "attention_head_dim: 17 is wider than a block that attends"),
     "other scheduler": (change(SCHEDULER, _class_name="ScoreSdeVeScheduler"), "_class_name is 'ScoreSdeVeScheduler'"),
     "no scheduler name": (change(SCHEDULER, _class_name=[1]), "_class_name is [1], supported: DDPMScheduler"),
     "prediction": (change(SCHEDULER, prediction_type="flow_prediction"), "prediction_type 'flow_prediction' is not"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rdmd_fast.data.file_walk import HOUSEKEEPING, IMAGE_SUFFIXES, UNREAD_SUFFIXES
-from rdmd_fast.data.shards.tar import TarMember, walk_shard
+from rdmd_fast.data.shards.tar import BLOCK, RECORD, TarMember, walk_shard
 from rdmd_fast.errors import InputError
 from rdmd_fast.files import read_text
 
@@ -108,7 +108,11 @@ class Shard:
 
 @dataclass
 class Part:
-    """Shards that were made together. ``kind`` and ``shape`` are None where only a sample can tell."""
+    """Shards that were made together. ``kind`` and ``shape`` are None where only a sample can tell.
+
+    Attributes:
+        shas: SHA-256 of each shard, where a manifest tells them.
+    """
 
     shards: list[Shard]
     extension: str
@@ -116,6 +120,7 @@ class Part:
     shape: tuple[int, ...] | None = None
     classes: list[str] | None = None
     left_out: Counter[str] = field(default_factory=Counter)
+    shas: list[str] | None = None
 
 
 def read_packed(folder: Path, tolerant: bool = False) -> Part:
@@ -141,6 +146,8 @@ def read_packed(folder: Path, tolerant: bool = False) -> Part:
         shards = [_indexed_shard(folder, each, expected) for each in json.loads(index_bytes)]
         _check_manifest(manifest)
         part = Part(shards, manifest["extension"], manifest["kind"], tuple(manifest["shape"]), manifest.get("classes"))
+        sha_of = {shard["file"]: str(shard.get("sha256")) for shard in manifest["shards"]}
+        part.shas = [sha_of[shard.path.name] for shard in shards]
         sizes = [expected[shard.path.name] for shard in shards]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{manifest_path}: unreadable packing ({error!r}); pack the set again") from error
@@ -245,7 +252,7 @@ def read_foreign(
         shards.append(
             Shard(path, list(chosen), [m.offset for m in samples], [m.size for m in samples], None, labels, faults)
         )
-    _estimate_losses(shards, [each.complete for each in walked])
+    _estimate_losses(shards, walked)
     kind = "array" if wanted == {ARRAY_EXTENSION} else "image"
     return Part(shards, min(wanted), kind, left_out=left_out)
 
@@ -260,10 +267,22 @@ def _walk(path: Path, tolerant: bool, walk: Callable[[Path], Walked]) -> Walked:
     return walked
 
 
-def _estimate_losses(shards: list[Shard], complete: list[bool]) -> None:
-    """A damaged tar whose members are not known has lost what whole ones hold more, and one sample at least."""
-    whole = [len(shard.keys) for shard, known in zip(shards, complete, strict=True) if known]
+def _estimate_losses(shards: list[Shard], walked: list[Walked]) -> None:
+    """A damaged tar whose members are not known has lost one sample at least.
+
+    It has lost what whole tars hold more, and what the bytes that none of its members takes would hold.
+    """
+    whole = [len(shard.keys) for shard, each in zip(shards, walked, strict=True) if each.complete]
     usual = int(statistics.median(whole)) if whole else 0
-    for shard, known in zip(shards, complete, strict=True):
-        if not known:
-            shard.lost = max(1, usual - len(shard.keys))
+    taken = [sum(map(_bytes_of, each.members)) for each in walked]
+    per_sample = sum(taken) / max(1, sum(len(shard.keys) for shard in shards))
+    for shard, each, bytes_taken in zip(shards, walked, taken, strict=True):
+        if not each.complete:
+            size = shard.path.stat().st_size if shard.path.is_file() else 0
+            in_gaps = int((size - bytes_taken - RECORD) / per_sample) if per_sample else 0
+            shard.lost = max(1, usual - len(shard.keys), in_gaps)
+
+
+def _bytes_of(member: TarMember) -> int:
+    """What a member takes of a tar: a header, and its content in whole blocks."""
+    return BLOCK + (member.size + BLOCK - 1) // BLOCK * BLOCK

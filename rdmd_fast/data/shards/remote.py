@@ -16,6 +16,7 @@ from typing import IO, BinaryIO
 from urllib.parse import quote
 
 from rdmd_fast.data.shards.parts import INDEX, MANIFEST
+from rdmd_fast.data.shards.tar import walk_file
 from rdmd_fast.errors import InputError
 from rdmd_fast.files import exclusive, replace_file
 
@@ -57,7 +58,7 @@ def fetch_shard(spec: str, cache: Path, tolerant: bool) -> Path:
     name = re.sub(r"[^\w.-]", "_", Path(re.split("[?#]", spec)[0]).name)
     path = cache / "urls" / _digest(spec) / name.encode()[-_LONGEST_NAME:].decode(errors="ignore")
     try:
-        return _once(path, lambda file: _download(spec, file))
+        return _once(path, lambda file: _download_tar(spec, file))
     except InputError as error:
         if not tolerant or isinstance(error, MissingDriver):
             raise
@@ -115,16 +116,15 @@ def _once(path: Path, make: Callable[[IO[bytes]], None]) -> Path:
     return path
 
 
-def _download(url: str, file: IO[bytes], digest: str | None = None, size: int | None = None) -> None:
-    """Write what ``url`` sends.
+def _download(url: str, file: IO[bytes], digest: str | None = None, size: int | None = None) -> bool:
+    """Write what ``url`` sends; returns whether its length was known beforehand.
 
     Raises:
         InputError: it cannot be had after three tries, or is not what the manifest says.
     """
     for attempt in range(_TRIES):
         try:
-            _transfer(url, file, digest, size)
-            return
+            return _transfer(url, file, digest, size)
         except MissingDriver:
             raise
         except urllib.error.HTTPError as error:
@@ -138,6 +138,12 @@ def _download(url: str, file: IO[bytes], digest: str | None = None, size: int | 
                 break
         time.sleep(0.2 * 4**attempt)
     raise InputError(f"{url}: cannot be downloaded ({reason}); check the address and the connection")
+
+
+def _download_tar(url: str, file: IO[bytes]) -> None:
+    """A single tar, whose length not every server tells."""
+    if not _download(url, file):
+        _check_whole(url, file)
 
 
 def _is_http(url: str) -> bool:
@@ -156,7 +162,7 @@ def _open(url: str) -> BinaryIO:
     return fsspec.open(url).open()
 
 
-def _transfer(url: str, file: IO[bytes], digest: str | None, size: int | None) -> None:
+def _transfer(url: str, file: IO[bytes], digest: str | None, size: int | None) -> bool:
     file.seek(0)
     file.truncate()
     with _open(url) as source:
@@ -168,10 +174,26 @@ def _transfer(url: str, file: IO[bytes], digest: str | None, size: int | None) -
     file.seek(0)
     if digest and hashlib.file_digest(file, "sha256").hexdigest() != digest:
         raise ValueError("its sha256 is not the manifest's")
+    return expected is not None
 
 
 def _spool(command: str, file: IO[bytes]) -> None:
-    """Run the user's own command, as WebDataset does, and keep what it writes."""
-    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, stdout=file, check=False)
+    """Run the user's own command, as WebDataset does, and keep what it writes.
+
+    Raises:
+        InputError: a part of it fails, or what it writes is no whole tar.
+    """
+    bash = shutil.which("bash")  # of the shells that tell when a command ahead of the last one has failed
+    words = [bash, "-o", "pipefail", "-c", command] if bash else ["sh", "-c", command]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=file, check=False)
     if done.returncode:
         raise InputError(f"{PIPE}{command}: exit status {done.returncode}; run the command by hand")
+    _check_whole(f"{PIPE}{command}", file)
+
+
+def _check_whole(origin: str, file: BinaryIO) -> None:
+    """InputError unless a tar came to its end: it is not kept."""
+    size = file.seek(0, 2)
+    _, faults = walk_file(file)
+    if faults:
+        raise InputError(f"{origin}: {size} bytes came, which are no whole tar ({faults[0]}); nothing of it is kept")

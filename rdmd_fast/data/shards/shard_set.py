@@ -6,6 +6,7 @@ their headers are scanned once, at opening.
 """
 
 import hashlib
+import json
 import os
 import re
 import weakref
@@ -62,6 +63,7 @@ class ShardSet:
             raise InputError(f"{self.path}: holds no samples{_first_fault(self.shards)}; pack it again")
         self.extension, self.kind, self.shape = parts[0].extension, parts[0].kind, parts[0].shape
         self.classes = parts[0].classes if all(part.classes == parts[0].classes for part in parts) else None
+        self._parts = parts
         self.left_out = sum((part.left_out for part in parts), Counter())
         self._first = [0, *accumulate(len(shard.keys) for shard in self.shards)]
         self._offsets = np.concatenate([np.asarray(shard.offsets, dtype=np.int64) for shard in self.shards])
@@ -149,6 +151,29 @@ class ShardSet:
     def lost(self) -> int:
         """Samples that damage has taken from the set before they were counted, an estimate."""
         return sum(shard.lost for shard in self.shards)
+
+    def shard_hashes(self) -> list[str | None]:
+        """What each shard holds, whatever its path: 16 hexadecimal digits of a SHA-256.
+
+        It is the shard's own where a manifest tells it; else of names, places and sizes of its samples and of the bytes
+        of the first and the last, None where these cannot be read.
+        """
+        hashes: list[str | None] = []
+        for part in self._parts:
+            numbers = range(len(hashes), len(hashes) + len(part.shards))
+            hashes += map(self._headers_sha256, numbers) if part.shas is None else [sha[:16] for sha in part.shas]
+        return hashes
+
+    def _headers_sha256(self, shard: int) -> str | None:
+        of_shard, first, end = self.shards[shard], self._first[shard], self._first[shard + 1]
+        told = [of_shard.keys, list(of_shard.offsets), list(of_shard.sizes)]
+        digest = hashlib.sha256(json.dumps(told).encode())
+        try:
+            for index in (first, end - 1) if first < end else ():
+                digest.update(self.reader.fetch(index))
+        except InputError:
+            return None
+        return digest.hexdigest()[:16]
 
     @cached_property
     def identity(self) -> str:

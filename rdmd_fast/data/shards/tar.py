@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 from rdmd_fast.errors import InputError
 
 BLOCK = 512  # bytes of a tar block
+RECORD = 20 * BLOCK  # to which archives are filled up with zeros
 _CHUNK = 2048  # blocks read at a time in search of a header
 _MOST_FAULTS = 1000  # of one tar; a new start at each costs a walk
 _BROKEN = (
@@ -50,19 +51,24 @@ def walk_shard(path: Path) -> tuple[list[TarMember], list[str]]:
     Raises:
         OSError: the file cannot be read.
     """
-    members, faults, start = [], [], 0
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        while start is not None and len(faults) < _MOST_FAULTS:
-            found, stop, fault = _walk_from(file, start, size)
-            members += [member for member in found if member.offset + member.size <= size]
-            start = _next_header(file, stop + BLOCK)
-            if start is not None:
-                fault = f"damaged at byte {stop}, before its end"
-            if fault:
-                faults.append(fault)
+        return walk_file(file)
+
+
+def walk_file(file: BinaryIO) -> tuple[list[TarMember], list[str]]:
+    """``walk_shard`` of an open file."""
+    members, faults, start = [], [], 0
+    size = file.seek(0, 2)
+    while start is not None and len(faults) < _MOST_FAULTS:
+        found, stop, fault = _walk_from(file, start, size)
+        members += [member for member in found if member.offset + member.size <= size]
+        start = _next_header(file, stop + BLOCK)
+        if start is not None:
+            fault = f"damaged at byte {stop}, before its end"
+        if fault:
+            faults.append(fault)
     return members, faults
 
 
