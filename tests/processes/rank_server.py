@@ -17,7 +17,7 @@ import traceback
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 # All that a rank would import later.
-import deepspeed  # noqa: F401
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  by every engine at ZeRO 1 to 3, with the inductor
 import matplotlib.pyplot  # noqa: F401
 import ot  # noqa: F401
 import torch
@@ -32,9 +32,12 @@ import rdmd_fast.monitoring.drawing
 import rdmd_fast.planning.dry_run
 import rdmd_fast.trainer  # noqa: F401
 from rdmd_fast.processes.failures import end_process
+from rdmd_fast.networks.flops import forward_flops
+from rdmd_fast.networks.options import MLPOptions
 from rdmd_fast.train import run_rank
 
 torch.set_num_threads(1)
+forward_flops(MLPOptions(kind="mlp", hidden=1, depth=1), (2,))
 
 
 def start(job: dict) -> list[int]:
