@@ -40,14 +40,47 @@ def own_linear():
 ROOT = Path(__file__).parent.parent
 
 
-class RankServer:
-    """Starts ranks of the trainer, forked from one process: see rank_server.py."""
+class Child:
+    """Of a process that a server forked: what tests use of Popen."""
 
-    def __init__(self):
+    def __init__(self, server, source, arguments, folder, environment, errors):
+        self._server, self._errors, self.returncode = server, errors, None
+        (stdin, self._in), (self._out, stdout) = os.pipe(), os.pipe()
+        errors.touch()
+        files = [*(f"/proc/{os.getpid()}/fd/{file}" for file in (stdin, stdout)), str(errors)]
+        self.pid = server.run(source, arguments, folder, environment, files)
+        os.close(stdin), os.close(stdout)
+        self.stdin, self.stdout = os.fdopen(self._in, "w"), os.fdopen(self._out)
+
+    def poll(self):
+        return self.wait(0)
+
+    def wait(self, timeout=60):
+        if self.returncode is None:
+            [self.returncode] = self._server.wait([self.pid], timeout)
+        return self.returncode
+
+    def finish(self) -> tuple[str, str]:
+        """What it writes to its end, and its errors."""
+        self.stdin.close()
+        said = self.stdout.read()
+        self.wait()
+        return said, self._errors.read_text()
+
+    def kill(self):
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+class RankServer:
+    """Starts processes, forked from one: see rank_server.py."""
+
+    def __init__(self, *arguments, **environment):
         script = Path(__file__).parent / "processes/rank_server.py"
         self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
         self._ids: set[int] = set()
         assert self._process.stdout.readline() == "ready\n"
 
@@ -61,6 +94,13 @@ class RankServer:
         ids = self._ask(argv=[str(each) for each in argv], ranks=ranks, log=str(log), before=before)
         self._ids |= set(ids)
         return ids
+
+    def run(self, source, arguments, folder, environment, files) -> int:
+        """Process id of what is executed as by ``python -c``."""
+        argv, environment = [str(each) for each in arguments], {"PYTHONPATH": str(ROOT), **os.environ, **environment}
+        request = {"source": source, "argv": argv, "folder": str(folder), "environment": environment, "files": files}
+        self._ids.add(process := self._ask(**request))
+        return process
 
     def wait(self, ids, seconds=60.0) -> list[int | None]:
         """Exit statuses; None for a rank that still runs."""
@@ -99,6 +139,42 @@ def launch_ranks(rank_server, tmp_path_factory):
         return log.read_text()
 
     return launch
+
+
+@pytest.fixture(scope="session")
+def fork_python(rank_server, tmp_path_factory):
+    """``fork_python(source, *arguments)`` starts what ``python -c`` would, but with all modules imported."""
+
+    def start(source, *arguments, folder=ROOT, **environment):
+        errors = tmp_path_factory.mktemp("forks") / "errors"
+        return Child(rank_server, source, arguments, folder, environment, errors)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def interpreted(tmp_path_factory):
+    """``interpreted(source, *arguments)`` runs it in a process whose kernels Triton interprets; returns its output."""
+    pytest.importorskip("triton")
+    environment = {"TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
+    server = RankServer("kernels", **environment)
+
+    def run(source, *arguments):
+        errors = tmp_path_factory.mktemp("forks") / "errors"
+        child = Child(server, source, arguments, ROOT, environment, errors)
+        said, errors = child.finish()
+        assert child.wait(300) == 0, said[-6000:] + errors
+        return said
+
+    yield run
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def interpreted_cases(interpreted):
+    """``interpreted_cases(file, *words)`` runs pytest on a file of tests/kernels with kernels interpreted."""
+    source = "import sys, pytest; sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    return lambda file, *words: interpreted(source, ROOT / "tests/kernels" / file, *words)
 
 
 @pytest.fixture
