@@ -38,6 +38,16 @@ def own_linear():
 
 
 ROOT = Path(__file__).parent.parent
+# Minutes between them: two workers that begin with these end together.
+LONGEST = (
+    "kernels/test_static.py", "engine/test_distributed.py", "test_trainer.py", "processes/test_signals.py",
+    "test_trained_maps.py", "processes/test_hangs.py", "kernels/test_noise_forward.py", "test_fuzz.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {str(ROOT / "tests" / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
 
 
 class Child:
