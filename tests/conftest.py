@@ -8,15 +8,14 @@ from pathlib import Path
 # One thread per rank and test: the machines that run these have two cores, and sums must not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest
-import torch
-
-torch.set_num_threads(1)
+import pytest  # but not torch, which the process that hands out the tests can do without
 
 
 @pytest.fixture(autouse=True)
 def nan_filled_empty():
     """Fill ``torch.empty`` and its like with NaN, so that a partial write shows."""
+    import torch
+
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -26,15 +25,22 @@ def nan_filled_empty():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-LINEAR = torch.nn.functional.linear
+@pytest.fixture(autouse=True, scope="session")
+def torch_linear():
+    import torch
+
+    torch.set_num_threads(1)
+    return torch.nn.functional.linear
 
 
 @pytest.fixture(autouse=True)
-def own_linear():
+def own_linear(torch_linear):
     """ZeRO-3 leaves its own function in the place of torch's linear, which TorchScript cannot compile."""
-    torch.nn.functional.linear = LINEAR
+    import torch
+
+    torch.nn.functional.linear = torch_linear
     yield
-    torch.nn.functional.linear = LINEAR
+    torch.nn.functional.linear = torch_linear
 
 
 ROOT = Path(__file__).parent.parent
@@ -62,9 +68,6 @@ class Child:
         os.close(stdin), os.close(stdout)
         self.stdin, self.stdout = os.fdopen(self._in, "w"), os.fdopen(self._out)
 
-    def poll(self):
-        return self.wait(0)
-
     def wait(self, timeout=60):
         if self.returncode is None:
             [self.returncode] = self._server.wait([self.pid], timeout)
@@ -78,7 +81,7 @@ class Child:
         return said, self._errors.read_text()
 
     def kill(self):
-        if self.poll() is None:
+        if self.wait(0) is None:
             os.kill(self.pid, signal.SIGKILL)
 
 
@@ -156,8 +159,7 @@ def fork_python(rank_server, tmp_path_factory):
     """``fork_python(source, *arguments)`` starts what ``python -c`` would, but with all modules imported."""
 
     def start(source, *arguments, folder=ROOT, **environment):
-        errors = tmp_path_factory.mktemp("forks") / "errors"
-        return Child(rank_server, source, arguments, folder, environment, errors)
+        return Child(rank_server, source, arguments, folder, environment, tmp_path_factory.mktemp("forks") / "errors")
 
     return start
 
@@ -170,8 +172,7 @@ def interpreted(tmp_path_factory):
     server = RankServer("kernels", **environment)
 
     def run(source, *arguments):
-        errors = tmp_path_factory.mktemp("forks") / "errors"
-        child = Child(server, source, arguments, ROOT, environment, errors)
+        child = Child(server, source, arguments, ROOT, environment, tmp_path_factory.mktemp("forks") / "errors")
         said, errors = child.finish()
         assert child.wait(300) == 0, said[-6000:] + errors
         return said
@@ -182,9 +183,9 @@ def interpreted(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def interpreted_cases(interpreted):
-    """``interpreted_cases(file, *words)`` runs pytest on a file of tests/kernels with kernels interpreted."""
+    """``interpreted_cases(file)`` runs pytest on a file of tests/kernels with kernels interpreted."""
     source = "import sys, pytest; sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
-    return lambda file, *words: interpreted(source, ROOT / "tests/kernels" / file, *words)
+    return lambda file: interpreted(source, ROOT / "tests/kernels" / file)
 
 
 @pytest.fixture

@@ -37,18 +37,13 @@ def runs(tmp_path_factory):
 
 def distillation(folder, name):
     return [
-        f"run_dir={folder}/{name}",
-        f"teacher={folder}/teacher/export",
+        f"run_dir={folder}/{name}", f"teacher={folder}/teacher/export",
         f"data.source={folder}/shards/2/train",
         f"data.source_holdout={folder}/shards/2/test",
         f"data.target_holdout={folder}/shards/3/test",
         f"validation.judge={folder}/shards",
-        "validation.every=2",
-        "telemetry.sample_every=2",
-        "checkpoint.every=2",
-        "rdmd.fake_updates=2",
-        "train.steps=4",
-    ]
+        "validation.every=2", "telemetry.sample_every=2", "checkpoint.every=2", "rdmd.fake_updates=2", "train.steps=4",
+    ]  # fmt: skip
 
 
 UNMEASURED = ["validation.judge=null", "validation.every=0", "telemetry.sample_every=0", "telemetry.tensorboard=false"]
@@ -94,9 +89,8 @@ def test_picture_has_four_rows(runs):
 def test_translation_is_the_exported_generator(runs, tmp_path):
     output = tmp_path / "out"
     source = runs / "shards/2/test"
-    assert cli.main(
-        ["translate", "--model", str(runs / "rdmd/export"), "--input", str(source), "--output", str(output)]
-    ) == 0  # fmt: skip
+    arguments = ["--model", str(runs / "rdmd/export"), "--input", str(source), "--output", str(output)]
+    assert cli.main(["translate", *arguments]) == 0
     from rdmd_fast.data.shards.shard_set import ShardSet
 
     shards, generator = ShardSet(source), load_generator(runs / "rdmd/export")
@@ -114,19 +108,10 @@ def test_folder_of_images_keeps_names_and_structure(runs, tmp_path):
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (13, 9), (200, 30, 30)).save(path)
-    arguments = [
-        "--model",
-        str(runs / "rdmd/export"),
-        "--input",
-        str(tmp_path / "in"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    out = tmp_path / "out"
+    arguments = ["--model", str(runs / "rdmd/export"), "--input", str(tmp_path / "in"), "--output", str(out)]
     assert cli.main(["translate", *arguments]) == 0
-    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")) == [
-        "a.png",
-        "sub/b.png",
-    ]
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.png")) == ["a.png", "sub/b.png"]
 
 
 def test_untrained_generator_is_the_teacher_read_at_generator_sigma(runs):
@@ -140,17 +125,8 @@ def test_untrained_generator_is_the_teacher_read_at_generator_sigma(runs):
 
 def test_finished_run_is_left_alone(runs, capsys):
     before = (runs / "rdmd/metrics.jsonl").read_bytes()
-    assert (
-        main(
-            [
-                "--config",
-                str(CONFIGS / "digits/rdmd_2to3.yaml"),
-                *distillation(runs, "rdmd"),
-                "train.global_batch_size=4",
-            ]
-        )
-        == 0
-    )
+    arguments = [*distillation(runs, "rdmd"), "train.global_batch_size=4"]
+    assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert (runs / "rdmd/metrics.jsonl").read_bytes() == before
 

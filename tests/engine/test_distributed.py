@@ -1,8 +1,6 @@
 """Two ranks on the CPU: ZeRO stages agree; a stopped run goes on bit for bit, or in another layout to rounding."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -105,11 +103,7 @@ def runs(launch_ranks, tmp_path_factory):
     """All trainings of this file, in four groups of processes."""
     folder = tmp_path_factory.mktemp("runs")
     launch = partial(run_cases, launch_ranks, folder)
-    subprocess.run(
-        [sys.executable, "-m", "rdmd_fast.cli", "pack", "digits", "--out", str(folder / "shards"), "--hues", "1"],
-        check=True,
-        capture_output=True,
-    )
+    assert cli.main(["pack", "digits", "--out", str(folder / "shards"), "--hues", "1"]) == 0
     launch(1, [case(UNET_TEACHER, "teacher", 0)])
     first, middle, last = ([*chain.from_iterable(links)] for links in zip(*map(layouts, CHAINS), strict=True))
     assert launch(2, first) == [75] * len(first)

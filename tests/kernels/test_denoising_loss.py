@@ -15,10 +15,6 @@ def samples(*shape, seed=0):
     return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_kernel_under_the_interpreter(interpreted_cases):
-    interpreted_cases("interpreter_cases.py", "-k", "denoising_loss and not shared")
-
-
 @pytest.mark.parametrize("shape", [(2,), (3, 20, 20)])
 def test_gradient_is_that_of_the_mean_loss_by_autograd_in_fp64(shape):
     output, y = samples(*shape), samples(*shape, seed=1)

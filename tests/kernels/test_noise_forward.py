@@ -22,7 +22,7 @@ def samples(*shape, seed=0):
 
 
 def test_kernels_under_the_interpreter(interpreted_cases):
-    interpreted_cases("interpreter_cases.py", "-k", "noise_forward or shared")
+    interpreted_cases("interpreter_cases.py")
 
 
 def test_generator_form_equals_reading_then_noising():

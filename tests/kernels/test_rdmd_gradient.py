@@ -94,10 +94,6 @@ def test_noise_is_drawn_again_from_its_counters():
     assert torch.equal(again, once)
 
 
-def test_kernels_under_the_interpreter(interpreted_cases):
-    interpreted_cases("interpreter_cases.py", "-k", "rdmd_gradient and not shared")
-
-
 @pytest.mark.parametrize("weighting", ["uniform", "sigma2", "dmd"])
 def test_generator_form_is_the_chain_rule_through_its_reading(weighting):
     given, of_y = batch((3, 20, 20), generator_of=READING), batch((3, 20, 20))

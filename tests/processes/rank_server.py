@@ -105,13 +105,14 @@ def run(job: dict) -> int:
 def wait(ids: list[int], seconds: float) -> list[int | None]:
     statuses = dict.fromkeys(ids)
     deadline = time.monotonic() + seconds
-    while None in statuses.values() and time.monotonic() < deadline:
+    while True:
         for process in [each for each, status in statuses.items() if status is None]:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
                 statuses[process] = os.waitstatus_to_exitcode(status)
+        if None not in statuses.values() or time.monotonic() >= deadline:
+            return list(statuses.values())
         time.sleep(0.02)
-    return list(statuses.values())
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_a_killed_packing_resumes_to_the_same_bytes(fork_python, tmp_path, capsy
     killed = fork_python(SLOW, *words, "--workers", "1")
     deadline = time.monotonic() + 60
     while len(list(out.glob("shard-*.json.partial"))) < 3:
-        assert killed.poll() is None and time.monotonic() < deadline
+        assert killed.wait(0) is None and time.monotonic() < deadline
         time.sleep(0.005)
     killed.kill()
     killed.wait()
