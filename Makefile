@@ -31,7 +31,7 @@ demo: install
 	@echo "picture: $(RUN)/samples/final.png   numbers: $(RUN)/report.json   images: $(RUN)/translated"
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow

@@ -8,16 +8,16 @@ from pathlib import Path
 # One thread per rank and test: the machines that run these have two cores, and sums must not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest
-import torch
+import pytest  # but not torch, which the process that hands out the tests can do without
 
-torch.set_num_threads(1)
 sys.path.append(str(Path(__file__).parent))  # of material.py
 
 
 @pytest.fixture(autouse=True)
 def nan_filled_empty():
     """Fill ``torch.empty`` and its like with NaN, so that a partial write shows."""
+    import torch
+
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -27,28 +27,75 @@ def nan_filled_empty():
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-LINEAR = torch.nn.functional.linear
+@pytest.fixture(autouse=True, scope="session")
+def torch_linear():
+    import torch
+
+    torch.set_num_threads(1)
+    return torch.nn.functional.linear
 
 
 @pytest.fixture(autouse=True)
-def own_linear():
+def own_linear(torch_linear):
     """ZeRO-3 leaves its own function in the place of torch's linear, which TorchScript cannot compile."""
-    torch.nn.functional.linear = LINEAR
+    import torch
+
+    torch.nn.functional.linear = torch_linear
     yield
-    torch.nn.functional.linear = LINEAR
+    torch.nn.functional.linear = torch_linear
 
 
 ROOT = Path(__file__).parent.parent
+# Minutes between them: two workers that begin with these end together.
+LONGEST = (
+    "kernels/test_static.py", "engine/test_distributed.py", "test_trainer.py", "processes/test_signals.py",
+    "test_trained_maps.py", "processes/test_hangs.py", "kernels/test_noise_forward.py", "test_fuzz.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    order = {str(ROOT / "tests" / name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
+
+
+class Child:
+    """Of a process that a server forked: what tests use of Popen."""
+
+    def __init__(self, server, source, arguments, folder, environment, errors):
+        self._server, self._errors, self.returncode = server, errors, None
+        (stdin, self._in), (self._out, stdout) = os.pipe(), os.pipe()
+        errors.touch()
+        files = [*(f"/proc/{os.getpid()}/fd/{file}" for file in (stdin, stdout)), str(errors)]
+        self.pid = server.run(source, arguments, folder, environment, files)
+        os.close(stdin), os.close(stdout)
+        self.stdin, self.stdout = os.fdopen(self._in, "w"), os.fdopen(self._out)
+
+    def wait(self, timeout=60):
+        if self.returncode is None:
+            [self.returncode] = self._server.wait([self.pid], timeout)
+        return self.returncode
+
+    def finish(self) -> tuple[str, str]:
+        """What it writes to its end, and its errors."""
+        self.stdin.close()
+        said = self.stdout.read()
+        self.wait()
+        return said, self._errors.read_text()
+
+    def kill(self):
+        if self.wait(0) is None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
 class RankServer:
-    """Starts ranks of the trainer, forked from one process: see rank_server.py."""
+    """Starts processes, forked from one: see rank_server.py."""
 
-    def __init__(self):
+    def __init__(self, *arguments, **environment):
         script = Path(__file__).parent / "processes/rank_server.py"
         self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, str(script), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
         self._ids: set[int] = set()
         assert self._process.stdout.readline() == "ready\n"
 
@@ -62,6 +109,13 @@ class RankServer:
         ids = self._ask(argv=[str(each) for each in argv], ranks=ranks, log=str(log), before=before)
         self._ids |= set(ids)
         return ids
+
+    def run(self, source, arguments, folder, environment, files) -> int:
+        """Process id of what is executed as by ``python -c``."""
+        argv, environment = [str(each) for each in arguments], {"PYTHONPATH": str(ROOT), **os.environ, **environment}
+        request = {"source": source, "argv": argv, "folder": str(folder), "environment": environment, "files": files}
+        self._ids.add(process := self._ask(**request))
+        return process
 
     def wait(self, ids, seconds=60.0) -> list[int | None]:
         """Exit statuses; None for a rank that still runs."""
@@ -110,6 +164,40 @@ def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     assert pack("digits", "--out", folder, "--hues", 1) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def fork_python(rank_server, tmp_path_factory):
+    """``fork_python(source, *arguments)`` starts what ``python -c`` would, but with all modules imported."""
+
+    def start(source, *arguments, folder=ROOT, **environment):
+        return Child(rank_server, source, arguments, folder, environment, tmp_path_factory.mktemp("forks") / "errors")
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def interpreted(tmp_path_factory):
+    """``interpreted(source, *arguments)`` runs it in a process whose kernels Triton interprets; returns its output."""
+    pytest.importorskip("triton")
+    environment = {"TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
+    server = RankServer("kernels", **environment)
+
+    def run(source, *arguments):
+        child = Child(server, source, arguments, ROOT, environment, tmp_path_factory.mktemp("forks") / "errors")
+        said, errors = child.finish()
+        assert child.wait(300) == 0, said[-6000:] + errors
+        return said
+
+    yield run
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def interpreted_cases(interpreted):
+    """``interpreted_cases(file)`` runs pytest on a file of tests/kernels with kernels interpreted."""
+    source = "import sys, pytest; sys.exit(pytest.main(['-q', '-n', '0', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    return lambda file: interpreted(source, ROOT / "tests/kernels" / file)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -39,17 +37,16 @@ def runs(tmp_path_factory):
 
 def distillation(folder, name):
     return [
-        f"run_dir={folder}/{name}",
-        f"teacher={folder}/teacher/export",
+        f"run_dir={folder}/{name}", f"teacher={folder}/teacher/export",
         f"data.source={folder}/shards/2/train",
         f"data.source_holdout={folder}/shards/2/test",
         f"data.target_holdout={folder}/shards/3/test",
         f"validation.judge={folder}/shards",
-        "validation.every=2",
-        "telemetry.sample_every=2",
-        "checkpoint.every=2",
-        "train.steps=4",
-    ]
+        "validation.every=2", "telemetry.sample_every=2", "checkpoint.every=2", "rdmd.fake_updates=2", "train.steps=4",
+    ]  # fmt: skip
+
+
+UNMEASURED = ["validation.judge=null", "validation.every=0", "telemetry.sample_every=0", "telemetry.tensorboard=false"]
 
 
 def test_run_folder_holds_what_the_contract_names(runs):
@@ -118,7 +115,7 @@ def test_folder_of_images_keeps_names_and_structure(runs, tmp_path):
 
 def test_untrained_generator_is_the_teacher_read_at_generator_sigma(runs):
     """G starts from the teacher's weights: a run of no steps exports the teacher's denoiser at σ = 1."""
-    arguments = [*distillation(runs, "untrained"), "train.steps=0", "validation.judge=null"]
+    arguments = [*distillation(runs, "untrained"), *UNMEASURED, "train.steps=0"]
     assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments]) == 0
     x = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     teacher = load_denoiser(runs / "teacher/export")
@@ -164,15 +161,6 @@ def test_dry_run_trains_nothing(runs, capsys):
     assert not (runs / "dry").exists()
 
 
-def start(script_arguments, launcher, folder):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [*launcher, str(ROOT / "rdmd_fast/train.py"), *script_arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-
-
 def toy_arguments(run_dir, steps):
     toy = ["--config", str(CONFIGS / "toy/gaussian_to_gaussian.yaml"), f"run_dir={run_dir}", f"train.steps={steps}"]
     return [*toy, "telemetry.log_every=5", "validation.every=0", "validation.count=50", "rdmd.fake_warmup=0"]
@@ -192,15 +180,15 @@ def test_stop_with_a_due_checkpoint_writes_it_once(tmp_path, monkeypatch):
     assert saved == [2]
 
 
-def test_sigterm_saves_exits_75_and_the_same_command_goes_on(tmp_path):
-    process = start(toy_arguments(tmp_path / "run", 100000), [sys.executable], tmp_path)
+def test_sigterm_saves_exits_75_and_the_same_command_goes_on(rank_server, tmp_path):
+    log = tmp_path / "log"
+    (process,) = rank_server.start(toy_arguments(tmp_path / "run", 100000), 1, log)
     metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + 120
-    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, output
+    os.kill(process, signal.SIGTERM)
+    assert rank_server.wait([process]) == [75], log.read_text()
     stopped = int((tmp_path / "run/checkpoints/latest").read_text().strip().removeprefix("step_"))
     assert main(toy_arguments(tmp_path / "run", stopped + 5)) == 0
     steps = [json.loads(text)["step"] for text in metrics.read_text().splitlines()]
@@ -217,7 +205,12 @@ def test_class_conditional_teacher_is_distilled_at_its_target_class(runs):
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     outputs = []
     for label in (1, 2):
-        arguments = [*distillation(runs, f"class_{label}"), f"teacher={run}/export", f"data.target_class={label}"]
+        arguments = [
+            *distillation(runs, f"class_{label}"),
+            f"teacher={run}/export",
+            f"data.target_class={label}",
+            *UNMEASURED,
+        ]
         assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments, *small, "train.steps=1"]) == 0
         outputs.append(load_generator(runs / f"class_{label}/export")(x))
     expected = load_denoiser(run / "export")(x, 1.0, torch.tensor([2, 2]))
@@ -227,22 +220,27 @@ def test_class_conditional_teacher_is_distilled_at_its_target_class(runs):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_trains_and_exports_at_every_zero_stage(runs, stage):
-    arguments = [*distillation(runs, f"bf16_{stage}"), "train.dtype=bf16", "train.global_batch_size=4"]
+    arguments = [*distillation(runs, f"bf16_{stage}"), *UNMEASURED, "train.dtype=bf16", "train.global_batch_size=4"]
     zero = [f"deepspeed.zero_optimization.stage={stage}", "telemetry.log_every=1"]
     assert main(["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments, *zero]) == 0
     run = runs / f"bf16_{stage}"
-    exact = [json.loads(text) for text in (runs / "rdmd/metrics.jsonl").read_text().splitlines()]
-    rounded = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    pairs = [(a, b) for a, b in zip(exact, rounded, strict=True) if "fake_loss" in a]
-    assert len(pairs) == 4
-    for line, other in pairs:
+    exact, rounded = (
+        [
+            line
+            for text in (folder / "metrics.jsonl").read_text().splitlines()
+            if "fake_loss" in (line := json.loads(text))
+        ]
+        for folder in (runs / "rdmd", run)
+    )
+    assert len(exact) == 4
+    for line, other in zip(exact, rounded, strict=True):
         assert other["fake_loss"] == pytest.approx(line["fake_loss"], rel=3e-2)
         assert other["transport_cost"] == pytest.approx(line["transport_cost"], rel=3e-2)
 
 
 def test_starting_anew_sets_old_checkpoints_aside(runs):
-    arguments = [*distillation(runs, "anew"), "train.global_batch_size=4", "telemetry.tensorboard=false"]
-    config = ["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments, "validation.every=0"]
+    arguments = [*distillation(runs, "anew"), *UNMEASURED, "train.global_batch_size=4"]
+    config = ["--config", str(CONFIGS / "digits/rdmd_2to3.yaml"), *arguments]
     assert main([*config, "train.steps=2"]) == 0
     assert main([*config, "train.steps=1", "--resume", "never"]) == 0
     run = runs / "anew"

@@ -4,6 +4,8 @@ import torch
 
 from rdmd_fast.networks import build_network
 
+_counted: dict[tuple, float] = {}  # a run's networks are mostly of one kind
+
 
 def distillation_flops(generator: float, teacher: float, score: float, fake_updates: int) -> float:
     """Of an iteration, by those of forward passes: the first fake update shares the generator's rollout."""
@@ -14,12 +16,15 @@ def forward_flops(options, sample_shape: tuple[int, ...], conditioned: bool = Fa
     """FLOPs of one sample's forward pass, counted on shapes alone."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    key = options.model_dump_json(), tuple(sample_shape), conditioned
+    if key in _counted:
+        return _counted[key]
     with torch.device("meta"):
         network = build_network(options, sample_shape, dropout=False, conditioned=conditioned)
         sample, c_noise = torch.empty(1, *sample_shape), torch.empty(1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(sample, c_noise)
-    return float(counter.get_total_flops())
+    return _counted.setdefault(key, float(counter.get_total_flops()))
 
 
 def count_parameters(network: torch.nn.Module) -> int:

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,14 +67,12 @@ def test_kills_and_resumes_at_other_ranks_and_workers_leave_no_trace(tmp_path, s
     assert trace == expected
 
 
-def test_a_killed_process_goes_on_where_it_was(tmp_path):
+def test_a_killed_process_goes_on_where_it_was(fork_python, tmp_path):
     folder = packed(tmp_path / "set")
     whole = stream_of(folder, window=2)
     expected = [whole.batch(np.arange(4 * step, 4 * step + 4))[:, 0, 0, 0].tolist() for step in range(STEPS)]
-    command = [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(folder)]
-    killed = subprocess.Popen(
-        [*command, "3", "0", str(STEPS), "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    command = WORKER, Path(__file__).parent, folder
+    killed = fork_python(*command, 3, 0, STEPS, "wait")
     assert killed.stdout.readline() == "open\n"
     trace = [json.loads(killed.stdout.readline())[1]]
     for _ in range(6):
@@ -84,8 +81,8 @@ def test_a_killed_process_goes_on_where_it_was(tmp_path):
         trace.append(json.loads(killed.stdout.readline())[1])
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    resumed = subprocess.run([*command, "1", "7", str(STEPS)], capture_output=True, text=True, check=True, timeout=60)
-    trace += [json.loads(line)[1] for line in resumed.stdout.splitlines()[1:]]
+    said, _ = fork_python(*command, 1, 7, STEPS).finish()
+    trace += [json.loads(line)[1] for line in said.splitlines()[1:]]
     assert trace == expected
 
 

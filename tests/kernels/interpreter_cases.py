@@ -1,7 +1,7 @@
 """Triton kernels of the loss side under the interpreter, against float64 formulas.
 
-Not collected by itself: the interpreter must be chosen before the kernels are imported, so test_noise_forward.py,
-test_rdmd_gradient.py and test_denoising_loss.py run their share of it in a process of its own.
+Not collected by itself: the interpreter must be chosen before the kernels are imported, so test_noise_forward.py
+runs it in a process of its own.
 """
 
 from types import SimpleNamespace

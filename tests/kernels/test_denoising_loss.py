@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,15 +13,6 @@ NOISE = CounterNoise(7, 5, torch.arange(3))
 
 def samples(*shape, seed=0):
     return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_kernel_under_the_interpreter():
-    pytest.importorskip("triton")
-    cases = Path(__file__).parent / "interpreter_cases.py"
-    command = [sys.executable, "-m", "pytest", "-q", str(cases), "-k", "denoising_loss and not shared"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-6000:]
 
 
 @pytest.mark.parametrize("shape", [(2,), (3, 20, 20)])

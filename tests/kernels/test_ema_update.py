@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -34,12 +30,6 @@ def test_parameters_are_averaged_without_gradient_tracking():
     parameter, average = torch.ones(3, requires_grad=True), torch.zeros(3)
     ema_update([average], [parameter], 0.5)
     assert not average.requires_grad and torch.equal(average, torch.full((3,), 0.5))
-
-
-def run_python(source, **environment):
-    command = [sys.executable, "-c", source]
-    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
 
 
 INTERPRETED = """
@@ -101,9 +91,8 @@ assert torch.equal(average, torch.full((9,), 0.25)) and torch.equal(doubled, tor
 """
 
 
-def test_kernel_in_the_interpreter():
-    pytest.importorskip("triton")
-    run_python(INTERPRETED, TRITON_INTERPRET="1", RDMD_KERNELS="triton")
+def test_kernel_in_the_interpreter(interpreted):
+    interpreted(INTERPRETED)
 
 
 COMPILED = """
@@ -121,6 +110,8 @@ for case in ema_update_cases():
 """
 
 
-def test_gpu_code_moves_16_bytes_and_rounds_as_lerp_does(tmp_path):
+def test_gpu_code_moves_16_bytes_and_rounds_as_lerp_does(fork_python, tmp_path):
     pytest.importorskip("triton")
-    run_python(COMPILED, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    compiled = fork_python(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
+    said = compiled.finish()
+    assert compiled.returncode == 0, said

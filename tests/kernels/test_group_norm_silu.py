@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -66,10 +65,8 @@ def run_python(*arguments, **environment):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    cases = Path(__file__).with_name("interpreted_group_norm_silu.py")
-    run_python("-m", "pytest", "-q", "-x", cases, TRITON_INTERPRET="1", RDMD_KERNELS="triton")
+def test_kernels_in_the_interpreter(interpreted_cases):
+    interpreted_cases("interpreted_group_norm_silu.py")
 
 
 WITHOUT_TRITON = """

@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -93,12 +89,5 @@ assert torch.equal(compiled(images, torch.float32, flip), image_normalize(images
 """
 
 
-def run_interpreted(source, **environment):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", **environment}
-    result = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
-def test_kernel_equals_the_reference_to_the_bit():
-    pytest.importorskip("triton")
-    run_interpreted(INTERPRETED, RDMD_KERNELS="triton")
+def test_kernel_equals_the_reference_to_the_bit(interpreted):
+    interpreted(INTERPRETED)

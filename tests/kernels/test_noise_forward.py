@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -20,13 +15,8 @@ def samples(*shape, seed=0):
     return torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_kernels_under_the_interpreter():
-    pytest.importorskip("triton")
-    cases = Path(__file__).parent / "interpreter_cases.py"
-    command = [sys.executable, "-m", "pytest", "-q", str(cases), "-k", "noise_forward or shared"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-6000:]
+def test_kernels_under_the_interpreter(interpreted_cases):
+    interpreted_cases("interpreter_cases.py")
 
 
 def test_generator_form_equals_reading_then_noising():

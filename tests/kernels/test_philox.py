@@ -177,13 +177,6 @@ def test_dispatch_never_falls_back(monkeypatch):
         _dispatch.backend("cpu")
 
 
-def run_python(source, *arguments, **environment):
-    command = [sys.executable, "-c", source, *map(str, arguments)]
-    result = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_torch_part_works_without_triton():
     source = """
 import sys
@@ -192,7 +185,9 @@ import torch
 from rdmd_fast.kernels import philox
 print(philox.normal(2024, 5, torch.tensor([3, 2**40]), 5).view(torch.int32).tolist())
 """
-    assert run_python(source, RDMD_KERNELS="auto").strip() == str(GOLDEN)
+    environment = {**os.environ, "RDMD_KERNELS": "auto"}
+    result = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True)
+    assert result.stdout.strip() == str(GOLDEN), result.stderr
 
 
 COMPARE = """
@@ -215,9 +210,8 @@ for seed, stream, first, n, count in [
 
 
 @pytest.mark.parametrize("log2", [14, pytest.param(20, marks=pytest.mark.slow)])
-def test_triton_has_the_bits_of_torch(log2):
-    pytest.importorskip("triton")
-    run_python(COMPARE, log2, TRITON_INTERPRET="1", RDMD_KERNELS="triton")
+def test_triton_has_the_bits_of_torch(interpreted, log2):
+    interpreted(COMPARE, log2)
 
 
 FUSED = """
@@ -235,6 +229,8 @@ assert "fma.rn.f32" not in ptx and "approx" not in ptx and ".ftz" not in ptx
 """
 
 
-def test_gpu_code_rounds_every_operation_and_stores_16_bytes(tmp_path):
+def test_gpu_code_rounds_every_operation_and_stores_16_bytes(fork_python, tmp_path):
     pytest.importorskip("triton")
-    run_python(FUSED, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    compiled = fork_python(FUSED, TRITON_CACHE_DIR=str(tmp_path))
+    said = compiled.finish()
+    assert compiled.returncode == 0, said

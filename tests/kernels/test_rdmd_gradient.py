@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -97,15 +92,6 @@ def test_noise_is_drawn_again_from_its_counters():
     options = {"table": table, "transport_weight": 0.1}
     again, once = (generator_gradient(**{**given, "noise": noise}, **options)[0] for noise in (counters, drawn))
     assert torch.equal(again, once)
-
-
-def test_kernels_under_the_interpreter():
-    pytest.importorskip("triton")
-    cases = Path(__file__).parent / "interpreter_cases.py"
-    command = [sys.executable, "-m", "pytest", "-q", str(cases), "-k", "rdmd_gradient and not shared"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-6000:]
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "sigma2", "dmd"])

@@ -1,8 +1,4 @@
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +21,5 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(torch.compile(double, fullgraph=True, backend="aot_eager")(h, x), h + x / 2)
 
 
-def test_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    cases = Path(__file__).with_name("interpreted_scaled_residual.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", cases], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_kernels_in_the_interpreter(interpreted_cases):
+    interpreted_cases("interpreted_scaled_residual.py")

@@ -174,7 +174,7 @@ def test_activations_are_what_autograd_saves(name):
     assert predicted.saved["generator"] == pytest.approx(counted, rel=0.01)
 
 
-def test_fused_kernels_keep_what_is_predicted():
+def test_fused_kernels_keep_what_is_predicted(interpreted):
     """Triton's interpreter runs the real autograd functions; it is chosen when the kernels are imported."""
     script = """if True:
         from rdmd_fast.networks import SongUNetOptions
@@ -185,10 +185,7 @@ def test_fused_kernels_keep_what_is_predicted():
         for fused, device in ((True, "meta"), (True, "cpu"), (False, "meta")):
             print(activations(networks, 2, 1, "fp32", False, fused, device).saved["generator"])
     """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "RDMD_KERNELS": "triton"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    predicted, real, unfused = map(int, done.stdout.split())
+    predicted, real, unfused = map(int, interpreted(script).split())
     assert predicted == real < 0.9 * unfused
 
 

@@ -1,9 +1,13 @@
-"""Forks ranks of the trainer from one process that has imported everything: to start each anew takes five seconds.
+"""Forks processes from one that has imported everything: to start each anew takes up to ten seconds.
 
 Reads a line of JSON at a time. {"argv": [...], "ranks": N, "log": FILE, "before": PYTHON} starts N ranks of train.py
 whose output goes to FILE and answers with their process ids; "before" is executed in each first, with ``rank`` at hand,
 and stands for what goes wrong. {"wait": [ids], "seconds": S} answers with their exit statuses, null for one still
-running, negative for the number of a signal that ended it.
+running, negative for the number of a signal that ended it. {"source": PYTHON, "argv": [...], "environment": {...},
+"folder": F, "files": [three paths]} executes PYTHON as ``python -c`` would, its standard streams being those files, and
+answers with its process id.
+
+With the argument ``kernels`` only what tests of kernels in Triton's interpreter need is imported.
 """
 
 import gc
@@ -16,21 +20,22 @@ import traceback
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-# All that a rank would import later.
-import deepspeed  # noqa: F401
-import matplotlib.pyplot  # noqa: F401
-import ot  # noqa: F401
 import torch
 import torch._dynamo
-import torch.utils.flop_counter
 
-import rdmd_fast.engine.update_guard
-import rdmd_fast.experiment
-import rdmd_fast.metrics.exact_transport
-import rdmd_fast.model_files.export_format
-import rdmd_fast.monitoring.drawing
-import rdmd_fast.planning.dry_run
-import rdmd_fast.trainer  # noqa: F401
+if sys.argv[1:] == ["kernels"]:
+    import pytest  # noqa: F401
+
+else:  # all that a rank would import later
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  by any engine at ZeRO 1 to 3, with the inductor
+    import matplotlib.pyplot  # noqa: F401
+    import ot  # noqa: F401
+    import torch.utils.flop_counter
+
+    from rdmd_fast.networks.flops import forward_flops
+    from rdmd_fast.networks.options import MLPOptions
+
+    forward_flops(MLPOptions(kind="mlp", hidden=1, depth=1), (2,))
 from rdmd_fast.processes.failures import end_process
 from rdmd_fast.train import run_rank
 
@@ -71,16 +76,43 @@ def live(job: dict, rank: int, port: int):
         end_process(end.code)
 
 
+def run(job: dict) -> int:
+    files = [os.open(path, how) for path, how in zip(job["files"], (os.O_RDONLY, *[os.O_WRONLY] * 2), strict=True)]
+    child = os.fork()
+    if child:
+        for file in files:
+            os.close(file)
+        return child
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    status = 1
+    try:
+        sys.stdin = os.fdopen(0, closefd=False)
+        os.environ.update(job["environment"])
+        os.chdir(job["folder"])
+        sys.argv, sys.path[0] = ["-c", *job["argv"]], ""
+        exec(job["source"], {"__name__": "__main__"})
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        end_process(status)
+
+
 def wait(ids: list[int], seconds: float) -> list[int | None]:
     statuses = dict.fromkeys(ids)
     deadline = time.monotonic() + seconds
-    while None in statuses.values() and time.monotonic() < deadline:
+    while True:
         for process in [each for each, status in statuses.items() if status is None]:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
                 statuses[process] = os.waitstatus_to_exitcode(status)
+        if None not in statuses.values() or time.monotonic() >= deadline:
+            return list(statuses.values())
         time.sleep(0.02)
-    return list(statuses.values())
 
 
 if __name__ == "__main__":
@@ -88,6 +120,9 @@ if __name__ == "__main__":
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = wait(request["wait"], request["seconds"]) if "wait" in request else start(request)
+        if "wait" in request:
+            answer = wait(request["wait"], request["seconds"])
+        else:
+            answer = run(request) if "source" in request else start(request)
         print(json.dumps(answer), flush=True)
     os._exit(0)

@@ -155,7 +155,7 @@ def test_metrics_on_a_full_disk(train, unbroken, tmp_path, monkeypatch):
     assert end_of(tmp_path / "stop") == end_of(unbroken)
 
 
-def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
+def test_a_line_is_appended_whole_or_not_at_all(fork_python, tmp_path):
     """In a process with a limit on file sizes, which cuts writes short as a full disk does."""
     script = (
         "import resource, sys; from pathlib import Path; from rdmd_fast.files import append_line\n"
@@ -165,8 +165,7 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
         "except OSError as error: print(error.errno)\n"
         "append_line(path, 'two')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, tmp_path / "file"], capture_output=True, text=True)
-    assert done.stdout == f"{errno.EFBIG}\n", done.stderr
+    assert fork_python(script, tmp_path / "file").finish() == (f"{errno.EFBIG}\n", "")
     assert (tmp_path / "file").read_text() == "one\ntwo\n"
 
 
@@ -305,24 +304,18 @@ except InputError as error:
 """
 
 
-def hold(run_dir, *worker):
-    return subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(run_dir), *worker], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def test_a_second_run_is_refused_and_a_dead_one_holds_no_lock(tmp_path):
-    first = hold(tmp_path / "run", "with a worker")
+def test_a_second_run_is_refused_and_a_dead_one_holds_no_lock(fork_python, tmp_path):
+    first = fork_python(HOLDER, tmp_path / "run", "with a worker")
     _, worker = first.stdout.readline().split()
     try:
-        second = hold(tmp_path / "run")
-        line, _ = second.communicate(timeout=30)
+        second = fork_python(HOLDER, tmp_path / "run")
+        line, _ = second.finish()
         assert second.returncode == 2 and line.count("\n") == 1 and "another job is training in it" in line
         first.kill()
         first.wait(30)
         # A decoding worker, forked while the lock was held, lives on for a while.
         os.kill(int(worker), 0)
-        third = hold(tmp_path / "run")
+        third = fork_python(HOLDER, tmp_path / "run")
         assert third.stdout.readline().startswith("holds")
         third.kill()
         third.wait(30)
@@ -331,10 +324,10 @@ def test_a_second_run_is_refused_and_a_dead_one_holds_no_lock(tmp_path):
         first.kill()
 
 
-def test_a_run_beside_a_running_one_changes_nothing(train, config, unbroken, tmp_path):
+def test_a_run_beside_a_running_one_changes_nothing(fork_python, train, config, unbroken, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(unbroken, run)
-    holder = hold(run)
+    holder = fork_python(HOLDER, run)
     try:
         assert holder.stdout.readline().startswith("holds")
         before = contents(run)

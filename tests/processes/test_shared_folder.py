@@ -1,8 +1,6 @@
 """A run folder that ranks do not share ends the run at its start, on all of them."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -17,21 +15,18 @@ RANK = (
 )
 
 
-def test_ranks_with_other_run_folders_exit_2_with_one_line(tmp_path):
+def test_ranks_with_other_run_folders_exit_2_with_one_line(fork_python, tmp_path):
     (tmp_path / "b/run").mkdir(parents=True)
     (tmp_path / "a").mkdir()
     config = ROOT / "configs/toy/gaussian_to_gaussian.yaml"
-    command = [sys.executable, "-c", RANK, "--config", str(config), "run_dir=run", "train.steps=2"]
+    command = [RANK, "--config", config, "run_dir=run", "train.steps=2"]
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 10_000)}
     ranks = [
-        subprocess.Popen(
-            command, cwd=tmp_path / folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
-        )
+        fork_python(*command, folder=tmp_path / folder, **meeting, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank, folder in enumerate("ab")
-    ]  # fmt: skip
+    ]
     try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        errors = [rank.finish()[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

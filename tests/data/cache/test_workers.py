@@ -281,14 +281,13 @@ sys.stdin.read()
 """
 
 
-def test_workers_end_with_a_parent_that_is_killed(folder):
-    command = [sys.executable, "-c", PARENT, str(folder)]
-    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def test_workers_end_with_a_parent_that_is_killed(fork_python, folder):
+    parent = fork_python(PARENT, folder)
     assert parent.stdout.readline() == "ready\n"
     workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
     assert len(workers) == 3 and all(Path(f"/proc/{pid}").exists() for pid in workers)
     parent.kill()
-    parent.communicate()
+    parent.wait()
     assert wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
@@ -333,7 +332,7 @@ def test_a_fork_of_the_parent_ends_nothing(folder, expected):
     stream = stream_of(folder, workers=1)
     first = served(stream, count=4)
     before = children()
-    subprocess.run([sys.executable, "-c", "pass"], check=True)
+    subprocess.run(["true"], check=True)
     pid = os.fork()
     if pid == 0:
         stream._samples.decoder._pool.close()

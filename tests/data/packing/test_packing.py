@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 import zlib
@@ -71,16 +69,16 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_a_killed_packing_resumes_to_the_same_bytes(tmp_path, capsys):
+def test_a_killed_packing_resumes_to_the_same_bytes(fork_python, tmp_path, capsys):
     photos, out = write_images(tmp_path / "photos", 400), tmp_path / "out"
     (photos / "010.png").write_bytes(b"x")
     words = ["pack", str(photos), "--out", str(out), "--resolution", "8", "--shard-size", "64"]
-    killed = subprocess.Popen([sys.executable, "-c", SLOW, *words, "--workers", "1"], stderr=subprocess.DEVNULL)
+    killed = fork_python(SLOW, *words, "--workers", "1")
     deadline = time.monotonic() + 60
     while len(list(out.glob("shard-*.json.partial"))) < 3:
-        assert killed.poll() is None and time.monotonic() < deadline
+        assert killed.wait(0) is None and time.monotonic() < deadline
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.wait()
     with pytest.raises(InputError, match="interrupted; run the same"):
         ShardSet(out)

@@ -3,7 +3,6 @@
 import functools
 import http.server
 import os
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -208,13 +207,12 @@ def shared_files():
     }
 
 
-def test_two_processes_share_what_one_has_decoded(tmp_path, shm):
+def test_two_processes_share_what_one_has_decoded(fork_python, tmp_path, shm):
     folder = packed(tmp_path / "set")
     stream = stream_of(folder, share=True)
     expected = served(stream)
     (name,) = shared_files()
-    command = [sys.executable, "-c", SHARER, str(Path(__file__).parent.parent), str(folder), str(shm)]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    other = fork_python(SHARER, Path(__file__).parent.parent, folder, shm)
     assert other.stdout.readline().strip() == str(expected)
     del stream
     assert name in shared_files()  # the other still uses it
