@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import sys
 from types import ModuleType
 
 from rdmd_fast.errors import InputError
@@ -16,19 +17,17 @@ def own_version() -> str:
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import ``module``; raises InputError that names the extra to install when it is missing."""
+    """Import ``module``; InputError names the extra to install where it is missing, else why it cannot be imported."""
+    check_installed(module.partition(".")[0], extra)
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise _missing(module, extra) from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{module}: is installed but cannot be imported ({reason}), mend or reinstall it") from error
 
 
 def check_installed(package: str, extra: str) -> None:
     """``require`` of a package that is imported later, if at all: its import takes a second and memory."""
-    if importlib.util.find_spec(package) is None:
-        raise _missing(package, extra)
-
-
-def _missing(module: str, extra: str) -> InputError:
-    package = "POT" if module == "ot" else module.partition(".")[0]
-    return InputError(f"{package} is not installed: run `pip install rdmd_fast[{extra}]`")
+    if sys.modules.get(package) is None and importlib.util.find_spec(package) is None:
+        name = "POT" if package == "ot" else package
+        raise InputError(f"{name} is not installed: run `pip install rdmd_fast[{extra}]`")

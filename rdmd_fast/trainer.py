@@ -130,6 +130,7 @@ class Training:
         from rdmd_fast.engine.update_guard import Guards
         from rdmd_fast.experiment import build_experiment
         from rdmd_fast.monitoring.telemetry import Telemetry
+        from rdmd_fast.processes.launchers import busy_cores
 
         self.config, self.world, self.run_dir, self.stop = config, world, run_dir, stop
         self.plain_config = config.model_dump(mode="json")
@@ -137,6 +138,8 @@ class Training:
         self.saved: int | None = None  # at which step last
         self.measured: tuple[dict[str, float], int | None] = {}, None  # the last validation, and its step
         self.telemetry = Telemetry(config.telemetry, world, run_dir, self.total, config.train.global_batch_size)
+        if world.device.type == "cpu" and (warning := busy_cores()):
+            self.telemetry.say(warning)
         self.experiment = build_experiment(config, world, self.telemetry)
         self.stage, self.state = self.experiment.stage, self.experiment.state
         self.guards = Guards(self.state.engines)
@@ -224,8 +227,8 @@ class Training:
             self.telemetry.say(f"stopped by {name} at step {self.step}, state saved")
             if restarts_left():
                 self.telemetry.say(
-                    f"torchrun may start the ranks again ({restarts_left()} of its --max-restarts are left): "
-                    "to stop for good, signal it and not a rank"
+                    f"torchrun starts the ranks again ({restarts_left()} of its --max-restarts are left), unless it "
+                    "was signalled itself: docs/signals.md"
                 )
         else:
             weights = self.state.ema.gather()

@@ -135,9 +135,9 @@ class SavedEngine:
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Persistent buffers by name."""
-        with safe_open(self.folder / "00000.safetensors", "pt") as file:
-            names = [key for key in file.keys() if key.startswith("buffer/")]  # noqa: SIM118 (no mapping)
-            return {name.removeprefix("buffer/"): file.get_tensor(name) for name in names}
+        file = _open(self.folder / "00000.safetensors")
+        names = [key for key in file.keys() if key.startswith("buffer/")]  # noqa: SIM118 (no mapping)
+        return {name.removeprefix("buffer/"): file.get_tensor(name) for name in names}
 
     def whole(self, kind: str, shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
         """The state dict of a ``kind``: each parameter in its shape, and the buffers."""
@@ -151,18 +151,24 @@ class SavedEngine:
         if len(self._files) == len(self._paths):
             return False
         path = self._paths[len(self._files)]
-        try:
-            check_readable(path)
-            file = safe_open(path, "pt")
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"checkpoint file {path}: cannot be read ({error}), resume from another") from None
+        file = _open(path)
         for key in file.keys():  # noqa: SIM118 (no mapping)
             match = _KEY.match(key)
             if match:
-                kind, name, start, stop = match.groups()
-                self._parts.setdefault((kind, name), []).append((int(start), int(stop), key, len(self._files)))
+                kind, name, start, stop = match[1], match[2], int(match[3]), int(match[4])
+                if file.get_slice(key).get_shape() != [stop - start]:
+                    raise InputError(f"checkpoint file {path}: {key} is of another shape, resume from another")
+                self._parts.setdefault((kind, name), []).append((start, stop, key, len(self._files)))
         self._files.append(file)
         return True
+
+
+def _open(path: Path):
+    try:
+        check_readable(path)
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"checkpoint file {path}: cannot be read ({error}), resume from another") from None
 
 
 @torch.no_grad()
@@ -187,7 +193,10 @@ def load_engine(
         for piece in own:
             piece.of(shards).copy_(saved.read(kind, piece.name, piece.start, piece.stop))
     buffers = persistent_buffers(engine.module)
-    for name, value in saved.buffers().items():
+    loaded = saved.buffers()
+    if {name: value.shape for name, value in loaded.items()} != {name: old.shape for name, old in buffers.items()}:
+        raise InputError(f"checkpoint {folder.parent}: {folder.name} has other buffers, choose another run_dir")
+    for name, value in loaded.items():
         buffers[name].copy_(value)
     _refresh_weights(engine)
 

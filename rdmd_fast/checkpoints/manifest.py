@@ -13,6 +13,9 @@ import secrets
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.files import (
@@ -26,6 +29,7 @@ from rdmd_fast.files import (
     sha256_of,
     write_atomically,
 )
+from rdmd_fast.options import explain
 
 FORMAT = 2
 FILE = "manifest.json"
@@ -35,6 +39,33 @@ _NAME = re.compile(r"step_(\d{8,})$")
 
 class Defect(InputError):
     """Why a folder is no whole checkpoint of this version; the message does not name the folder."""
+
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class _File(BaseModel, strict=True):
+    size: Count
+    sha256: str
+
+
+class _Engine(BaseModel, strict=True):
+    parameters: dict[str, list[Count]]
+    counters: dict[str, float]
+    has_ema: bool
+
+
+class _Content(BaseModel, strict=True):
+    """What is read of a manifest."""
+
+    step: Count
+    counters: dict[str, float]
+    engines: dict[str, _Engine]
+    export: dict[str, Any]
+    world_size: Annotated[int, Field(ge=1, le=2**31)]
+    config: dict[str, Any]
+    made_of: dict[str, list[str | None]] = {}
+    files: dict[str, _File]
 
 
 def folder_name(step: int) -> str:
@@ -100,6 +131,10 @@ def read_manifest(folder: Path) -> dict:
         raise Defect(f"the format of {FILE}, {form!r}, is {older} the {FORMAT} of this version")
     if manifest.get("sha256") != _digest(manifest):
         raise Defect(f"{FILE} has changed since it was written")
+    try:
+        _Content.model_validate(manifest)
+    except ValidationError as error:
+        raise Defect(f"{FILE} does not hold what this version reads ({explain(error)})") from None
     return manifest
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rdmd_fast.checkpoints.engine_state import engine_counters, load_engine, save_engine
@@ -90,7 +91,10 @@ def read_state(folder: Path, manifest: dict, state: TrainingState, world: World)
         # Only dropout draws from these; what it would have drawn is of the old split.
         torch.manual_seed((int(torch.initial_seed()) + 7919 * manifest["step"]) % 2**63)
         return tensors
-    torch.set_rng_state(random["cpu"])
+    try:
+        torch.set_rng_state(random["cpu"])
+    except (TypeError, RuntimeError):
+        raise InputError(f"checkpoint {folder}: lacks a rank's random state, resume from another") from None
     if random["cuda"] is not None and world.device.type == "cuda":
         torch.cuda.set_rng_state(random["cuda"], world.device)
     return tensors
@@ -100,11 +104,19 @@ def _rank_file(folder: Path, rank: int) -> Path:
     return folder / "ranks" / f"{rank:05d}.safetensors"
 
 
+def _read_rank(folder: Path, rank: int) -> dict[str, torch.Tensor]:
+    path = _rank_file(folder, rank)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"checkpoint file {path}: cannot be read ({error}), resume from another") from None
+
+
 def _rank_tensors(folder: Path, ranks: int, world: World) -> dict[str, torch.Tensor]:
     """This rank's tensors; where ``ranks``, the number then, is another, sums go to the first and counts are shared."""
     if ranks == world.size:
-        return load_file(_rank_file(folder, world.rank))
-    tensors = on_main(world, lambda: _merged(load_file(_rank_file(folder, rank)) for rank in range(ranks)))
+        return _read_rank(folder, world.rank)
+    tensors = on_main(world, lambda: _merged(_read_rank(folder, rank) for rank in range(ranks)))
     for name in tensors:
         if name.startswith(SUMS):
             total, count = tensors[name]

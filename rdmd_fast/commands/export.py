@@ -216,7 +216,8 @@ def read_network(checkpoint: Path, name: str, weights: str = "ema") -> tuple[Exp
         )
     except Defect as defect:
         raise InputError(f"{checkpoint}: {defect}, export another step") from None
-    export = ExportConfig.model_validate(manifest["export"] | {"step": manifest["step"]})
+    values = manifest["export"] | {"step": manifest["step"]}
+    export = ExportConfig.parse(values, f"{checkpoint}: export", remedy=", export another step")
     if name == "fake_score":
         export = _fake_score_config(config, export)
     kind = "ema" if weights == "ema" else "master"

@@ -1,10 +1,11 @@
 """Work on threads, in order."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from rdmd_fast.processes.launchers import granted_cores
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -34,4 +35,4 @@ def map_in_order(
 
 def default_workers() -> int:
     """One thread a core that this process may use, 16 at most."""
-    return min(16, len(os.sched_getaffinity(0)))
+    return min(16, granted_cores())

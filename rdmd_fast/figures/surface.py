@@ -110,7 +110,7 @@ def train_path(folder: Path, settings: dict) -> dict:
     run_dir = folder / "run"
     start = [f"generator.scale={radius}", f"generator.angle={angle}"]
     train_run(shipped_config(CONFIG), [*settings["overrides"], *start], run_dir)
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seen = [(line["step"], line["validation"]) for line in lines if "validation" in line]
     if not seen or "scale" not in seen[0][1]:
         raise InputError(f"{CONFIG}: source, target and cost must be those of the closed form")

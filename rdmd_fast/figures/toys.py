@@ -138,7 +138,7 @@ def train_map(folder: Path, settings: dict) -> dict:
     """Work of a point: one training, and the report of its validation at the end (``exact_transport.toy_report``)."""
     run_dir = folder / "run"
     train_run(shipped_config(settings["config"]), settings["overrides"], run_dir)
-    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     if "validation" not in last:
         raise InputError(f"{settings['config']}: ended without a validation, source and target must be toys")
     return last["validation"]

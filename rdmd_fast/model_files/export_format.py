@@ -91,7 +91,7 @@ def write_folder(folder: Path, config: ExportConfig, fill: Callable[[Path], None
         fill(partial)
         if card is not None:
             (partial / "README.md").write_bytes(encoded(card))
-        (partial / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+        (partial / "config.json").write_text(json.dumps(config.model_dump(mode="json"), indent=1) + "\n", "utf-8")
 
 
 def check_replaceable(folder: Path, flag: str = "--out") -> None:

@@ -352,13 +352,16 @@ def _tensorboard_writer(run_dir: Path, step: int, kept: list[dict]) -> list[Writ
     make_folder(run_dir / "tensorboard")  # a link to a folder that is not there, too
     writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step)
 
-    def write(line: dict) -> None:
+    def add(line: dict) -> None:
         for name, value in _flat(line).items():
             writer.add_scalar(name, value, line["step"])
+
+    def write(line: dict) -> None:
+        add(line)
         writer.flush()
 
     for line in kept:
-        write(line)
+        add(line)
     return [Writer(write, writer.close)]
 
 

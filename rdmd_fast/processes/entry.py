@@ -15,6 +15,9 @@ def prepare_process() -> None:
     """Begin a process of a command: it can name and print every file, and open as many as the system grants."""
     _name_any_file()
     print_any_text()
+    # Before torch is imported. Threads of a loop wait for the last of them; on cores that other processes use too they
+    # would spin there all their time slice, and the last one not get the core: a tenth of the speed and less.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:  # a set has a descriptor for each shard
         with contextlib.suppress(OSError, ValueError):

@@ -1,5 +1,6 @@
 """What launchers tell their processes, in the words of `torchrun` and `deepspeed`: all of it is read here."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -7,6 +8,7 @@ import re
 import socket
 import struct
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
 from rdmd_fast.errors import InputError, quoted
 
@@ -139,11 +141,30 @@ def cores_of_rank(environment: Mapping[str, str] = os.environ) -> int:
     Slurm's variables count where its tasks are the ranks: `torchrun` and `deepspeed` inside a task or a batch script
     inherit them too.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = granted_cores()
     size = _number("WORLD_SIZE", environment, 1, least=1)
     if _number("SLURM_STEP_NUM_TASKS", environment, 0) == size and "SLURM_CPUS_PER_TASK" in environment:
         return min(cores, _number("SLURM_CPUS_PER_TASK", environment, least=1))
     return max(1, cores // _number("LOCAL_WORLD_SIZE", environment, size, least=1))
+
+
+def granted_cores(control_group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: those it is bound to, or fewer by a container's quota of CPU time."""
+    cores = len(os.sched_getaffinity(0))
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # version 2, version 1
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = map(int, " ".join((control_group / name).read_text() for name in names).split())
+            if quota > 0 < period:
+                return min(cores, max(1, round(quota / period)))
+    return cores
+
+
+def busy_cores() -> str | None:
+    """A line where others keep this machine's cores busy as this process begins; None where they do not."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < 1.5 * cores:
+        return None
+    return f"warning: {load:.1f} processes compete for {cores} cores, steps on the CPU will take longer than alone"
 
 
 def _visible_gpus(environment) -> list[str]:

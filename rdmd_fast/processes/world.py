@@ -135,11 +135,12 @@ def join_world(timeout: float = 1800.0) -> World:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         else:
             # Alone there is nobody to meet: no port is opened.
-            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(local_rank()))
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = dist.get_world_size() == 1
+    if alone:  # DeepSpeed wants them
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(local_rank()))
     with contextlib.redirect_stdout(None):
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    alone = dist.get_world_size() == 1
     host_group = None if alone or not on_gpu else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     return World(dist.get_rank(), dist.get_world_size(), device, host_group)
 

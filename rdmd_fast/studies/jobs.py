@@ -24,6 +24,7 @@ from pathlib import Path
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.files import print_any_text, read_text, strict_json, write_atomically
+from rdmd_fast.processes.launchers import granted_cores
 
 FORMAT = 1
 MOST_BYTES = 1 << 22  # of a job's result
@@ -89,7 +90,7 @@ def read_result(folder: Path) -> dict | None:
 def default_jobs() -> int:
     import torch
 
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    return torch.cuda.device_count() or granted_cores()
 
 
 # -- workers -----------------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def default_jobs() -> int:
 
 def _compute(todo: dict[Path, Job], at_once: int, say: Callable) -> None:
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
-    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    threads = max(1, granted_cores() // at_once)
     names, devices = _devices() or [None], context.Queue()
     for number in range(at_once):
         devices.put(names[number % len(names)])

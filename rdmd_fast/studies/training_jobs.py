@@ -79,7 +79,7 @@ def train(folder: Path, settings: dict) -> dict:
         values["teacher"] = referred(settings["teacher"], folder)
     write_atomically(folder / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     train_run(str(folder / "config.yaml"), [], folder / "run")
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     validations = [line["validation"] for line in lines if "validation" in line]
     return {
         "sha256": digest(folder / EXPORT),

@@ -2,6 +2,7 @@
 
 import socket
 
+import material
 import pytest
 
 from rdmd_fast.errors import InputError
@@ -158,3 +159,27 @@ def test_interfaces_are_this_hosts():
 def test_cores_are_divided_once(monkeypatch, environment, cores):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     assert cores_of_rank(environment) == cores
+
+
+@pytest.mark.parametrize(("files", "cores"), [
+    ({"cpu.max": "150000 100000\n"}, 2),
+    ({"cpu.max": "50000 100000\n"}, 1),
+    ({"cpu.max": "max 100000\n"}, 8),
+    ({"cpu.max": "1600000 100000\n"}, 8),
+    ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ({"cpu.max": "nonsense"}, 8),
+    ({}, 8),
+])  # fmt: skip
+def test_a_containers_quota_bounds_the_cores(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    material.write_files(tmp_path, {name: text.encode() for name, text in files.items()})
+    assert launchers.granted_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(("load", "said"), [(2.9, None), (3.1, "3.1 processes compete for 2 cores")])
+def test_cores_that_others_keep_busy_are_said(monkeypatch, load, said):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    line = launchers.busy_cores()
+    assert line is None if said is None else said in line

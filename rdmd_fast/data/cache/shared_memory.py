@@ -1,6 +1,7 @@
 """Memory for decoded samples: the whole set, shared by a node's processes, or a window of it."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import mmap
@@ -77,6 +78,8 @@ def shared_store(identity: str, rows: int, shape: tuple[int, ...], dtype, folder
             # Mapped by a descriptor of its own: a map keeps its file open, and with it the lock that leaving gives up.
             store = Store(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows, shape, dtype, leave)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         print(
             f"warning: {folder} cannot hold {size / 2**20:.0f} MiB of decoded samples ({error.strerror}): each process "
             "keeps its own; enlarge it (docker: --shm-size) or lower data.cache_gib",
