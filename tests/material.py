@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import tarfile
 import warnings
@@ -10,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -170,3 +172,31 @@ def error_line(capsys, *beside: str) -> str:
     lines = [line for line in said.splitlines() if not line.startswith(beside)]
     assert len(lines) == 1 and lines[0].startswith("error: "), said
     return lines[0]
+
+
+# -- accounts ----------------------------------------------------------------------------------------------------------
+
+
+def as_another(action, user=54321, group=54321):
+    """What ``action()`` returns or raises, as text, in a process of another account."""
+    if os.geteuid():
+        pytest.skip("only root can be somebody else")
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        text = "broke"
+        try:
+            os.setgroups([])
+            os.setresgid(group, group, group)
+            os.setresuid(user, user, user)
+            text = str(action())
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        finally:
+            os.write(writer, text.encode())
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(pid, 0)
+    return text

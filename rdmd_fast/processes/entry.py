@@ -37,7 +37,7 @@ def system_input_error(error: Exception) -> InputError | None:
     """``error`` as bad input, where a path, memory that is asked for, or a limit of the system has caused it."""
     if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
         return InputError(f"{error.object}: is no file's name in this locale ({error.encoding}), set LC_ALL=C.UTF-8")
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return InputError(f"{describe_system_error(error)}: raise the limit of {limit} (`ulimit -n`)")
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename is not None):

@@ -1,5 +1,8 @@
 """What the cases share: a generator that changes nothing, and commands in this process."""
 
+import shutil
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -47,3 +50,12 @@ def translate(rdmd, model):
     return lambda source, output, *more: rdmd(
         "translate", "--model", model, "--input", source, "--output", output, "--device", "cpu", *more
     )
+
+
+@pytest.fixture
+def shared():
+    """A folder that every account may enter, as pytest's own are not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)

@@ -10,14 +10,13 @@ import shutil
 import signal
 import stat
 import sys
-import tempfile
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from material import as_another
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -63,40 +62,6 @@ def checkpoint(run_dir, step, **options):
 
 def hidden(folder):
     return sorted(path.name for path in folder.rglob(".*"))
-
-
-@pytest.fixture
-def shared():
-    """A folder that every account may enter, as pytest's own are not."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
-
-
-def as_another(action, user=54321, group=54321):
-    """What ``action()`` returns or raises, as text, in a process of another account."""
-    if os.geteuid():
-        pytest.skip("only root can be somebody else")
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        text = "broke"
-        try:
-            os.setgroups([])
-            os.setresgid(group, group, group)
-            os.setresuid(user, user, user)
-            text = str(action())
-        except BaseException as error:
-            text = f"{type(error).__name__}: {error}"
-        finally:
-            os.write(writer, text.encode())
-            os._exit(0)
-    os.close(writer)
-    with open(reader) as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    return text
 
 
 # -- names that are no Unicode -----------------------------------------------------------------------------------------

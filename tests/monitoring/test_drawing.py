@@ -123,6 +123,6 @@ def test_bad_clouds_are_refused(tmp_path):
 
 
 def test_a_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"matplotlib .*rdmd_fast\[eval\]"):
         toy_picture(np.zeros((5, 2)), np.zeros((5, 2)), np.zeros((5, 2)), tmp_path / "toy.png")
