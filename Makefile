@@ -13,11 +13,13 @@ RUN := runs/digits_2to3
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt setup.py
+$(VENV)/.installed: requirements.txt requirements-pip.txt constraints.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0] + ": make PYTHON=python3.11 …")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=75" wheel
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-pip.txt
+	# A torch in a folder of PIP_FIND_LINKS goes first: pip would rather have one whose link tells its hash.
+	$(BIN)/python -m pip install --quiet --require-hashes --no-index --no-deps -c requirements.txt torch 2>/dev/null || true
+	$(BIN)/python -m pip install --quiet --require-hashes --no-build-isolation -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -25,13 +25,21 @@ VALUES = st.recursive(
 
 
 def test_fuzz_in_short():
-    counts = ["--configs", "30", "--exports", "12", "--pickles", "12", "--shards", "12", "--checkpoints", "4"]
-    counts += ["--pictures", "40"]
+    counts = {
+        "configs": 30,
+        "exports": 10,
+        "diffusers": 6,
+        "pickles": 12,
+        "shards": 12,
+        "pictures": 40,
+        "checkpoints": 6,
+    }
+    counts = [text for kind, count in counts.items() for text in (f"--{kind}", str(count))]
     command = [sys.executable, str(ROOT / "tests/soak/fuzz_inputs.py"), "--seed", "1", "--jobs", "1", *counts]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     cases = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("configs", "exports", "pickles"))]
-    assert cases[-3:] == ["30", "12", "12"]
+    assert cases[-3:] == ["30", "10", "12"]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -142,15 +143,17 @@ def check_sizes(folder: Path, files: dict[str, dict]) -> None:
     """Every file of a manifest is there with its size, or else a Defect; InputError where they may not be read."""
     for name, expected in files.items():
         try:
-            size = (folder / name).stat().st_size
+            status = (folder / name).stat()
         except FileNotFoundError:
             raise Defect(f"{name} is missing") from None
         except PermissionError:
             raise denied(folder / name) from None
         except OSError as error:
             raise Defect(f"{name} cannot be read ({error.strerror})") from None
-        if size != expected["size"]:
-            raise Defect(f"{name} has {size} bytes instead of {expected['size']}")
+        if not stat.S_ISREG(status.st_mode):  # on a pipe or a device, reading may never end
+            raise Defect(f"{name} is no regular file")
+        if status.st_size != expected["size"]:
+            raise Defect(f"{name} has {status.st_size} bytes instead of {expected['size']}")
 
 
 def check_hashes(folder: Path, files: dict[str, dict]) -> None:

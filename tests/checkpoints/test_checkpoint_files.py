@@ -315,6 +315,29 @@ def test_the_newest_is_found_whatever_latest_says(tmp_path):
     assert find(tmp_path) == (newest, [])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("step", -1), ("counters", {"value": "a"}), ("engines", {"generator": {}}), ("world_size", 0)]
+)
+def test_whole_manifest_that_does_not_hold_what_is_read_is_passed_over(tmp_path, key, value):
+    older, newer = save(tmp_path, 1), save(tmp_path, 2)
+    content = manifest.read_manifest(newer)
+    manifest.write_manifest(newer, content | {key: value}, content["files"])
+    found, [said] = find(tmp_path)
+    assert found == older and f"manifest.json does not hold what this version reads ({key}" in said
+
+
+def test_pipe_in_place_of_a_file_is_not_read(tmp_path):
+    folder = save(tmp_path, 1)
+    content = manifest.read_manifest(folder)
+    path = folder / "ranks/00000.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    content["files"]["ranks/00000.safetensors"]["size"] = 0
+    manifest.write_manifest(folder, content, content["files"])
+    with pytest.raises(InputError, match="is no regular file"):
+        find(tmp_path, str(folder))
+
+
 # -- kept and removed --------------------------------------------------------------------------------------------------
 
 

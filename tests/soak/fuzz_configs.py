@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
 import json
 import random
 import shutil
@@ -11,9 +13,10 @@ from pathlib import Path
 
 import yaml
 from fuzz_mutations import Edits, mutate_bytes, mutate_text, mutate_tree, noted, odd_files, odd_value, replace_by_odd
+from fuzz_networks import mutate_header, mutate_weights
 from fuzz_sandbox import ROOT, Rules, as_command
 
-from rdmd_fast import trainer
+from rdmd_fast import cli, trainer
 from rdmd_fast.config import option_table
 
 REAL = 25  # one configuration in so many is trained for two iterations
@@ -235,17 +238,17 @@ def small_distillation(material) -> dict:
 
 
 class Checkpoints:
-    """Run folders whose checkpoints are damaged: ``find_checkpoint`` by auto and by name, now and then a training."""
+    """Run folders whose checkpoints are damaged: found by auto and by name, exported, now and then resumed."""
 
     name = "checkpoints"
 
     def __init__(self, material):
         self.material = material
-        self.weights = {"manifest": 6, "bytes": 3, "file": 2, "latest": 2}
+        self.weights = {"manifest": 6, "tensors": 4, "bytes": 3, "file": 2, "latest": 2}
         self.mutations = noted(*self.weights)
 
     def start(self, chance: random.Random, number: int) -> Edits:
-        return Edits(real=number % 10 == 0, named=chance.random() < 0.4)
+        return Edits(real=number % 10 == 0, named=chance.random() < 0.4, sealed=chance.random() < 0.6, number=number)
 
     def finish(self, case: Edits, folder: Path):
         odd_files(folder)
@@ -254,14 +257,18 @@ class Checkpoints:
         for kind, seed in case:
             damage_checkpoint(root, kind, random.Random(seed), folder)
         steps = sorted(path.name for path in root.glob("step_*"))
+        for step in steps if case.sealed else ():
+            seal(root / step)
         resume = f"run/checkpoints/{steps[-1]}" if case.named and steps else "auto"
         if case.real:
             path = folder / "config.yaml"
             values = small_rdmd() | {"train": {"steps": 3, "global_batch_size": 8}}
             path.write_text(yaml.safe_dump(values))
             arguments = ["--config", "config.yaml", "run_dir=run", "--resume", resume]
-            rules = Rules(statuses=(0, 2, 75), notes=DEEPSPEED_SAYS, pickles=True, stop=True)
-            return lambda: trainer.main(arguments), rules, None
+            return lambda: trainer.main(arguments), Rules(statuses=(0, 2, 75), notes=DEEPSPEED_SAYS, stop=True), None
+        if case.number % 5 < 3:
+            network = ["generator", "fake_score", "teacher"][case.number % 3]
+            return lambda: cli.main(["export", "run", "--network", network, "--out", "out"]), Rules(), None
         return lambda: as_command(find, resume), Rules(), None
 
 
@@ -275,26 +282,39 @@ def find(resume: str) -> None:
 
 
 def damage_checkpoint(root: Path, kind: str, chance: random.Random, folder: Path) -> None:
-    """One damage to one of the files that say what a checkpoint is; never to DeepSpeed's own, which are trusted."""
+    """One damage to one of a checkpoint's files, or to what names the newest one."""
     if kind == "latest":
         (root / "latest").unlink(missing_ok=True)
         (root / "latest").write_bytes(chance.choice([b"", b"nowhere", b"../..", b"\xff\xfe", b"/etc", b"a" * 5000]))
         return
-    if kind == "file":
-        files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix != ".pt")
-        if files:
-            replace_by_odd(chance.choice(files), folder, chance)
-        return
-    files = [path for path in sorted(root.rglob("*.json")) if path.is_file()]
+    suffix = {"manifest": ".json", "tensors": ".safetensors"}.get(kind, "")
+    files = sorted(path for path in root.rglob(f"*{suffix}") if path.is_file())
     if not files:
         return
     path = chance.choice(files)
-    if kind == "bytes":
+    if kind == "file":
+        replace_by_odd(path, folder, chance)
+    elif kind == "bytes":
         path.write_bytes(mutate_bytes(path.read_bytes(), chance))
+    elif kind == "tensors":
+        path.write_bytes(chance.choice([mutate_header, mutate_weights])(path.read_bytes(), chance))
+    else:
+        with contextlib.suppress(ValueError):
+            values = json.loads(path.read_text())
+            mutate_tree(values, chance, ("../../latest", "/etc/passwd", "fifo", "loop"))
+            path.write_text(json.dumps(values))
+
+
+def seal(checkpoint: Path) -> None:
+    """Sizes and hashes of what is there into the manifest, and its own: the damage is to be met in the content."""
+    path = checkpoint / "manifest.json"
+    if not path.is_file():
         return
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         values = json.loads(path.read_text())
-    except ValueError:
-        return
-    mutate_tree(values, chance, ("../../latest", "/etc/passwd", "fifo", "loop"))
-    path.write_text(json.dumps(values))
+        for name, entry in values["files"].items():
+            content = (checkpoint / name).read_bytes() if (checkpoint / name).is_file() else b""
+            entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        rest = {key: value for key, value in values.items() if key != "sha256"}
+        values["sha256"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps(values))

@@ -30,7 +30,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in (0, 2,
 import fuzz_sandbox as sandbox  # noqa: E402
 
 MOST_MUTATIONS = 3
-DEFAULTS = {"configs": 2000, "exports": 500, "pickles": 500, "shards": 500, "pictures": 1000, "checkpoints": 100}
+DEFAULTS = {"configs": 1500, "exports": 600, "diffusers": 600, "pickles": 600, "shards": 600, "pictures": 500}
+DEFAULTS |= {"checkpoints": 600}
 
 
 @dataclass
@@ -49,11 +50,11 @@ class Tally:
 
 def kinds(material) -> dict:
     from fuzz_configs import Checkpoints, Configs
-    from fuzz_networks import Exports, Pickles
+    from fuzz_networks import Diffusers, Exports, Pickles
     from fuzz_pictures import Pictures
     from fuzz_shards import Shards
 
-    every = (Configs, Exports, Pickles, Shards, Pictures, Checkpoints)
+    every = (Configs, Exports, Diffusers, Pickles, Shards, Pictures, Checkpoints)
     return {kind.name: kind for kind in (each(material) for each in every)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,11 +14,14 @@ import matplotlib
 import matplotlib.pyplot
 import numpy as np
 import torch
+import torch._dynamo  # with the first optimizer, else seconds of each training
+import torch._inductor.compile_fx  # with the first ZeRO optimizer
 import torch.utils.tensorboard
 import yaml
 from fuzz_sandbox import ROOT
 from material import encoded, npy, write_files, write_shards, write_tar
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from rdmd_fast import trainer
 from rdmd_fast.diffusion import DiffusionOptions
@@ -57,7 +61,7 @@ class Material:
         pictures: a folder of image files.
         teacher, generator: exports of a network for the images.
         exports: all exports, by name.
-        diffusers: a diffusers folder.
+        diffusers, pipeline: diffusers folders, of a model and of a pipeline with its weights in two files.
         pickle, pickles: EDM pickles.
         run: a run folder with two checkpoints.
     """
@@ -71,6 +75,7 @@ class Material:
         self._make_pickles(edm)
         self.diffusers, ours = root / "diffusers", ROOT / "tests/networks/fixtures/diffusers_unet"
         shutil.copytree(ours, self.diffusers, ignore=shutil.ignore_patterns("reference*"))
+        self._make_pipeline()
         self._make_run()
 
     def _make_sets(self) -> None:
@@ -121,6 +126,22 @@ class Material:
             write_export(self.root / "exports" / name, config, weights)
             self.exports[name] = self.root / "exports" / name
         self.teacher, self.generator = self.exports["teacher"], self.exports["generator"]
+
+    def _make_pipeline(self) -> None:
+        self.pipeline, weights = self.root / "pipeline", "diffusion_pytorch_model"
+        unet = Path(shutil.copytree(self.diffusers, self.pipeline / "unet"))
+        (self.pipeline / "scheduler").mkdir()
+        (unet / "scheduler_config.json").rename(self.pipeline / "scheduler/scheduler_config.json")
+        tensors = load_file(unet / f"{weights}.safetensors")
+        (unet / f"{weights}.safetensors").unlink()
+        parts = {name: f"{weights}-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+        for file in set(parts.values()):
+            save_file({name: tensor for name, tensor in tensors.items() if parts[name] == file}, unet / file)
+        size = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        index = {"metadata": size, "weight_map": parts}
+        (unet / f"{weights}.safetensors.index.json").write_text(json.dumps(index))
+        classes = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+        (self.pipeline / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline", **classes}))
 
     def _make_pickles(self, edm: Path | None) -> None:
         self.pickles = []

@@ -25,13 +25,13 @@ NETWORK_WORDS = (
 
 
 class Exports:
-    """Export and diffusers folders, through `rdmd translate`, `rdmd sample` and from Python."""
+    """Export folders, through `rdmd translate`, `rdmd sample` and from Python."""
 
     name = "exports"
 
     def __init__(self, material):
         self.material = material
-        self.bases = [*material.exports.values(), material.diffusers, material.diffusers]
+        self.bases = [*material.exports.values()]
         self.weights = {"config": 8, "header": 4, "weights": 2, "bytes": 2, "text": 1, "file": 1, "layout": 0.5}
         self.mutations = noted(*self.weights)
 
@@ -55,6 +55,16 @@ class Exports:
         return lambda: cli.main(arguments), Rules(notes=SAYS), None
 
 
+class Diffusers(Exports):
+    """Folders that diffusers saves, of a model or of a pipeline whose weights are in parts, through the same doors."""
+
+    name = "diffusers"
+
+    def __init__(self, material):
+        super().__init__(material)
+        self.bases = [material.diffusers, material.pipeline]
+
+
 def from_python(load) -> int:
     """Load and run once, as a script of the user's would."""
     import torch
@@ -72,10 +82,10 @@ def damage_model(model: Path, kind: str, chance: random.Random, folder: Path) ->
     if kind == "layout":
         move = chance.randrange(4)
         if move == 0 and jsons:
-            shutil.copy(jsons[0], model / "model_index.json")
+            (model / "model_index.json").write_bytes(jsons[0].read_bytes())
         elif move == 1:
             (model / "unet").mkdir(exist_ok=True)
-            shutil.copy(jsons[0], model / "unet/config.json") if jsons else None
+            (model / "unet/config.json").write_bytes(jsons[0].read_bytes() if jsons else b"")
         elif move == 2 and tensors:
             shutil.move(tensors[0], model / "generator.safetensors")
         elif tensors:

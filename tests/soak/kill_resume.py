@@ -1,20 +1,28 @@
-"""Kills training with SIGKILL at random moments, lets it go on, and compares its end with an unbroken run's bit by bit.
+"""Kills training with SIGKILL again and again, lets it go on, and compares its end with an unbroken run's bit by bit.
 
-    python tests/soak/kill_resume.py --kills 50 --ranks 2 --stages 0 1 2 3 --seed 0
+    python tests/soak/kill_resume.py --kills 100 --in-saves 20 --groups 5 --stages 0 1 2 3
 
 Each ZeRO stage trains a small RDMD problem once unbroken. Then the same command is started again and again in a second
-folder, and all its ranks or one of them are killed: half of the kills wait for a checkpoint that is being written, half
-come at a random time after the start, start-up included. A run that reaches its end is compared (parameters,
-optimizers, EMA, random states, counters, export, metrics but for times), and another begun until all kills are spent.
-Exit status 1 if a run differs, or does not go on from the newest checkpoint that was there when it was killed.
+folder, and killed in one of these ways:
 
-Ranks are forked from this process, which has imported everything and opened nothing: a start costs no imports.
+inside a save     all ranks or one, while a checkpoint's folder has not got its name yet (they are halted to see that)
+launcher's group  the process group of `torchrun` or `deepspeed`, near a save; ranks elsewhere must end by themselves
+all ranks         at a random time after the start, start-up included
+one rank          likewise
+
+A run that reaches its end is compared (parameters, optimizers, EMA, random states, counters, export, metrics but for
+times), and another begun until all kills are spent. Exit status 1 if a run differs, or does not go on from the newest
+checkpoint that was there when it was killed.
+
+Without a launcher, ranks are forked from this process, which has imported everything and opened nothing: a start costs
+no imports.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -37,7 +45,12 @@ from safetensors.torch import load_file
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from material import toy_rdmd
 
-STEPS, EVERY = 36, 4
+SAVE, GROUP, ALL, ONE = KINDS = "inside a save", "launcher's group", "all ranks", "one rank"
+TRAIN = str(Path(__file__).resolve().parents[2] / "rdmd_fast/train.py")
+LAUNCHERS = itertools.cycle(
+    [["torch.distributed.run", "--nproc-per-node"], ["deepspeed.launcher.runner", "--num_gpus"]]
+)
+RANKS, STEPS, EVERY = 2, 36, 4
 VALUES = toy_rdmd(
     network={"kind": "mlp", "hidden": 32, "depth": 1},
     generator={"kind": "mlp", "hidden": 32, "depth": 1},
@@ -54,13 +67,13 @@ VALUES = toy_rdmd(
     validation={"count": 16, "every": 10},
     checkpoint={"every": EVERY},
 )
-GRACE_SECONDS = 10.0  # for ranks to notice that another one died
+GRACE_SECONDS = 10.0  # for ranks to notice that another one, or their launcher, died
 LIMIT_SECONDS = 120.0  # a start that takes longer hangs
 
 
 @dataclass
 class Job:
-    """The ranks of one start, each in a session of its own."""
+    """The processes of one start, each in a group of its own: all ranks, or their launcher."""
 
     pids: list[int]
     log: Path
@@ -75,26 +88,34 @@ class Job:
         return [pid for pid in self.pids if pid not in self.statuses]
 
     def wait(self, seconds: float) -> bool:
-        """Whether all ranks have ended within ``seconds``."""
-        deadline = time.monotonic() + seconds
-        while self.running() and time.monotonic() < deadline:
-            time.sleep(0.002)
-        return not self.running()
+        """Whether all processes have ended within ``seconds``."""
+        return wait_until(lambda: not self.running(), seconds)
 
-    def kill(self, pids: list[int]) -> None:
+    def send(self, number: int, pids: list[int]) -> None:
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)  # not yet waited for: the number is still this process's
+            os.killpg(pid, number)  # not yet waited for: the number is still this process's
 
-    def clear(self) -> int:
-        """Kill what is left; returns how many ranks that were."""
-        left = self.running()
-        self.kill(left)
+    def halt(self) -> None:
+        """Stop all processes; returns when they stand still."""
+        alive = self.running()
+        self.send(signal.SIGSTOP, alive)
+        for pid in alive:
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+    def clear(self) -> None:
+        """Kill what is left."""
+        self.send(signal.SIGKILL, self.running())
         self.wait(LIMIT_SECONDS)
-        return len(left)
 
-    def resumed_at(self) -> int | None:
-        found = re.search(r"resumed \S+ at step (\d+)", self.log.read_text(errors="replace"))
-        return int(found[1]) if found else None
+    def tail(self) -> str:
+        return " | ".join(self.log.read_text(errors="replace").splitlines()[-8:])
+
+
+def wait_until(true, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return true()
 
 
 def preload() -> None:
@@ -118,39 +139,34 @@ def preload() -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not live on in a fork"
 
 
-def start(run_dir: Path, stage: int, ranks: int) -> Job:
-    """The same training command as ever, on ``ranks`` new processes."""
-    config = run_dir.with_name("config.json")
+def start(run_dir: Path, stage: int, launched: bool = False) -> Job:
+    """The same training command as ever, on new processes."""
+    config, log = run_dir.with_name("config.json"), run_dir.with_name(f"{run_dir.name}.log")
     config.write_text(json.dumps(VALUES))
-    arguments = ["--config", str(config), f"run_dir={run_dir}", f"deepspeed.zero_optimization.stage={stage}"]
-    log = run_dir.with_name(f"{run_dir.name}.log")
     log.unlink(missing_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pids = []
-    for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
-            _rank(arguments, log, rank, ranks, port)
-        pids.append(pid)
-    return Job(pids, log)
+        port = str(probe.getsockname()[1])
+    arguments = ["--config", str(config), f"run_dir={run_dir}", f"deepspeed.zero_optimization.stage={stage}"]
+    if launched:
+        command = [sys.executable, "-m", *next(LAUNCHERS), str(RANKS), "--master_port", port, TRAIN, *arguments]
+        return Job([fork(log, os.execv, command[0], command)], log)
+    return Job([fork(log, _rank, arguments, rank, port) for rank in range(RANKS)], log)
 
 
-def _rank(arguments: list[str], log: Path, rank: int, ranks: int, port: int) -> None:
-    status = 1
+def fork(log: Path, action, *arguments) -> int:
+    """A process, in a process group of its own, that ends with the status that ``action`` returns."""
+    pid, status = os.fork(), 1
+    if pid:
+        with contextlib.suppress(PermissionError):  # it runs a launcher already
+            os.setpgid(pid, pid)
+        return pid
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        from rdmd_fast.trainer import main
-
-        status = main(arguments)
+        status = action(*arguments)
         sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
@@ -158,101 +174,116 @@ def _rank(arguments: list[str], log: Path, rank: int, ranks: int, port: int) -> 
         os._exit(status)
 
 
+def _rank(arguments: list[str], rank: int, port: str) -> int:
+    from rdmd_fast.trainer import main
+
+    os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(RANKS))
+    return main(arguments)
+
+
 # -- one kill ----------------------------------------------------------------------------------------------------------
 
 
-def await_moment(job: Job, checkpoints: Path, chance: random.Random, seconds: float) -> None:
-    """Wait for a random moment: while a checkpoint is written, or any until ``seconds`` after the start."""
-    if chance.random() < 0.5:
-        deadline = time.monotonic() + chance.random() * seconds
-        while job.running() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        return
-    ordinal, seen, stale = chance.randint(1, STEPS // EVERY // 2), set(), unpublished(checkpoints)
-    while job.running() and len(seen) < ordinal:
-        seen |= {name for name in unpublished(checkpoints) - stale if not name.endswith(".old.partial")}
+def await_moment(job: Job, kind: str, checkpoints: Path, chance: random.Random, seconds: float) -> bool:
+    """Wait for the moment of a kill; returns whether it came before the job's end. Halts the job inside a save."""
+    if kind in (ALL, ONE):
+        return not job.wait(chance.random() * seconds)
+    seen, stale, saves = set(), unfinished(checkpoints), chance.randint(1, STEPS // EVERY // 2)
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while job.running() and time.monotonic() < deadline:
+        new = unfinished(checkpoints) - stale - seen
+        seen |= new
+        if new and len(seen) >= saves:
+            time.sleep(chance.random() * (0.1 if kind == GROUP else 0.01))
+            if kind == SAVE:
+                job.halt()
+            if kind == GROUP or new & unfinished(checkpoints):
+                return bool(job.running())
+            job.send(signal.SIGCONT, job.running())
         time.sleep(0.0005)
-    time.sleep(chance.random() * 0.02)
+    return False
 
 
-def unpublished(checkpoints: Path) -> set[str]:
-    """Names of folders that are being written, replaced or removed, or were when a job was killed."""
+def unfinished(checkpoints: Path) -> set[str]:
+    """Folders of checkpoints that are being written, or were when a job was killed."""
+    newest = newest_step(checkpoints)
     with contextlib.suppress(FileNotFoundError):
-        return {name for name in os.listdir(checkpoints) if name.startswith(".step_")}
+        found = [re.fullmatch(r"\.step_(\d+)\..*partial", name) for name in os.listdir(checkpoints)]
+        return {match[0] for match in found if match and (newest is None or int(match[1]) > newest)}
     return set()
 
 
 def newest_step(checkpoints: Path) -> int | None:
-    """Of the checkpoints that bear their names."""
-    steps = [int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*")]
-    # One that was about to be replaced gets its name back at the next start.
-    steps += [int(path.name.split(".")[1].removeprefix("step_")) for path in checkpoints.glob(".step_*.retired")]
-    return max(steps, default=None)
+    """Of the checkpoints that bear their names, or get them back at the next start."""
+    names = [*checkpoints.glob("step_*"), *checkpoints.glob(".step_*.retired")]
+    return max((int(re.search(r"step_(\d+)", path.name)[1]) for path in names), default=None)
+
+
+def strike(job: Job, kind: str, chance: random.Random) -> None:
+    """Kill all or one of the processes, and see the others end."""
+    alive = job.running()
+    one = kind == ONE or (kind == SAVE and chance.random() < 0.4)
+    victims = [chance.choice(alive)] if one else alive
+    job.send(signal.SIGKILL, victims)
+    job.send(signal.SIGCONT, [pid for pid in alive if pid not in victims])
+    job.wait(GRACE_SECONDS)
+
+
+def trained_by(run_dir: Path) -> list[int]:
+    """Processes, of a launcher or left by one, that were started to train there."""
+    found, told = [], f"run_dir={run_dir}\0".encode()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found += [int(path.parent.name)] if told in path.read_bytes() else []
+    return found
 
 
 @dataclass
-class Row:
-    """One run from its first start to its end."""
+class Run:
+    """One run from its first start to its end.
+
+    Attributes:
+        kills: (kind, seconds of the start that ended by it).
+    """
 
     stage: int
-    kills: int = 0
-    one_rank: int = 0
-    inside_writing: int = 0
-    lingered: int = 0
+    kills: list[tuple[str, float]] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def cells(self) -> list[str]:
+    def __str__(self) -> str:
+        kills = ", ".join(kind for kind, _ in self.kills)
         resumed = " ".join(map(str, self.resumed_at))
-        verdict = "yes" if not self.problems else "NO"
-        numbers = self.stage, self.kills, self.one_rank, self.inside_writing, self.lingered
-        return [*map(str, numbers), verdict, resumed]
+        return f"ZeRO {self.stage}: {kills}; resumed at {resumed or '-'}; {'; '.join(self.problems) or 'equal'}"
 
 
-HEADER = ["ZeRO", "kills", "of one rank", "inside writing", "ranks that lingered", "equal", "resumed at"]
-
-
-def broken_run(folder: Path, stage: int, ranks: int, kills: int, chance: random.Random, seconds: float) -> Row:
-    """Start, kill and start again until the run ends; at most ``kills`` times."""
-    row, run_dir = Row(stage), folder / "broken"
-    checkpoints, before = run_dir / "checkpoints", None
-    while True:
-        stale = unpublished(checkpoints)
-        job = start(run_dir, stage, ranks)
+def broken_run(run_dir: Path, stage: int, kinds: list[str], chance: random.Random, seconds: float) -> Run:
+    """Start, kill and start again until the run ends; takes the kills that it comes to off the end of ``kinds``."""
+    run, before, statuses = Run(stage), None, [1]
+    while any(statuses) and not run.problems:
+        kind, begin = kinds[-1] if kinds else None, time.monotonic()
+        job = start(run_dir, stage, launched=kind == GROUP)
         try:
-            killing = row.kills < kills
-            if killing:
-                await_moment(job, checkpoints, chance, seconds)
-            else:
-                job.wait(LIMIT_SECONDS)
-            alive = job.running()
-            if killing and alive:
-                victims = alive if chance.random() < 0.6 else [chance.choice(alive)]
-                job.kill(victims)
-                row.kills += 1
-                row.one_rank += len(victims) < ranks
-                job.wait(GRACE_SECONDS)
-                row.lingered += len(job.running())
-            elif alive:
-                row.problems.append(f"no end within {LIMIT_SECONDS:.0f} s: {tail(job.log)}")
+            killed = bool(kind) and await_moment(job, kind, run_dir / "checkpoints", chance, seconds)
+            if killed:
+                strike(job, kind, chance)
+            elif not job.wait(LIMIT_SECONDS):
+                run.problems.append(f"no end within {LIMIT_SECONDS:.0f} s: {job.tail()}")
         finally:
             job.clear()
-        at = job.resumed_at()
-        if at is not None:
-            row.resumed_at.append(at)
-            if at != before:
-                row.problems.append(f"resumed at {at}, the newest checkpoint was of step {before}")
-        if not any(job.statuses.values()):
-            return row
-        if row.problems or (not killing or not alive):
-            row.problems.append(f"exit statuses {list(job.statuses.values())}: {tail(job.log)}")
-            return row
-        row.inside_writing += bool(unpublished(checkpoints) - stale)
-        before = newest_step(checkpoints)
-
-
-def tail(log: Path) -> str:
-    return " | ".join(log.read_text(errors="replace").splitlines()[-8:])
+        if not wait_until(lambda: not trained_by(run_dir), GRACE_SECONDS):
+            run.problems.append(f"{trained_by(run_dir)} live {GRACE_SECONDS:.0f} s after their launcher")
+        statuses = list(job.statuses.values())
+        if killed and any(statuses):
+            run.kills.append((kinds.pop(), time.monotonic() - begin))
+        elif any(statuses):
+            run.problems.append(f"exit statuses {statuses}: {job.tail()}")
+        for at in re.findall(r"resumed \S+ at step (\d+)", job.log.read_text(errors="replace"))[:1]:
+            run.resumed_at.append(int(at))
+            run.problems += [f"resumed at {at}, not at {before}"] if int(at) != before else []
+        before = newest_step(run_dir / "checkpoints")
+    return run
 
 
 # -- comparison --------------------------------------------------------------------------------------------------------
@@ -302,56 +333,72 @@ def tensors(folder: Path) -> dict[str, tuple]:
 # -- the whole ---------------------------------------------------------------------------------------------------------
 
 
-def soak(folder: Path, kills: int, ranks: int, stages: list[int], seed: int) -> list[Row]:
-    """Spread ``kills`` over the stages; prints a row for each run as it ends."""
-    chance, rows = random.Random(seed), []
+def soak(folder: Path, kills: dict[int, list[str]], seed: int) -> list[Run]:
+    """Spend the ``kills`` of each stage; prints each run as it ends, and stops at a problem."""
+    chance, runs = random.Random(seed), []
     preload()
-    print("  ".join(HEADER), flush=True)
-    for index, stage in enumerate(stages):
-        place = folder / f"zero{stage}"
-        place.mkdir()
-        begin = time.monotonic()
-        job = start(place / "whole", stage, ranks)
-        whole_ended = job.wait(LIMIT_SECONDS)
+    for stage, kinds in kills.items():
+        whole, begin = folder / f"zero{stage}/whole", time.monotonic()
+        whole.parent.mkdir()
+        job = start(whole, stage)
+        job.wait(LIMIT_SECONDS)
         job.clear()
-        if not whole_ended or any(job.statuses.values()):
-            raise RuntimeError(f"the unbroken run at ZeRO {stage} fails: {tail(job.log)}")
+        if any(job.statuses.values()):
+            raise RuntimeError(f"the unbroken run at ZeRO {stage} fails: {job.tail()}")
         seconds = time.monotonic() - begin
-        left = kills // len(stages) + (index < kills % len(stages))
-        while left:
-            broken = place / f"after_{left}"
-            broken.mkdir()
-            row = broken_run(broken, stage, ranks, left, chance, seconds)
-            left -= row.kills
-            row.problems += row.problems or differences(place / "whole", broken / "broken")
-            rows.append(row)
-            cells = [cell.ljust(len(name)) for cell, name in zip(row.cells(), HEADER, strict=True)]
-            print("  ".join(cells), flush=True)
-            for problem in row.problems:
-                print(f"    {problem}", flush=True)
-            if row.problems:
-                return rows
-    return rows
+        chance.shuffle(kinds)
+        while kinds:
+            broken = whole.with_name(f"broken_{len(runs)}")
+            run = broken_run(broken, stage, kinds, chance, seconds)
+            run.problems += run.problems or differences(whole, broken)
+            runs.append(run)
+            print(run, flush=True)
+            if run.problems:
+                return runs
+    return runs
+
+
+def spread(kills: int, in_saves: int, groups: int, stages: list[int], seed: int) -> dict[int, list[str]]:
+    """Kinds of kills by stage, each kind in equal shares."""
+    others = random.Random(seed).choices([ALL, ONE], [0.6, 0.4], k=kills - in_saves - groups)
+    kinds = [SAVE] * in_saves + [GROUP] * groups + sorted(others)
+    return {stage: kinds[index :: len(stages)] for index, stage in enumerate(stages)}
+
+
+def table(runs: list[Run]) -> str:
+    lines = [f"{'kind':<16}  ZeRO  kills  bit for bit  seconds"]
+    for kind, stage in itertools.product(KINDS, sorted({run.stage for run in runs})):
+        those = [
+            (not run.problems, took) for run in runs if run.stage == stage for name, took in run.kills if name == kind
+        ]
+        equal, seconds = (sum(column) for column in zip(*those, strict=True)) if those else (0, 0)
+        lines.append(f"{kind:<16}  {stage:>4}  {len(those):>5}  {equal:>11}  {seconds:>7.1f}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="all stages together (50)")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--kills", type=int, default=50, help="all stages and kinds together (50)")
+    parser.add_argument("--in-saves", type=int, default=10, help="of them inside a save (10)")
+    parser.add_argument("--groups", type=int, default=0, help="of them of a launcher's process group (0)")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], choices=range(4), help="of ZeRO")
     parser.add_argument("--seed", type=int, default=0, help="of the moments at which it kills")
-    arguments = parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    if given.in_saves + given.groups > given.kills:
+        parser.error("--in-saves and --groups are more than --kills")
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rdmd_kill_resume_") as folder:
-        rows = soak(Path(folder), arguments.kills, arguments.ranks, arguments.stages, arguments.seed)
-    kills, inside = sum(row.kills for row in rows), sum(row.inside_writing for row in rows)
-    equal = not any(row.problems for row in rows)
+        planned = spread(given.kills, given.in_saves, given.groups, given.stages, given.seed)
+        runs = soak(Path(folder), planned, given.seed)
+    kinds = [kind for run in runs for kind, _ in run.kills]
+    equal = not any(run.problems for run in runs)
+    print(table(runs))
     print(
-        f"{kills} kills, {inside} of them inside the writing of a checkpoint, in {len(rows)} runs: "
+        f"{len(kinds)} kills, {kinds.count(SAVE)} of them inside a save, in {len(runs)} runs: "
         f"{'all equal to the unbroken ones bit for bit' if equal else 'NOT equal'} "
-        f"({time.monotonic() - begin:.0f} s, seed {arguments.seed})"
+        f"({time.monotonic() - begin:.0f} s, seed {given.seed})"
     )
-    return 0 if equal and kills == arguments.kills else 1
+    return 0 if equal and len(kinds) == given.kills else 1
 
 
 if __name__ == "__main__":

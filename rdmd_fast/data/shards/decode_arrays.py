@@ -2,6 +2,7 @@
 
 import io
 import math
+import tokenize
 import warnings
 
 import numpy as np
@@ -24,7 +25,7 @@ def decode_array(data: bytes) -> np.ndarray:
         raise ValueError("is of an unknown .npy version")
     try:
         shape, by_columns, dtype = read_header(file)
-    except (RecursionError, MemoryError):  # Python's parser says either of text that is nested too deeply
+    except (RecursionError, MemoryError, SyntaxError, tokenize.TokenError):  # what Python's parser says of it
         raise ValueError("its header is no header") from None
     if dtype.kind != "f":
         raise ValueError(f"holds {dtype}; save float32 or float16")

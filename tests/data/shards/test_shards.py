@@ -297,6 +297,7 @@ def bomb(side):
     ("0.npy", npy(np.array([1e300])), "not finite"),
     ("0.npy", npy(np.zeros(4)).replace(b"(4,)", b"(4000000000,)"), "cannot be decoded"),
     ("0.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"-" * 8999 + b"1", "cannot be decoded"),
+    ("0.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", 2) + b"{\n", "its header is no header"),
     ("0.npy", b"\x93NUMPY\x09\x09", "unknown .npy version"),
 ])  # fmt: skip
 def test_samples_that_ask_for_more_than_they_are_cannot_be_decoded(tmp_path, recwarn, name, data, says):
