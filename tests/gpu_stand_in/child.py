@@ -29,8 +29,12 @@ def run(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-def run_cases(file: str, *arguments: str) -> str:
-    """Run pytest on a file of this folder, on the stand-in."""
-    path = str(ROOT / "tests/gpu_stand_in" / file)
+def run_pytest(file: str, *arguments: str) -> str:
+    """Run pytest on a file, on the stand-in."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.gpu_stand_in.plugin"]
-    return run("-m", "pytest", *options, path, *arguments)
+    return run("-m", "pytest", *options, file, *arguments)
+
+
+def run_cases(file: str) -> str:
+    """Run pytest on a file of this folder."""
+    return run_pytest(f"tests/gpu_stand_in/{file}")

@@ -46,6 +46,7 @@ def install(count: int = 1) -> None:
     _library = build.load()
     _library.listen(report)
     _library.set_device_count(count)
+    os.environ["GPU_STAND_IN"] = "1"  # for tests that would choose larger shapes on a GPU
     os.environ.setdefault("DS_ACCELERATOR", "cuda")
     _replace_device_functions(count)
     _replace_memory_functions()

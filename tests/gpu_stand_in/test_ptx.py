@@ -235,7 +235,8 @@ def test_fused_multiply_add_rounds_once():
 APPROXIMATE = {
     "ex2.approx.f32": np.exp2, "ex2.approx.ftz.f32": np.exp2, "lg2.approx.f32": np.log2,
     "rsqrt.approx.f32": lambda x: 1 / np.sqrt(x), "rsqrt.approx.ftz.f32": lambda x: 1 / np.sqrt(x),
-    "rcp.approx.f32": lambda x: 1 / x, "sqrt.approx.f32": np.sqrt, "sin.approx.f32": np.sin, "cos.approx.f32": np.cos,
+    "rcp.approx.f32": lambda x: 1 / x, "sqrt.approx.f32": np.sqrt, "sqrt.approx.ftz.f32": np.sqrt,
+    "sin.approx.f32": np.sin, "cos.approx.f32": np.cos,
     "tanh.approx.f32": np.tanh,
 }  # fmt: skip
 
@@ -548,6 +549,10 @@ COPIES = {
         "ld.global.v2.b32 {%r1, %r2}, [%d1]; st.shared.v2.b32 [%r9], {%r1, %r2}; ld.shared.v2.b32 {%r3, %r4}, [%r9];",
         "st.global.v2.b32 [%d2], {%r3, %r4};", 8,
     ),
+    "shared.v2.b64": (
+        "ld.global.v2.b64 {%d3, %d4}, [%d1]; st.shared.v2.b64 [%r9], {%d3, %d4}; ld.shared.v2.b64 {%d5, %d6}, [%r9];",
+        "st.global.v2.b64 [%d2], {%d5, %d6};", 16,
+    ),
     "shared.v4": (
         "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%d1]; st.shared.v4.b32 [%r9], {%r1, %r2, %r3, %r4};"
         "ld.shared.v4.b32 {%r5, %r6, %r7, %r8}, [%r9];",
@@ -671,20 +676,27 @@ STAGE = """
 """
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+# (of four matrices, of one)
+LOADS = {
+    False: ("ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x1.shared.b16"),
+    True: ("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16"),
+}
+
+
+@pytest.mark.parametrize("transposed", LOADS)
 def test_matrices_are_loaded(transposed):
     matrices = aligned(np.arange(256, dtype=np.uint16).reshape(4, 8, 8))
-    trans = ".trans" if transposed else ""
     stage = STAGE.format(bytes=16, kind="v4.b32", registers="{%r4, %r5, %r6, %r7}")
+    of_four, of_one = LOADS[transposed]
     out = aligned(np.zeros((32, 4, 2), np.uint16))
-    four = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r10, %r11, %r12, %r13}}, [%r3];"
+    load = f"{of_four} {{%r10, %r11, %r12, %r13}}, [%r3];\n"
     store = "mad.wide.u32 %d2, %r98, 16, %d91;\n st.global.v4.b32 [%d2], {%r10, %r11, %r12, %r13};"
-    launch(f"{stage}\n{four}\n{store}", matrices, out, shared=512)
+    launch(stage + load + store, matrices, out, shared=512)
     for number in range(4):
         assert (out[:, number] == matrix_lanes(matrices[number], transposed)).all()
-    one = f"ldmatrix.sync.aligned.m8n8.x1{trans}.shared.b16 {{%r10}}, [%r3];".replace("%r3]", "%r3+0]")
+    load = f"{of_one} {{%r10}}, [%r3+0];\n"
     store = "mad.wide.u32 %d2, %r98, 4, %d91;\n st.global.b32 [%d2], %r10;"
-    launch(f"{stage}\n{one}\n{store}", matrices, out, shared=512)
+    launch(stage + load + store, matrices, out, shared=512)
     assert (out.reshape(-1)[:64].reshape(32, 2) == matrix_lanes(matrices[0], transposed)).all()
 
 
@@ -734,25 +746,33 @@ def test_race_of_a_write_with_reads_of_several_warps():
 
 
 def test_race_of_two_writes():
-    launch("mov.b32 %r4, 0;\n st.shared.b32 [%r4], %r98;", threads=32, shared=16)
+    write = "mov.b32 %r4, 0;\n st.shared.b32 [%r4], {};\n"
+    launch(write.format("%r4"), threads=64, shared=16)  # the same by all
+    launch(write.format("%r98"), threads=32, shared=16)  # by lanes of one warp
     with pytest.raises(Fault, match="race: writes what other threads wrote"):
-        launch("mov.b32 %r4, 0;\n st.shared.b32 [%r4], %r98;", threads=64, shared=16)
+        launch(write.format("%r98"), threads=64, shared=16)
+    text = "mov.b32 %r4, 0;\n shr.u32 %r5, %r98, 5;\n setp.eq.b32 %p1, %r5, {};\n @%p1 st.shared.b32 [%r4], %r5;\n"
+    first, second = (text.format(warp) for warp in (0, 1))
+    launch(first + BARRIER + second, threads=64, shared=16)
+    with pytest.raises(Fault, match="race: writes what other threads wrote"):
+        launch(first + second, threads=64, shared=16)
 
 
 def test_race_of_blocks_in_global_memory():
     out = aligned(np.zeros(64, np.uint32))
     own = "mov.u32 %r1, %ctaid.x;\n mad.lo.s32 %r1, %r1, 32, %r98;\n mad.wide.u32 %d1, %r1, 4, %d90;\n"
     launch(own + "st.global.b32 [%d1], %r98;", out, grid=(2, 1, 1))
+    same = "mad.wide.u32 %d1, %r98, 4, %d90;\n st.global.b32 [%d1], %r1;"
     with pytest.raises(Fault, match="race: writes what other threads wrote"):
-        launch("mad.wide.u32 %d1, %r98, 4, %d90;\n st.global.b32 [%d1], %r98;", out, grid=(2, 1, 1))
+        launch("mov.u32 %r1, %ctaid.x;\n" + same, out, grid=(2, 1, 1))
     with pytest.raises(Fault, match="race: reads"):
         launch(own + "st.global.b32 [%d1], %r98;\n ld.global.b32 %r2, [%d90];", out, grid=(2, 1, 1))
     with pytest.raises(Fault, match="race: writes what other threads read"):
         launch(own + "ld.global.b32 %r2, [%d90];\n st.global.b32 [%d1], %r98;", out, grid=(2, 1, 1))
     # Also if the blocks do not run at once.
     many = aligned(np.zeros(32 * 600, np.uint32))
-    with pytest.raises(Fault, match="race"):
-        launch("mad.wide.u32 %d1, %r98, 4, %d90;\n st.global.b32 [%d1], %r98;", many, grid=(600, 1, 1))
+    with pytest.raises(Fault, match="race: writes what other threads wrote"):
+        launch("mov.u32 %r1, %ctaid.x;\n shr.u32 %r1, %r1, 8;\n" + same, many, grid=(600, 1, 1))
 
 
 @pytest.mark.parametrize("limit", [0, 16, 32, 64])
@@ -767,7 +787,11 @@ def test_barrier_that_some_threads_do_not_reach(limit):
 
 @pytest.mark.parametrize(
     "instruction",
-    ["shfl.sync.bfly.b32 %r1, %r98, 1, 31, -1;", "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r9];"],
+    [
+        "shfl.sync.bfly.b32 %r1, %r98, 1, 31, -1;",
+        "bar.warp.sync -1;",
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r9];",
+    ],
 )
 def test_instruction_of_a_warp_by_some_of_its_lanes(instruction):
     body = "mov.b32 %r9, 0;\n setp.lt.u32 %p1, %r98, LIMIT;\n @%p1 " + instruction
@@ -784,7 +808,8 @@ def test_instruction_of_a_warp_by_some_of_its_lanes(instruction):
     [
         "frobnicate.b32 %r1, %r2;", "add.sat.s32 %r1, %r2, %r3;", "cvt.rz.bf16.f32 %h1, %r1;",
         "ex2.approx.f16 %h1, %h2;",
-        "ld.local.b32 %r1, [%r2];", "mul.rz.f32 %r1, %r2, %r3;", "bar.sync 1;", "cvt.u32.f32 %r1, %r2;", "add.s32 %r1, %r2;",
+        "ld.local.b32 %r1, [%r2];", "mul.rz.f32 %r1, %r2, %r3;", "bar.sync 1;", "cvt.u32.f32 %r1, %r2;",
+        "add.s32 %r1, %r2;",
         "fma.rn.f32 %r1, %r2, %r3;",
         "setp.lt.and.s32 %p1, %r1, %r2, %p2;", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 %r1, %r2;",
     ],

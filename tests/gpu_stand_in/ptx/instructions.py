@@ -612,6 +612,9 @@ def _half_addresses(rows: np.ndarray, matrix: int, half: int, transposed: bool) 
 
 @_meaning("bar", "barrier")
 def _barrier(instruction: Instruction) -> Run:
+    """Of a block; that of a warp has nothing to do where its lanes move together."""
+    if instruction.parts == ("bar", "warp", "sync"):
+        return lambda machine, mask: machine.whole_warps(mask, "bar.warp.sync")
     _check(instruction.parts in (("bar", "sync"), ("barrier", "sync"), ("barrier", "sync", "aligned")))
     _check(instruction.operands == (Immediate(0),))
     return lambda machine, mask: machine.barrier(mask)

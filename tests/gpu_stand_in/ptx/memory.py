@@ -52,16 +52,22 @@ class History:
         read[rows] = tags
         self._remember_many(read, rows, before, tags)
 
-    def write(self, offsets: np.ndarray, width: int, accessors: Accessors) -> None:
-        rows, tags = offsets // width, accessors.tags()[:, None]
+    def write(self, content: np.ndarray, offsets: np.ndarray, values: np.ndarray, accessors: Accessors) -> None:
+        """Put ``values`` into ``content``.
+
+        Two may write the same to one place, as Triton's layouts do. Lanes of one warp may write different things there
+        at once: PTX does not say which stays, here that of the last lane does.
+        """
+        width, tags = values.shape[1], accessors.tags()[:, None]
+        rows, content = offsets // width, _rows(content, width)
         written = _rows(self._written, width)
-        before = written[rows]
-        written[rows] = tags
-        # Threads of this very instruction that store to one place are seen by what is there afterwards.
-        if _conflicts(before, tags).any() or _conflicts(written[rows], tags).any():
-            raise Fault("race: writes what other threads wrote with no barrier between")
+        before = _conflicts(written[rows], tags) & (content[rows] != values)
         if _conflicts(_rows(self._read, width)[rows], tags).any():
             raise Fault("race: writes what other threads read with no barrier between")
+        content[rows], written[rows] = values, tags
+        at_once = _conflicts(written[rows], tags) & (content[rows] != values)
+        if before.any() or at_once.any():
+            raise Fault("race: writes what other threads wrote with no barrier between")
 
     @staticmethod
     def _remember_many(read: np.ndarray, rows: np.ndarray, before: np.ndarray, tags: np.ndarray) -> None:
@@ -107,8 +113,7 @@ class GlobalMemory:
         """``values`` is an array of (addresses, bytes)."""
         width = values.shape[1]
         for block, here, offsets in self._places(addresses, width):
-            self._history(block).write(offsets, width, _chosen(accessors, here))
-            _rows(self._content(block), width)[offsets // width] = values[here]
+            self._history(block).write(self._content(block), offsets, values[here], _chosen(accessors, here))
 
     def _places(self, addresses: np.ndarray, width: int):
         """(number of the allocation, which addresses are in it, their offsets)."""
@@ -170,8 +175,7 @@ class SharedMemory:
     def store(self, offsets: np.ndarray, values: np.ndarray, slot: np.ndarray, accessors: Accessors) -> None:
         width = values.shape[1]
         places = self._places(offsets, width, slot)
-        self._history.write(places, width, accessors)
-        _rows(self._bytes, width)[places // width] = values
+        self._history.write(self._bytes, places, values, accessors)
 
     def _places(self, offsets: np.ndarray, width: int, slot: np.ndarray) -> np.ndarray:
         offsets = offsets.astype(np.int64)
