@@ -28,6 +28,7 @@ def install() -> None:
     get_backend = c10d.get_backend
     _replace("get_backend", lambda *group, **named: _outside(get_backend(*group, **named)))
     _replace("is_nccl_available", lambda: True)
+    _replace("ProcessGroupNCCL", NcclOverGloo)
 
 
 def _replace(name: str, function) -> None:
@@ -56,6 +57,9 @@ class NcclOverGloo(dist.ProcessGroup):
 
     def getBackendName(self) -> str:
         return "nccl"
+
+    def _set_default_timeout(self, timeout) -> None:
+        self._gloo._set_default_timeout(timeout)
 
     def barrier(self, *_, **__):
         device.report(WAIT, "nccl::barrier")

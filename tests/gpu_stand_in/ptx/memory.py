@@ -28,7 +28,7 @@ class Accessors:
 
 def _conflicts(last: np.ndarray, tags: np.ndarray) -> np.ndarray:
     """Whether accesses ``last`` and ``tags`` are in no order: other blocks, or other warps with no barrier between."""
-    others = (last != 0) & (last != tags)
+    others = (last != tags) & (last != 0)
     if not others.any():
         return others
     same_epoch = (last >> _WARP_BITS) == (tags >> _WARP_BITS)
@@ -36,20 +36,27 @@ def _conflicts(last: np.ndarray, tags: np.ndarray) -> np.ndarray:
     return others & (same_epoch | ~same_block)
 
 
+# History is kept for pairs of bytes, which every access but those of single bytes covers whole.
+_CELL = 2
+
+
 class History:
-    """Who read and who wrote each byte last."""
+    """Who read and who wrote each place last."""
 
     def __init__(self, size: int):
-        self._read = np.zeros(size, np.int64)
-        self._written = np.zeros(size, np.int64)
+        self._read = np.zeros(size // _CELL + 1, np.int64)
+        self._written = np.zeros(size // _CELL + 1, np.int64)
+        self._was_read = self._was_written = False
 
     def read(self, offsets: np.ndarray, width: int, accessors: Accessors) -> None:
-        rows, tags = offsets // width, accessors.tags()[:, None]
-        if _conflicts(_rows(self._written, width)[rows], tags).any():
+        cells = max(width // _CELL, 1)
+        rows, tags = offsets // (cells * _CELL), accessors.tags()[:, None]
+        if self._was_written and _conflicts(_rows(self._written, cells)[rows], tags).any():
             raise Fault("race: reads what other threads wrote with no barrier between")
-        read = _rows(self._read, width)
-        before = read[rows]
+        read = _rows(self._read, cells)
+        before = read[rows] if self._was_read else np.int64(0)
         read[rows] = tags
+        self._was_read = True
         self._remember_many(read, rows, before, tags)
 
     def write(self, content: np.ndarray, offsets: np.ndarray, values: np.ndarray, accessors: Accessors) -> None:
@@ -59,27 +66,37 @@ class History:
         at once: PTX does not say which stays, here that of the last lane does.
         """
         width, tags = values.shape[1], accessors.tags()[:, None]
-        rows, content = offsets // width, _rows(content, width)
-        written = _rows(self._written, width)
-        before = _conflicts(written[rows], tags) & (content[rows] != values)
-        if _conflicts(_rows(self._read, width)[rows], tags).any():
+        cells = max(width // _CELL, 1)
+        rows, written = offsets // (cells * _CELL), _rows(self._written, cells)
+        if self._was_read and _conflicts(_rows(self._read, cells)[rows], tags).any():
             raise Fault("race: writes what other threads read with no barrier between")
-        content[rows], written[rows] = values, tags
-        at_once = _conflicts(written[rows], tags) & (content[rows] != values)
-        if before.any() or at_once.any():
+        places, content = offsets // width, _rows(content, width)
+        before = _conflicts(written[rows], tags)
+        lost = before.any() and _differ(content[places], values, cells) & before
+        content[places], written[rows] = values, tags
+        self._was_written = True
+        at_once = _conflicts(written[rows], tags)
+        lost |= at_once.any() and _differ(content[places], values, cells) & at_once
+        if np.any(lost):
             raise Fault("race: writes what other threads wrote with no barrier between")
 
     @staticmethod
     def _remember_many(read: np.ndarray, rows: np.ndarray, before: np.ndarray, tags: np.ndarray) -> None:
         """Where several warps, or blocks, read in one epoch, the next writer must wait for all of them."""
         after = read[rows]
-        many = _conflicts(before, after) | _conflicts(after, np.broadcast_to(tags, after.shape))
+        many = _conflicts(before, tags) | _conflicts(after, tags)
         if not many.any():
             return
         blocks = _WARP_BITS + _EPOCH_BITS
-        of_blocks = ((before >> blocks != after >> blocks) & (before != 0)) | (after >> blocks != tags >> blocks)
+        of_blocks = ((before >> blocks != tags >> blocks) & (before != 0)) | (after >> blocks != tags >> blocks)
         marked = np.where(of_blocks, _MANY_BLOCKS << blocks, after) | _MANY_WARPS
-        read[rows[many.any(axis=1)]] = np.where(many, marked, after)[many.any(axis=1)]
+        some = many.any(axis=1)
+        read[rows[some]] = np.where(many, marked, after)[some]
+
+
+def _differ(content: np.ndarray, values: np.ndarray, cells: int) -> np.ndarray:
+    """Whether what is in a cell is not what a thread wrote there."""
+    return (content != values).reshape(len(values), cells, -1).any(axis=2)
 
 
 def _rows(values: np.ndarray, width: int) -> np.ndarray:
@@ -119,21 +136,28 @@ class GlobalMemory:
         """(number of the allocation, which addresses are in it, their offsets)."""
         if addresses.size == 0:
             return
+        misaligned = addresses % np.uint64(width) > 0
+        if misaligned.any():
+            raise Fault(f"misaligned: access of {width} bytes at {int(addresses[misaligned][0]):#x}")
+        numbers = self._numbers(addresses, width)
+        if (numbers == numbers[0]).all():
+            yield int(numbers[0]), slice(None), (addresses - self._starts[numbers[0]]).astype(np.int64)
+            return
+        for number in np.unique(numbers):
+            here = np.flatnonzero(numbers == number)
+            yield int(number), here, (addresses[here] - self._starts[number]).astype(np.int64)
+
+    def _numbers(self, addresses: np.ndarray, width: int) -> np.ndarray:
+        """Of the allocations that hold the accesses whole."""
         numbers = np.searchsorted(self._starts, addresses, "right").astype(np.int64) - 1
-        known = np.maximum(numbers, 0)
         outside = numbers < 0
         if len(self._starts):
+            known = np.maximum(numbers, 0)
             outside |= addresses - self._starts[known] + np.uint64(width) > self._sizes[known]
         if outside.any():
             first = int(addresses[outside][0])
             raise Fault(f"out of bounds: {outside.sum()} accesses of {width} bytes, the first at {first:#x}")
-        if (addresses % np.uint64(width)).any():
-            raise Fault(
-                f"misaligned: access of {width} bytes at {int(addresses[addresses % np.uint64(width) > 0][0]):#x}"
-            )
-        for number in np.unique(numbers):
-            here = np.flatnonzero(numbers == number)
-            yield int(number), here, (addresses[here] - self._starts[number]).astype(np.int64)
+        return numbers
 
     def _content(self, number: int) -> np.ndarray:
         if number not in self._bytes:
@@ -147,8 +171,8 @@ class GlobalMemory:
         return self._histories[number]
 
 
-def _chosen(accessors: Accessors, here: np.ndarray) -> Accessors:
-    if len(here) == len(accessors.block):
+def _chosen(accessors: Accessors, here: np.ndarray | slice) -> Accessors:
+    if isinstance(here, slice):
         return accessors
     return Accessors(accessors.block[here], accessors.warp[here], accessors.epoch[here])
 
