@@ -9,7 +9,7 @@ SHARDS := shards/digits
 TEACHER := runs/digits_teacher_3
 RUN := runs/digits_2to3
 
-.PHONY: install demo test test-slow lint toys clean
+.PHONY: install demo test test-slow test-gpu-stand-in lint toys clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+# The GPU path without a GPU: tests/gpu_stand_in/README.md. Needs a C++ compiler, and a CPU build of PyTorch.
+test-gpu-stand-in: install
+	$(BIN)/python -m pytest -q -n 2 --dist load -m gpu_stand_in tests/gpu_stand_in
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

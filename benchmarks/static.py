@@ -83,13 +83,8 @@ def access_widths(ptx: str, arguments: list[str | None]) -> dict[str, int]:
     return widths
 
 
-def compile_case(case, architectures: Sequence[int]) -> list[dict]:
-    """Registers, spill bytes and access widths of one case on each architecture (80 for sm_80).
-
-    Triton's own IR, which half of the time goes into, is the same for all of them.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_and_options(case) -> tuple:
+    """What ``triton.compile`` takes for a case."""
     from triton.compiler import ASTSource
 
     names = list(case.signature)
@@ -99,11 +94,18 @@ def compile_case(case, architectures: Sequence[int]) -> list[dict]:
         {(names.index(name),): value for name, value in case.constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible_by_16},
     )
-    options = {
-        "num_warps": case.num_warps,
-        "num_stages": case.num_stages,
-        "enable_fp_fusion": case.enable_fp_fusion,
-    }
+    return source, {name: getattr(case, name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+
+
+def compile_case(case, architectures: Sequence[int]) -> list[dict]:
+    """Registers, spill bytes and access widths of one case on each architecture (80 for sm_80).
+
+    Triton's own IR, which half of the time goes into, is the same for all of them.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    source, options = source_and_options(case)
     records = []
     with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
         for architecture in architectures:

@@ -2,13 +2,16 @@
 
     pytest tests/kernels/test_on_gpu.py
     TRITON_INTERPRET=1 pytest tests/kernels/test_on_gpu.py
+    python -m pytest -p tests.gpu_stand_in.plugin tests/kernels/test_on_gpu.py
 
-The second line runs the same under the interpreter, at small shapes only.
+The second line runs the same under Triton's interpreter, the third on PTX for sm_90 that is interpreted: both at small
+shapes only.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
@@ -27,7 +30,8 @@ from rdmd_fast.kernels.scaled_residual import scaled_residual
 
 pytestmark = pytest.mark.skipif(not (CUDA or _dispatch.INTERPRETED), reason="no GPU, and no interpreter")
 
-SHAPES = [(3, 2), (2, 7, 5, 3), (1, 3, 8, 8), (2, 3, 33, 31)] + [(5, 4, 64, 64), (3, 3, 256, 256)] * CUDA
+LARGE = CUDA and "GPU_STAND_IN" not in os.environ  # what is interpreted takes milliseconds for each block
+SHAPES = [(3, 2), (2, 7, 5, 3), (1, 3, 8, 8), (2, 3, 33, 31)] + [(5, 4, 64, 64), (3, 3, 256, 256)] * LARGE
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED, STREAM = 2**40 + 1, 7
 READING = Reading(0.2, 1.0, 0.45, 0.0)
@@ -75,7 +79,7 @@ def table_and_noise(n, weighting="uniform"):
 
 
 @pytest.mark.parametrize("seed", [0, SEED, 2**64 - 1])
-@pytest.mark.parametrize(("n", "count"), [(1024 if CUDA else 16, 1024), (7, 1), (3, 4102), (67, 6)])
+@pytest.mark.parametrize(("n", "count"), [(1024 if LARGE else 16, 1024), (7, 1), (3, 4102), (67, 6)])
 def test_noise_has_the_bits_of_the_cpu(monkeypatch, seed, n, count):
     draw = functools.partial(philox.normal, seed, STREAM, count=count)
     for first in (0, 2**32 - 3, 2**33):
@@ -132,7 +136,7 @@ def test_denoising(monkeypatch, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("modulated", [False, True])
-@pytest.mark.parametrize("shape", [(2, 16, 4, 4), (2, 32, 7, 9)] + [(2, 128, 64, 64), (3, 256, 16, 16)] * CUDA)
+@pytest.mark.parametrize("shape", [(2, 16, 4, 4), (2, 32, 7, 9)] + [(2, 128, 64, 64), (3, 256, 16, 16)] * LARGE)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_normalization_forward_and_backward(monkeypatch, shape, modulated, channels_last, dtype):
     n, channels = shape[:2]
@@ -153,7 +157,7 @@ def test_normalization_forward_and_backward(monkeypatch, shape, modulated, chann
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 16, 4, 4), (2, 32, 7, 9)] + [(2, 128, 64, 64)] * CUDA)
+@pytest.mark.parametrize("shape", [(2, 16, 4, 4), (2, 32, 7, 9)] + [(2, 128, 64, 64)] * LARGE)
 def test_residual_block_ways(monkeypatch, shape, dtype):
     """The norm with another branch, and the residual sum, also for the gradient of a slice of channels."""
     channels = shape[1]
@@ -172,7 +176,7 @@ def test_residual_block_ways(monkeypatch, shape, dtype):
 
 @pytest.mark.skipif(not CUDA, reason="whole networks are slow under the interpreter")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", ["digits", "songunet64", "adm64"])
+@pytest.mark.parametrize("case", ["digits"] + ["songunet64", "adm64"] * LARGE)
 def test_networks_equal_their_plain_formulation(case, dtype):
     from benchmarks.networks import check_equal
 
@@ -180,7 +184,7 @@ def test_networks_equal_their_plain_formulation(case, dtype):
 
 
 def test_averaging(monkeypatch):
-    sizes = (1, 7, 1000, 4096) + (2**20 + 3,) * CUDA
+    sizes = (1, 7, 1000, 4096) + (2**20 + 3,) * LARGE
 
     def averaged(*tensors):
         averages = [tensor.clone() for tensor in tensors[: len(sizes)]]
@@ -193,7 +197,7 @@ def test_averaging(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (3, 1, 7, 5)] + [(4, 3, 256, 256)] * CUDA)
+@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (3, 1, 7, 5)] + [(4, 3, 256, 256)] * LARGE)
 def test_normalizing(monkeypatch, shape, flip, dtype):
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     images = images.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,10 @@
+"""A stand-in for a GPU: see README.md."""
+
+
+def install() -> None:
+    """Put a cuda:0, a Triton driver for it and its collectives in place, before anything looks for a GPU."""
+    from tests.gpu_stand_in import collectives, device, triton_driver
+
+    device.install()
+    triton_driver.install()
+    collectives.install()

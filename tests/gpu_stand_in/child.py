@@ -1,0 +1,40 @@
+"""Runs things on the stand-in in processes of their own, since it must be in place before anything looks for a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.gpu_stand_in import build
+from tests.gpu_stand_in.log import ROOT
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """What ``python ARGUMENTS`` writes; skips the test where the stand-in cannot be built.
+
+    Raises:
+        AssertionError: it failed.
+    """
+    lacking = build.obstacle()
+    if lacking:
+        pytest.skip(lacking)
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "RDMD_"))}
+    variables |= {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def run_pytest(file: str, *arguments: str) -> str:
+    """Run pytest on a file, on the stand-in."""
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.gpu_stand_in.plugin"]
+    return run("-m", "pytest", *options, file, *arguments)
+
+
+def run_cases(file: str) -> str:
+    """Run pytest on a file of this folder."""
+    return run_pytest(f"tests/gpu_stand_in/{file}")
