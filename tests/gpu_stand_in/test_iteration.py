@@ -6,7 +6,6 @@ from tests.gpu_stand_in.child import run
 from tests.gpu_stand_in.iteration_table import CASES, arguments_of, counts_of, read_table
 from tests.gpu_stand_in.log import KINDS, WAIT
 
-QUICK = "rdmd-0-bf16"  # the others take minutes
 OURS = ("rdmd_fast/", "kernels/")
 
 
@@ -15,9 +14,8 @@ def table():
     return read_table()
 
 
-@pytest.mark.parametrize(
-    "case", [case if case == QUICK else pytest.param(case, marks=pytest.mark.gpu_stand_in) for case in CASES]
-)
+@pytest.mark.gpu_stand_in
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.timeout(900)
 def test_an_iteration_asks_what_the_table_says(case, table):
     said = run(*arguments_of(case))
