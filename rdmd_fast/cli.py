@@ -31,8 +31,9 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     if argv is None:
         prepare_process()
-    print_any_text()
-    argv = sys.argv[1:] if argv is None else argv
+        argv = sys.argv[1:]
+    else:
+        print_any_text()
     parser = argparse.ArgumentParser(prog="rdmd", description="One-step unpaired image-to-image translation by RDMD.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (module, summary) in COMMANDS.items():

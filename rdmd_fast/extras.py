@@ -21,9 +21,9 @@ def require(module: str, extra: str) -> ModuleType:
     check_installed(module.partition(".")[0], extra)
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{module}: is installed but cannot be imported ({reason}), mend or reinstall it") from error
+    except Exception as error:  # of whatever it needs itself
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{module} is installed but cannot be imported ({reason}), mend its installation") from error
 
 
 def check_installed(package: str, extra: str) -> None:

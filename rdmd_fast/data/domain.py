@@ -1,6 +1,5 @@
 """Batches on the device in data units, with the horizontal flips of data augmentation."""
 
-import os
 import sys
 from typing import Literal
 
@@ -13,7 +12,7 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.kernels.image_normalize import image_normalize
 from rdmd_fast.kernels.noise_forward import CounterNoise
 from rdmd_fast.kernels.philox import words
-from rdmd_fast.processes.launchers import cores_of_rank
+from rdmd_fast.processes.launchers import cores_of_rank, place
 from rdmd_fast.randomness import Philox, Stream
 
 
@@ -80,7 +79,7 @@ def open_domain(
     stream = open_stream(getattr(options, role), philox, role, options)
     if isinstance(stream, SampleStream):
         _warn_of_crowding(role, len(stream.shards.shards), options.workers)
-        if int(os.environ.get("RANK", 0)) == 0:
+        if place()[0] == 0:
             tell_left_out(f"data.{role} {stream.shards.path}", stream.shards.left_out)
     if not options.flip:
         return DeviceStream(stream, device)
@@ -96,8 +95,8 @@ def default_workers(device: torch.device) -> int:
 
 
 def _warn_of_crowding(role: str, shards: int, workers: int) -> None:
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if max(ranks, workers) > shards and int(os.environ.get("RANK", 0)) == 0:
+    rank, ranks = place()
+    if max(ranks, workers) > shards and rank == 0:
         crowd = f"{ranks} ranks of {workers} workers" if workers else f"{ranks} ranks"
         print(
             f"warning: data.{role}: {crowd} read {shards} shards; the samples are the same, but they read the same "

@@ -3,7 +3,7 @@
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 from rdmd_fast.errors import InputError
@@ -20,13 +20,12 @@ def image_keys(paths: Sequence[str]) -> list[str]:
         InputError: two files still share a key.
     """
 
-    def key(path: str, keep_suffix: bool = False) -> str:
+    def key(path: str, keep_suffix: bool) -> str:
         parent, _, name = path.rpartition("/")
         name = (name if keep_suffix else name.rpartition(".")[0]).replace(".", "_")
         return f"{parent}/{name}" if parent else name
 
-    plain = Counter(map(key, paths))
-    return _distinct(paths, [key(path, keep_suffix=plain[key(path)] > 1) for path in paths])
+    return _named(paths, key)
 
 
 def output_names(files: Sequence[str]) -> list[str]:
@@ -36,12 +35,17 @@ def output_names(files: Sequence[str]) -> list[str]:
         InputError: two files still share a name.
     """
 
-    def name(file: str, keep_suffix: bool = False) -> str:
+    def name(file: str, keep_suffix: bool) -> str:
         path = PurePosixPath(file)
         return str(path.with_name(path.stem + path.suffix.replace(".", "_")) if keep_suffix else path.with_suffix(""))
 
-    plain = Counter(map(name, files))
-    return _distinct(files, [name(file, keep_suffix=plain[name(file)] > 1) for file in files])
+    return _named(files, name)
+
+
+def _named(files: Sequence[str], name: Callable[[str, bool], str]) -> list[str]:
+    """``name(file, False)`` of each file, and ``name(file, True)`` of those that share it."""
+    plain = Counter(name(file, False) for file in files)
+    return _distinct(files, [name(file, plain[name(file, False)] > 1) for file in files])
 
 
 def _distinct(files: Sequence[str], names: list[str]) -> list[str]:

@@ -45,6 +45,7 @@ class OpenImages(NamedTuple):
         option: how the command line calls the folder.
         size: (H, W) of shards, None for files of any size.
         load: ``load(name, size)`` gives uint8 [H, W, 3].
+        first_file: of files of any size.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class OpenImages(NamedTuple):
     names: list[str]
     size: tuple[int, int] | None
     load: Callable[[str, tuple[int, int]], np.ndarray]
+    first_file: Path | None = None
 
     def read(self, size: tuple[int, int], names: Sequence[str] | None = None) -> ImageSet:
         """Read the images of ``names`` (all by default) at (H, W) pixels.
@@ -138,7 +140,7 @@ def _open_files(contents: Contents, option: str) -> OpenImages:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             raise InputError(f"{file}: not a readable image ({reason}), take it out or save it again") from None
 
-    return OpenImages(contents.folder, option, list(file_of), None, load)
+    return OpenImages(contents.folder, option, list(file_of), None, load, contents.folder / contents.paths[0])
 
 
 def _by_pairing_name(names: Sequence[str], values: Sequence, where: str) -> dict:
@@ -154,8 +156,7 @@ def _by_pairing_name(names: Sequence[str], values: Sequence, where: str) -> dict
 
 def first_side(images: OpenImages) -> int:
     """Give the side of the central square of the first file."""
-    file = images.path / look_into(images.path).paths[0]
     try:
-        return min(load_picture(file).size)
+        return min(load_picture(images.first_file).size)
     except UNREADABLE as error:
-        raise InputError(f"{file}: not a readable image ({error}), take it out or save it again") from None
+        raise InputError(f"{images.first_file}: not a readable image ({error}), take it out or save it again") from None

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from rdmd_fast.errors import InputError, write_error
+from rdmd_fast.extras import require
 from rdmd_fast.files import append_line, encoded, fsync_path, make_folder, read_text, write_atomically
 from rdmd_fast.options import Options
 from rdmd_fast.processes.world import World, on_main
@@ -305,26 +306,18 @@ class Writer(NamedTuple):
 def _wandb_writer(project: str, run_dir: Path, anew: bool) -> Writer:
     """The run at Weights & Biases that belongs to this folder; InputError where it cannot be had."""
     try:
-        import wandb
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "wandb":
-            reason = "is not installed, run `pip install rdmd_fast[wandb]`"
-        else:
-            reason = f"cannot be imported ({_in_words(error)}), mend its installation"
-        raise InputError(f"telemetry.wandb_project: wandb {reason}") from None
+        wandb = require("wandb", "wandb")
+    except InputError as error:
+        raise InputError(f"telemetry.wandb_project: {error}") from None
     name, number = encoded(run_dir.resolve().name).decode(), _wandb_id(run_dir, anew)
     try:
         run = wandb.init(project=project, dir=str(run_dir), name=name, id=number, resume="allow")
     except Exception as error:  # of the library's own kinds, and of those that it builds on
         raise InputError(
-            f"telemetry.wandb_project: wandb refuses to begin ({_in_words(error)}), see `wandb login`, set "
-            "WANDB_MODE=offline, or remove the key"
+            f"telemetry.wandb_project: wandb refuses to begin ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}), see `wandb login`, set WANDB_MODE=offline, or remove the key"
         ) from None
     return Writer(lambda line: run.log(_flat(line), step=line["step"]), run.finish)
-
-
-def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _wandb_id(run_dir: Path, anew: bool) -> str:

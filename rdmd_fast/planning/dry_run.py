@@ -14,6 +14,7 @@ from rdmd_fast.planning.disk import disk_use
 from rdmd_fast.planning.planned_networks import PlannedNetworks, planned_networks
 from rdmd_fast.planning.timing import WARM_UP, Timing, time_iterations
 from rdmd_fast.planning.zero_memory import ModelStates, ZeroSettings, model_states
+from rdmd_fast.processes.launchers import place
 from rdmd_fast.processes.world import World, join_world
 
 MIB = 2**20
@@ -32,14 +33,14 @@ def dry_run(config: Config, ranks: int | None = None, iterations: int = 0) -> in
     """
     if iterations < 0 or (ranks is not None and ranks < 1):
         raise InputError("--ranks and --time-iterations: must be positive")
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    rank, started = place()
     ranks = ranks or started
     layout = BatchLayout.of(config.train, World(0, ranks, torch.device("cpu")))
     networks = planned_networks(config)
     used = activations_of(config, networks, layout)
     lines = [dump_config(config), *network_lines(networks, layout), "", *memory_lines(config, networks, layout, used)]
     lines += ["", *disk_lines(config, networks)]
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0:
         print("\n".join(lines), flush=True)
     if iterations:
         world = join_world(config.train.collective_timeout)

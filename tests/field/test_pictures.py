@@ -7,6 +7,7 @@ import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
+import material
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
@@ -26,9 +27,7 @@ def smooth(mode="RGB", size=(24, 16)):
 
 
 def encoded(image, form, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, form, **FORMATS.get(form, {}) | options)
-    return buffer.getvalue()
+    return material.encoded(image, form, **FORMATS.get(form, {}) | options)
 
 
 def decoded(data):
@@ -45,9 +44,8 @@ def opened(data):
 
 
 def chunk(kind, body, crc=None):
-    return (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) if crc is None else crc)
-    )
+    whole = material.png_chunk(kind, body)
+    return whole if crc is None else whole[:-4] + struct.pack(">I", crc)
 
 
 def png(header, pixels, *chunks, width=None):

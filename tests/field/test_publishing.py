@@ -16,11 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from material import as_another
+from material import as_another, pack, write_pictures
 from PIL import Image
 from safetensors.torch import save_file
 
-from rdmd_fast import cli, files
+from rdmd_fast import files
 from rdmd_fast.checkpoints.checkpoint import TrainingState, find_checkpoint, save_checkpoint
 from rdmd_fast.checkpoints.manifest import set_aside_newer
 from rdmd_fast.checkpoints.options import CheckpointOptions
@@ -69,14 +69,6 @@ def hidden(folder):
 LATIN = os.fsdecode(b"M\xfcller")  # as an old zip has it
 
 
-def pictures(folder, *names):
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for name in names:
-        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-    return folder
-
-
 def strict_terminal(monkeypatch):
     """Standard output as Python opens it where the locale is UTF-8, until the test ends."""
     output = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict", write_through=True)
@@ -84,13 +76,9 @@ def strict_terminal(monkeypatch):
     return output.buffer
 
 
-def pack(*words):
-    return cli.main(["pack", *map(str, words), "--workers", "1"])
-
-
 def test_a_name_that_is_no_unicode_does_not_cost_the_set_that_it_replaces(tmp_path, monkeypatch):
     terminal = strict_terminal(monkeypatch)
-    photos, out = pictures(tmp_path / "photos", "a", "b"), tmp_path / "set"
+    photos, out = write_pictures(tmp_path / "photos", "a.png", "b.png"), tmp_path / "set"
     assert pack(photos, "--out", out, "--resolution", 8) == 0
     shutil.copy(photos / "a.png", photos / f"{LATIN}.png")
     shutil.copy(photos / "b.png", photos / "zwölf.png")
@@ -108,7 +96,7 @@ def test_a_name_that_is_no_unicode_does_not_cost_the_set_that_it_replaces(tmp_pa
 
 def test_folders_whose_names_are_no_unicode(tmp_path, monkeypatch):
     strict_terminal(monkeypatch)
-    photos, other = pictures(tmp_path / LATIN / "photos", "a", LATIN), tmp_path / LATIN / "other"
+    photos, other = write_pictures(tmp_path / LATIN / "photos", "a.png", f"{LATIN}.png"), tmp_path / LATIN / "other"
     assert pack(photos, "--out", other, "--resolution", 8) == 0
     out = tmp_path / LATIN / "set"
     words = [photos, "--out", out, "--resolution", 8, "--other", other]

@@ -110,8 +110,6 @@ def is_packed(folder: Path) -> bool:
         manifest = json.loads(read_text(folder / MANIFEST, MOST_INDEX_BYTES))
         if isinstance(manifest, dict) and not {"index_sha256", "shards"}.isdisjoint(manifest):
             return True
-    except PermissionError:
-        return True  # reading it will tell
     except (OSError, ValueError, RecursionError):
         pass
     return (folder / INDEX).is_file() and any(folder.glob("shard-*.tar"))  # then it is ours, and damaged
