@@ -156,9 +156,11 @@ def test_members_that_are_no_samples_are_counted_and_said(tmp_path, rdmd, transl
             f"{number}.png": encoded(picture(number)),
             f"{number}.seg.png": encoded(picture(9)),
         }
-    members |= {"x.heic": b"", "y.bmp": b"", "@eaDir/z.png": b"", "0.txt": b"caption"}
+    members |= {"x.heic": b"", "y.bmp": b"", "@eaDir/z.png": b"", "0.txt": b"caption", "0.v2.png": encoded(picture(8))}
     write_tar(tmp_path / "tars/a.tar", members)
-    said = "left out 1 × .bmp members, 1 × .heic members, 3 × .seg.png members, 1 × members in @eaDir"
+    said = (
+        "left out 1 × .bmp members, 1 × .heic members, 3 × .seg.png members, 1 × .v2.png members, 1 × members in @eaDir"
+    )
     for done in (
         translate(tmp_path / "tars", tmp_path / "out"),
         rdmd("pack", tmp_path / "tars", "--out", tmp_path / "set", "--resolution", 8),
@@ -167,6 +169,13 @@ def test_members_that_are_no_samples_are_counted_and_said(tmp_path, rdmd, transl
         assert done.status == 0 and said in done.err
     assert sorted(files_of(tmp_path / "out")) == ["0.png", "1.png", "2.png"]
     assert ShardSet(tmp_path / "set").keys == ["0", "1", "2"]
+
+
+def test_a_word_that_comes_again_and_again_is_a_field_and_no_sample(tmp_path, translate):
+    names = [f"{number}.{word}.png" for number in range(2) for word in ("input", "target")]
+    write_tar(tmp_path / "tars/a.tar", {name: encoded(picture()) for name in names})
+    done = translate(tmp_path / "tars", tmp_path / "out")
+    assert done.status == 2 and "only input.png, target.png" in done.err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("first, second", [("jpg", "png"), ("webp", "jpeg")])
