@@ -62,6 +62,8 @@ def record(arguments: argparse.Namespace, folder: Path) -> dict:
         pass
     for _ in range(BEFORE):
         ours.iteration()
+    while not all(engine.guard.norm.isfinite() for engine in ours.state.engines.values()):
+        ours.iteration()  # fp16's loss scale is on its way down
     with recording() as log:
         ours.iteration()
     if arguments.lines:
