@@ -24,7 +24,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/cluster")]
+sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests/cluster"))
 
 import slurm
 from material import toy_rdmd
