@@ -46,8 +46,8 @@ def answer(module: str, *arguments: str) -> dict:
 
 
 if __name__ == "__main__":
-    del sys.argv[0]
-    if sys.argv:
+    if sys.argv[1:]:
+        del sys.argv[0]
         runpy.run_module(sys.argv[0], run_name="__main__")
     else:
         serve()
