@@ -81,7 +81,8 @@ class Demo:
 
     def distillation(self, run: Path, *more: str) -> list[str]:
         options = [
-            "train.steps=4", "train.deterministic=true", f"data.source={self.shards}/2/train", f"data.source_holdout={self.source}",
+            "train.steps=4", "train.deterministic=true",
+            f"data.source={self.shards}/2/train", f"data.source_holdout={self.source}",
             f"data.target_holdout={self.target}", f"teacher={self.teacher}", f"validation.judge={self.shards}",
             "validation.every=2", "validation.count=8", "checkpoint.every=1", "telemetry.sample_every=2",
             "telemetry.sample_count=2",
