@@ -7,6 +7,7 @@ and each pass begins with broadcasts.
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,15 +18,13 @@ def avoid_waits(engine) -> None:
     """Give an initialised engine, of any ZeRO stage, functions in place of DeepSpeed's that wait less."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage:
-        optimizer.get_grad_norm_direct = lambda gradients, *_, **__: _global_square(optimizer, gradients).sqrt()
+        optimizer.get_grad_norm_direct = partial(_global_norm, optimizer)
     if stage == 3:
         _record_whole_passes(optimizer.parameter_offload.get_param_coordinator())
     if not engine.fp16_enabled():
         return
-    if not stage:  # gradients are the same on all ranks already
-        optimizer.overflow_checker.has_overflow = lambda parameters, **_: bool(
-            _nonfinite(parameter.grad for parameter in parameters)
-        )
+    if not stage:
+        optimizer.overflow_checker.has_overflow = _overflows
     elif stage < 3:
         optimizer.has_overflow_partitioned_grads_serial = lambda: _nonfinite(
             each for group in optimizer.averaged_gradients.values() for each in group
@@ -34,20 +33,29 @@ def avoid_waits(engine) -> None:
 
 def _square(gradients: Iterable[Tensor | None]) -> Tensor:
     """Sum of squares, fp32 on the device; not finite where an element is not."""
-    norms = torch._foreach_norm([each for each in gradients if each is not None], dtype=torch.float32)
-    return torch.stack(norms).square().sum()
+    from deepspeed.accelerator import get_accelerator
+
+    gradients = [each for each in gradients if each is not None]
+    if not gradients:  # of a network with fewer parameters than ranks
+        return torch.zeros((), device=get_accelerator().current_device_name())
+    return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
 
 
-def _global_square(optimizer, partitions: Iterable[Tensor | None]) -> Tensor:
-    """The same of gradients of which each rank has a part."""
+def _global_norm(optimizer, partitions: Iterable[Tensor | None], *_, **__) -> Tensor:
+    """Norm of gradients of which each rank has a part."""
     square = _square(partitions)
     dist.all_reduce(square, group=optimizer.dp_process_group)
-    return square
+    return square.sqrt()
 
 
 def _nonfinite(gradients: Iterable[Tensor | None]) -> Tensor:
     """Whether an element is not finite, bool [1] on the device."""
     return _square(gradients).isfinite().logical_not().reshape(1)
+
+
+def _overflows(parameters: Iterable[Tensor], **_) -> bool:
+    """Whether gradients, the same on all ranks already, are beyond fp16. The host waits, once an update."""
+    return bool(_nonfinite(parameter.grad for parameter in parameters))
 
 
 def _record_whole_passes(coordinator) -> None:
