@@ -209,3 +209,31 @@ class SharedMemory:
         if (offsets % width).any():
             raise Fault(f"misaligned: access of {width} bytes of shared memory")
         return slot.astype(np.int64) * self._stride + offsets
+
+
+class LocalMemory:
+    """Of each thread its own.
+
+    Args:
+        size: bytes of one.
+    """
+
+    FIRST = 2**16  # its addresses begin here: kernels go below the beginning, and come back by an offset
+
+    def __init__(self, size: int, threads: int):
+        self._bytes = np.full((threads, (size + 15) // 16 * 16), 0xFF, np.uint8)
+        self._size = size
+
+    def load(self, addresses: np.ndarray, width: int, threads: np.ndarray) -> np.ndarray:
+        return self._bytes[threads[:, None], self._places(addresses, width)]
+
+    def store(self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
+        self._bytes[threads[:, None], self._places(addresses, values.shape[1])] = values
+
+    def _places(self, addresses: np.ndarray, width: int) -> np.ndarray:
+        offsets = addresses.astype(np.int64) - self.FIRST
+        if ((offsets < 0) | (offsets + width > self._size)).any():
+            raise Fault(f"out of bounds: access of {width} bytes of local memory of {self._size}")
+        if (offsets % width).any():
+            raise Fault(f"misaligned: access of {width} bytes of local memory")
+        return offsets[:, None] + np.arange(width)
