@@ -169,7 +169,7 @@ _FREE = {"run_dir", "license", "telemetry", "checkpoint", "validation", "deepspe
 # How data come, not which; how a batch is split; how long; and what a run that broke off wants changed.
 _FREE_KEYS = {
     *(f"train.{key}" for key in ("steps", "micro_batch_size", "collective_timeout")),
-    *(f"train.{key}" for key in ("activation_checkpointing", "compile")),
+    *(f"train.{key}" for key in ("activation_checkpointing", "compile", "deterministic")),
     *(f"train.guard.{key}" for key in GuardOptions.model_fields),
     *(f"data.{key}" for key in ("cache_gib", "cache_dir", "workers", "prefetch", "max_dropped")),
     *(f"data.{key}" for key in ("source_holdout", "target_holdout")),

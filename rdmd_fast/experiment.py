@@ -14,6 +14,7 @@ from rdmd_fast.data.stream_report import StreamReport
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.diffusion import DiffusionOptions, Reading
 from rdmd_fast.engine.batch_layout import BatchLayout
+from rdmd_fast.engine.determinism import make_deterministic
 from rdmd_fast.engine.ema import ShardedEMA
 from rdmd_fast.engine.engine import freeze_teacher, initialize_engine, set_learning_rate
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions
@@ -89,6 +90,8 @@ class Experiment:
 
 def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Experiment:
     """Everything that a run needs, freshly initialised."""
+    if config.train.deterministic:
+        make_deterministic()
     torch.manual_seed(config.seed)
     build = _build_teacher_stage if config.stage == "teacher" else _build_rdmd_stage
     layout, dtype = BatchLayout.of(config.train, world), DTYPES[config.train.dtype]

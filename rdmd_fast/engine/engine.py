@@ -10,6 +10,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from rdmd_fast.engine.batch_layout import BatchLayout
+from rdmd_fast.engine.fewer_waits import avoid_waits
 from rdmd_fast.engine.fp32_masters import master_shards, shard_pieces, whole_masters
 from rdmd_fast.engine.master_adam import MasterAdam
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions, TrainOptions, reduce_bucket_size, zero_stage
@@ -89,6 +90,7 @@ def initialize_engine(
         if hasattr(engine.optimizer, "fp32_groups"):
             _undo_empty_step(engine.optimizer)
         _lower_loss_scale_floor(engine.optimizer)
+    avoid_waits(engine)
     _restore_masters(engine, exact)
     for _, master in whole_masters(engine):
         dist.broadcast(master.detach(), 0)  # each rank steps its own: they must begin alike to the bit

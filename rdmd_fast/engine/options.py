@@ -61,6 +61,11 @@ class TrainOptions(Options):
         description="torch.compile of the networks, its mode; reduce-overhead and max-autotune replay passes as CUDA "
         "graphs on a GPU; null runs them as written. Below ZeRO 3 (ours)",
     )
+    deterministic: bool = Field(
+        False,
+        description="the same bits from run to run on GPUs too, so that a resumed run ends as one never stopped: "
+        "algorithms that add in one order, none chosen by timing; CPUs have that anyway (ours)",
+    )
     guard: GuardOptions = Field(default_factory=GuardOptions)
     collective_timeout: float = Field(
         1800.0,

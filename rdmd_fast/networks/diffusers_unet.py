@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from rdmd_fast.kernels.group_norm_silu import group_norm_silu
 from rdmd_fast.networks.condition_embedding import ConditionEmbedding
 from rdmd_fast.networks.diffusers_options import DiffusersUNetOptions, FlowSchedule, UNet2DOptions, VPSchedule
-from rdmd_fast.networks.unet_layers import ExactTables, Linear, attention
+from rdmd_fast.networks.unet_layers import ExactTables, Linear, attention, repeat_pixels
 
 
 def log_sigma_table(schedule: VPSchedule) -> np.ndarray:
@@ -132,7 +132,7 @@ class ResnetBlock(nn.Module):
 
     def resample(self, x: Tensor) -> Tensor:
         if self.up:
-            return F.interpolate(x, scale_factor=2, mode="nearest")
+            return repeat_pixels(x)
         return F.avg_pool2d(x, 2) if self.down else x
 
 
@@ -170,7 +170,7 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.down:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = repeat_pixels(x)
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.pads else x)
 
 

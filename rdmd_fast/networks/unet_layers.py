@@ -110,7 +110,7 @@ class Conv2d(nn.Module):
 
     def upsample(self, x: Tensor) -> Tensor:
         if self.box:
-            return F.interpolate(x, scale_factor=2, mode="nearest")
+            return repeat_pixels(x)
         kernel = 4 * self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
         return F.conv_transpose2d(x, kernel, stride=2, padding=self.filter_padding, groups=x.shape[1])
 
@@ -223,6 +223,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
         return torch.softmax(logits, dim=-1).to(q.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def repeat_pixels(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, 2 H, 2 W], nearest."""
+    if torch.are_deterministic_algorithms_enabled():  # Inductor makes interpolate's backward pass one of atomic adds
+        n, c, height, width = x.shape
+        repeated = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, height, 2, width, 2, c)
+        return repeated.reshape(n, 2 * height, 2 * width, c).permute(0, 3, 1, 2)
+    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def to_tokens(x: Tensor) -> Tensor:

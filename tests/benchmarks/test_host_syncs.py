@@ -69,9 +69,23 @@ def test_an_iteration_waits_nowhere_of_ours(step_run, stage, dtype, clip):
     waits = stage == 3 or (stage > 0 and dtype == "fp32")
     expected = {"DeepSpeed (generator)": 1, "DeepSpeed (fake_score)": 1} if waits else {}
     if stage == 3:
-        # Beside that at the end of both backward passes and, there being one rank, at two gathers and one a step.
-        expected = {"DeepSpeed (generator)": 2, "DeepSpeed (fake_score)": 2, "DeepSpeed (passes)": 4}
+        # Beside that at the end of both backward passes and, there being one rank, at a gather of each step.
+        expected = {"DeepSpeed (generator)": 2, "DeepSpeed (fake_score)": 2, "DeepSpeed (passes)": 2}
     assert counted["host_syncs_of"] == expected, counted["places"]
+
+
+def test_zero_3_gathers_ahead_in_passes_with_and_without_gradients(step_run, monkeypatch):
+    run = step_run("toy", "fp32", "rdmd.fake_updates=2", "rdmd.fake_warmup=2", stage=3)
+    while run.stage.warm_up():
+        pass
+    for _ in range(2):
+        run.iteration()
+    coordinators = [engine.optimizer.parameter_offload.get_param_coordinator() for engine in run.state.engines.values()]
+    assert len(coordinators) == 2 and all(each.is_complete_trace() for each in coordinators)
+    lost = []
+    monkeypatch.setattr(type(coordinators[0]), "_invalidate_trace", lost.append)
+    run.iteration()
+    assert not lost
 
 
 def test_images_and_a_range_of_transport_weights_wait_nowhere(step_run):
