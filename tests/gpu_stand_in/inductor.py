@@ -1,6 +1,6 @@
 """Has torch.compile make kernels for the stand-in as it does for an H200; they go by way of our Triton driver.
 
-Nothing is timed: where Inductor would try several configurations of a kernel on the device, its first is taken.
+Nothing is timed: where Inductor would try several configurations of a kernel on the device, a rule of its own decides.
 """
 
 from __future__ import annotations
@@ -36,8 +36,15 @@ def _prepare() -> None:
     CudaInterface.get_raw_stream = staticmethod(torch._C._cuda_getCurrentRawStream)
     torch._C._dynamo.guards._empty_strided_cuda = functools.partial(_empty_strided, device="cuda")
     config.shape_padding = False  # of matrix products, which is decided by timing
-    triton_heuristics.check_autotune_cache = lambda configs, file, meta: (configs[:1], None, {})
+    triton_heuristics.check_autotune_cache = _choose_configuration
     benchmarking.benchmarker.benchmark = benchmarking.benchmarker.benchmark_gpu = _refuse_to_time
+
+
+def _choose_configuration(configs, file, about):
+    """By the rule that Inductor itself has for when it may not time them."""
+    from torch._inductor.runtime.triton_heuristics import filter_reduction_configs_for_determinism
+
+    return filter_reduction_configs_for_determinism({**about, "deterministic": True}, configs), None, {}
 
 
 def _empty_strided(size, stride, dtype, device) -> torch.Tensor:

@@ -17,11 +17,15 @@ THREADS_AT_ONCE = 8192  # NumPy's costs of a call are those of some thousand ele
 class Kernel:
     """A kernel, ready to be launched; its instructions are all known.
 
+    Args:
+        copies: warps of a block may compute the same; see ``memory.History``.
+
     Raises:
         Fault: the text cannot be read, or has an unknown instruction.
     """
 
-    def __init__(self, ptx: str):
+    def __init__(self, ptx: str, copies: bool = False):
+        self._copies = copies
         self.program = parse(ptx)
         self.code = [(each, prepare(each)) for each in self.program.code]
         self._constants = {name: np.frombuffer(content, np.uint8) for name, content in self.program.constants.items()}
@@ -50,7 +54,7 @@ class Kernel:
         values = [*arguments] + [0] * len(parameters)
         by_name = dict(zip(parameters, values, strict=False))
         constants = ((content.ctypes.data, content.nbytes) for content in self._constants.values())
-        memory = GlobalMemory([*allocations, *constants])
+        memory = GlobalMemory([*allocations, *constants], self._copies)
         blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         together = max(1, THREADS_AT_ONCE // threads)
         for first in range(0, len(blocks), together):
