@@ -729,7 +729,7 @@ POLICIES = {
 
 @pytest.mark.parametrize(("policy", "load"), [(policy, load) for policy in POLICIES for load in POLICIES[policy]])
 def test_hints_for_the_cache_change_nothing(policy, load):
-    plain, store, width = COPIES[load.split("cache_hint.")[1]]
+    plain, _, width = COPIES[load.split("cache_hint.")[1]]
     source = aligned(np.random.default_rng(0).integers(0, 256, (64, width)).astype(np.uint8))
     target = aligned(np.zeros_like(source))
     hinted = plain.replace(plain.split()[0], load).replace(";", ", %d8;")
