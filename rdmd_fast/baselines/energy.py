@@ -107,8 +107,9 @@ class Energy(torch.nn.Module):
 
     def _scaled(self, state: torch.Tensor, sigma) -> tuple[torch.Tensor, torch.Tensor]:
         sigma = torch.as_tensor(sigma, dtype=torch.float64).expand(len(state))
-        scale = (sigma**2 + self.config.sigma_data**2).rsqrt().to(state.device, self.dtype)
-        return scale[:, None, None, None] * state.to(self.dtype), (sigma.log() / 4).to(state.device, self.dtype)
+        numbers = torch.stack([(sigma**2 + self.config.sigma_data**2).rsqrt(), sigma.log() / 4])
+        scale, c_noise = numbers.to(state.device, self.dtype, non_blocking=True)
+        return scale[:, None, None, None] * state.to(self.dtype), c_noise
 
 
 def build_energy(config: EnergyConfig, dropout: bool = True) -> Energy:
@@ -238,11 +239,11 @@ def noised_batch(options: EnergyTrainingOptions, source, target, philox: Philox,
     half = options.batch_size // 2
     drawn = step * half + torch.arange(half)
     positions = step * options.batch_size + torch.arange(options.batch_size)
-    clean = torch.cat([in_data_units(each.batch(drawn).to(device)) for each in (source, target)])
+    clean = torch.cat([in_data_units(each.batch(drawn).to(device, non_blocking=True)) for each in (source, target)])
     sigma = options.sigma.quantile(philox.uniform(Stream.ENERGY_SIGMA, positions)[:, 0])
     noise = philox.normal(Stream.ENERGY_NOISE, positions, tuple(clean.shape[1:]), device)
-    labels = torch.tensor([SOURCE, TARGET], device=device).repeat_interleave(half)
-    return clean + sigma.float().to(device)[:, None, None, None] * noise, sigma, labels
+    labels = torch.tensor([SOURCE, TARGET]).repeat_interleave(half).to(device, non_blocking=True)
+    return clean + sigma.float().to(device, non_blocking=True)[:, None, None, None] * noise, sigma, labels
 
 
 def in_data_units(samples: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,8 @@ def measure(folder: Path, settings: dict) -> dict:
     with one_thread():
         sources = held_out(data["source"], data["held_out"])
         run = timed(translator(settings["model"], folder, device), sources, settings["batch_size"], device)
-        row = report(**settings["metrics"], target=data["target"], count=data["held_out"]).row("", sources, run.outputs)
+        metrics = settings["metrics"] | {"target": data["target"], "count": data["held_out"], "device": device}
+        row = report(**metrics).row("", sources, run.outputs)
     chosen = torch.linspace(0, len(sources) - 1, min(SAMPLES, len(sources))).long()
     samples = to_uint8(run.outputs[chosen]).numpy()
     replace_file(folder / "samples.npy", lambda file: np.save(file, samples), durable=True)
@@ -80,13 +81,16 @@ def as_received(images: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=2)
-def report(target: str, count: int, judge: str | None, label: int | None, features: str | None, **digests):
-    """The ``ImageReport`` of a study, kept for the points that a process still computes."""
+def report(
+    target: str, count: int, device: torch.device, judge: str | None, label: int | None, features: str | None, **digests
+):
+    """The ``ImageReport`` of a study, kept for the points that a process still computes; features are of ``device``."""
     from rdmd_fast.metrics.feature_extractor import load_extractor
     from rdmd_fast.metrics.image_report import ImageReport
     from rdmd_fast.metrics.judges import DigitJudge
 
-    digit_judge, extractor = DigitJudge(judge) if judge else None, load_extractor(features) if features else None
+    digit_judge = DigitJudge(judge) if judge else None
+    extractor = load_extractor(features, device=device) if features else None
     return ImageReport(held_out(target, count), digit_judge, label, extractor)
 
 

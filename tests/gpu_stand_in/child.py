@@ -12,7 +12,14 @@ from tests.gpu_stand_in import build
 from tests.gpu_stand_in.log import ROOT
 
 
-def run(*arguments: str, **environment: str) -> str:
+def environment() -> dict[str, str]:
+    """The environment of such a process: this one's, without what tests and trainings here have set for themselves."""
+    own = ("PYTEST_", "RDMD_", "DS_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    return variables | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+
+
+def run(*arguments: str) -> str:
     """What ``python ARGUMENTS`` writes; skips the test where the stand-in cannot be built.
 
     Raises:
@@ -21,10 +28,8 @@ def run(*arguments: str, **environment: str) -> str:
     lacking = build.obstacle()
     if lacking:
         pytest.skip(lacking)
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "RDMD_"))}
-    variables |= {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), **environment}
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
 

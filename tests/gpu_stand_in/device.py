@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 
 import torch
+import torch.autograd.profiler
 import torch.cuda.nccl
 
 from tests.gpu_stand_in import build
@@ -52,7 +53,7 @@ def install(count: int = 1) -> None:
     _replace_memory_functions()
     _replace_random_functions()
     _replace_functions_of_c()
-    _replace_profiler_ranges()
+    _replace_profiler()
     _replace_storage_clone()
 
 
@@ -244,7 +245,10 @@ class _Range(contextlib.ContextDecorator):
         pass
 
 
-def _replace_profiler_ranges() -> None:
+def _replace_profiler() -> None:
+    """The profiler has no kernels to show; without an activity of that name it would ask CUDA for events."""
+    supported = {torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA}
+    _replace(torch.autograd.profiler, _supported_activities=_always(supported))
     _replace(torch.cuda.nvtx, range=_Range, range_push=_always(0), range_pop=_always(0), mark=_always(None))
 
 
