@@ -4,8 +4,6 @@ import pytest
 
 from tests.gpu_stand_in.child import run
 
-MEGABYTE = 10**6
-
 
 @pytest.mark.gpu_stand_in
 @pytest.mark.timeout(900)
@@ -13,6 +11,7 @@ MEGABYTE = 10**6
 def test_memory_is_what_a_dry_run_predicts(stage, dtype):
     said = run("-m", "tests.gpu_stand_in.memory", "--stage", str(stage), "--dtype", dtype)
     memory = json.loads(said.splitlines()[-1])
-    # The allocator rounds each of some thousand tensors up to 512 bytes, and nothing predicts losses, norms and tables.
-    assert 0 <= memory["measured"] - memory["total"] < MEGABYTE
-    assert memory["activations"] > 4 * MEGABYTE  # which therefore could not be left out
+    # More, since the allocator rounds each tensor up to 512 bytes; less, since the passes are at their height before the
+    # last gradients of parameters are there, which the prediction adds up. Activations are a tenth and more.
+    assert memory["measured"] == pytest.approx(memory["total"], rel=0.02)
+    assert memory["activations"] > 0.1 * memory["total"]
