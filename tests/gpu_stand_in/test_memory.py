@@ -11,7 +11,8 @@ from tests.gpu_stand_in.child import run
 def test_memory_is_what_a_dry_run_predicts(stage, dtype):
     said = run("-m", "tests.gpu_stand_in.memory", "--stage", str(stage), "--dtype", dtype)
     memory = json.loads(said.splitlines()[-1])
-    # More, since the allocator rounds each tensor up to 512 bytes; less, since the passes are at their height before the
-    # last gradients of parameters are there, which the prediction adds up. Activations are a tenth and more.
-    assert memory["measured"] == pytest.approx(memory["total"], rel=0.02)
-    assert memory["activations"] > 0.1 * memory["total"]
+    # Above it by no more than the rounding of each tensor to 512 bytes; below it by no more than gradients of parameters,
+    # which the prediction adds to activations at their height, before a backward pass has made them all.
+    assert memory["measured"] < 1.02 * memory["total"]
+    assert memory["measured"] > memory["total"] - memory["gradients"] - memory["buckets"]
+    assert memory["activations"] > 0.1 * memory["total"]  # which could not be left out
