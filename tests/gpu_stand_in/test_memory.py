@@ -11,7 +11,7 @@ from tests.gpu_stand_in.child import run
 def test_memory_is_what_a_dry_run_predicts(stage, dtype):
     said = run("-m", "tests.gpu_stand_in.memory", "--stage", str(stage), "--dtype", dtype)
     memory = json.loads(said.splitlines()[-1])
-    # Above it by no more than the rounding of each tensor to 512 bytes; below it by no more than gradients of parameters,
+    # Above it by no more than rounding each tensor to 512 bytes; below it by no more than gradients of parameters,
     # which the prediction adds to activations at their height, before a backward pass has made them all.
     assert memory["measured"] < 1.02 * memory["total"]
     assert memory["measured"] > memory["total"] - memory["gradients"] - memory["buckets"]
