@@ -96,7 +96,7 @@ def measure(key: str, layout: dict, dtype: str, checkpointing: bool) -> int:
     return int(done.stdout.split()[-1])
 
 
-def run(case: Case, layout: dict, dtype: str, checkpointing: bool) -> int:
+def run(case: Case, layout: dict, dtype: str, checkpointing: bool, iterations: int = 3) -> int:
     """What ``measure`` starts."""
     from rdmd_fast.networks import build_network
     from rdmd_fast.planning.timing import time_iterations
@@ -110,7 +110,7 @@ def run(case: Case, layout: dict, dtype: str, checkpointing: bool) -> int:
         ]  # fmt: skip
         network = build_network(case.options, case.shape)
         config = distillation(Path(name), case.options, case.shape, network, overrides)
-        return time_iterations(config, join_world(), 3).peak_bytes or 0
+        return time_iterations(config, join_world(), iterations).peak_bytes or 0
 
 
 def main() -> int:

@@ -5,6 +5,15 @@ python -m tests.gpu_stand_in.instructions_used
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
+
+def tested_instructions() -> set[str]:
+    """Names of instructions that test_ptx.py has."""
+    text = Path(__file__).with_name("test_ptx.py").read_text().replace("::", ".")
+    return set(re.findall(r"\b[a-z]\w*(?:\.\w+)+", text))
+
 
 def instructions_of(case) -> set[str]:
     import triton
