@@ -227,7 +227,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def repeat_pixels(x: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, C, 2 H, 2 W], nearest."""
-    if torch.are_deterministic_algorithms_enabled():  # Inductor makes interpolate's backward pass one of atomic adds
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # Inductor makes interpolate's backward pass one of atomic adds, whose order is another in each run.
         n, c, height, width = x.shape
         repeated = x.permute(0, 2, 3, 1)[:, :, None, :, None].expand(n, height, 2, width, 2, c)
         return repeated.reshape(n, 2 * height, 2 * width, c).permute(0, 3, 1, 2)

@@ -36,12 +36,17 @@ def _name_any_file() -> None:
 
 
 def system_input_error(error: Exception) -> InputError | None:
-    """``error`` as bad input, where a path, memory that is asked for, or a limit of the system has caused it."""
+    """``error`` as bad input, where a path, memory that is asked for, a limit of the system or an option caused it."""
     if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
         return InputError(f"{error.object}: is no file's name in this locale ({error.encoding}), set LC_ALL=C.UTF-8")
     if isinstance(error, OSError) and error.errno == errno.EMFILE:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return InputError(f"{describe_system_error(error)}: raise the limit of {limit} (`ulimit -n`)")
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
+        operation = str(error).split()[0]
+        return InputError(
+            f"train.deterministic: {operation} has no form that adds in one order: remove the key, or what needs it"
+        )
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.filename is not None):
         return InputError(describe_system_error(error))
     return None

@@ -3,8 +3,9 @@
 
 def install() -> None:
     """Put a cuda:0, a Triton driver for it and its collectives in place, before anything looks for a GPU."""
-    from tests.gpu_stand_in import collectives, device, triton_driver
+    from tests.gpu_stand_in import collectives, device, inductor, triton_driver
 
     device.install()
     triton_driver.install()
+    inductor.install()
     collectives.install()

@@ -501,15 +501,24 @@ Tensor position_major(const Tensor& tensor) {
   return tensor.transpose(1, 2).contiguous().transpose(1, 2);
 }
 
+// A GPU's kernel keeps a number of each position, of multiples of 32, if a backward pass will want them.
+Tensor padded(const Tensor& sums, bool kept) {
+  constexpr int64_t kMultiple = 32;
+  const int64_t positions = kept ? (sums.size(2) + kMultiple - 1) / kMultiple * kMultiple : 0;
+  Tensor out = at::full({sums.size(0), sums.size(1), positions}, INFINITY, sums.options());
+  if (kept) out.narrow(2, 0, sums.size(2)).copy_(sums);
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
-    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias, bool, double dropout,
-    bool causal, std::optional<double> scale) {
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias, bool keep_sums,
+    double dropout, bool causal, std::optional<double> scale) {
   TORCH_CHECK(!bias && dropout == 0, "the stand-in has attention without bias and dropout alone");
   const auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
       host_alias(query), host_alias(key), host_alias(value), 0.0, causal, std::nullopt, scale);
   report("launch", "aten::_scaled_dot_product_efficient_attention");
   const auto no_seed = [] { return to_device(at::zeros({}, at::kLong)); };
-  return {to_device(position_major(out)), to_device(sums.contiguous()), no_seed(), no_seed()};
+  return {to_device(position_major(out)), to_device(padded(sums, keep_sums)), no_seed(), no_seed()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
@@ -517,8 +526,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& out, const Tensor& sums, const Tensor&, const Tensor&, double, std::array<bool, 4>, bool causal,
     std::optional<double> scale) {
   const auto [by_query, by_key, by_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-      host_alias(gradient), host_alias(query), host_alias(key), host_alias(value), host_alias(out), host_alias(sums),
-      0.0, causal, std::nullopt, scale);
+      host_alias(gradient), host_alias(query), host_alias(key), host_alias(value), host_alias(out),
+      host_alias(sums).narrow(2, 0, query.size(2)), 0.0, causal, std::nullopt, scale);
   report("launch", "aten::_scaled_dot_product_efficient_attention_backward");
   return {
       to_device(position_major(by_query)), to_device(position_major(by_key)), to_device(position_major(by_value)),

@@ -180,9 +180,9 @@ def _replace_device_functions(count: int) -> None:
         torch.cuda, is_available=_always(True), device_count=_always(count), init=_always(None),
         _lazy_init=_always(None), _initialized=True, is_initialized=_always(True), _is_in_bad_fork=_always(False),
         current_device=library().current_device, set_device=lambda device: exchange(_index(device, 0)) and None,
-        _exchange_device=exchange, _maybe_exchange_device=exchange, device=_DeviceContext, device_of=_DeviceOfContext,
-        get_device_name=_always(H200.name), get_device_capability=_always(CAPABILITY),
-        get_device_properties=_always(H200), get_arch_list=_always(["sm_90"]), is_bf16_supported=_always(True),
+        _exchange_device=exchange, _maybe_exchange_device=lambda index: exchange(index),  # Dynamo tells them apart
+        device=_DeviceContext, device_of=_DeviceOfContext, get_device_name=_always(H200.name),
+        get_device_capability=_always(CAPABILITY), get_device_properties=_always(H200), get_arch_list=_always(["sm_90"]), is_bf16_supported=_always(True),
         can_device_access_peer=_always(True), ipc_collect=_always(None), _sleep=_always(None),
         synchronize=lambda device=None: report(WAIT, "torch.cuda.synchronize"), Event=Event, Stream=Stream,
         current_stream=_always(stream), default_stream=_always(stream), set_stream=_always(None),

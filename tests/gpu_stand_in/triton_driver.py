@@ -52,7 +52,7 @@ class _Utils:
     @staticmethod
     def load_binary(name: str, ptx: bytes, shared: int, index: int) -> tuple[Kernel, Kernel, int, int, int]:
         """(module, function, registers, spills, most threads of a block); without a module Triton loads again."""
-        kernel = Kernel(ptx.decode())
+        kernel = Kernel(ptx.decode(), copies=name.startswith("triton_"))  # Inductor's work in place
         return kernel, kernel, 0, 0, device.H200.max_threads_per_block
 
     @staticmethod

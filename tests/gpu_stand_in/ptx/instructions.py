@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 
@@ -101,8 +102,34 @@ _FLOAT_ONLY = {"f32", "f64"}
 @_meaning("add", "sub", "neg")
 def _sums(instruction: Instruction) -> Run:
     name, kind = instruction.parts[0], instruction.parts[-1]
+    if name == "add" and kind in _NARROW_SUMS:
+        _only(instruction)
+        compute, bits = _NARROW_SUMS[kind]
+        return _elementwise(compute, _unsigned(bits), instruction.operands, 2)
     _only(instruction, *(("rn",) if kind in _FLOAT_ONLY else ()))
     return _elementwise(_ARITHMETIC[name], _number(kind), instruction.operands, 1 if name == "neg" else 2)
+
+
+def _bf16_sum(x, y):
+    """fp32 has bits enough that a second rounding, to bf16, falsifies nothing."""
+    return bf16_bits(from_bf16_bits(x) + from_bf16_bits(y))
+
+
+def _in_halves(add: Callable) -> Callable:
+    """``add`` of the lower and of the upper halves."""
+
+    def both(x, y):
+        parts = (add((x >> place).astype(np.uint16), (y >> place).astype(np.uint16)) for place in (0, 16))
+        low, high = (np.asarray(part).astype(np.uint32) for part in parts)
+        return high << np.uint32(16) | low
+
+    return both
+
+
+# (function of bits, how many)
+_NARROW_SUMS = {
+    "bf16": (_bf16_sum, 16), "bf16x2": (_in_halves(_bf16_sum), 32), "s16x2": (_in_halves(operator.add), 32),
+}  # fmt: skip
 
 
 @_meaning("and", "or", "xor", "not")
@@ -120,8 +147,9 @@ def _number(kind: str) -> np.dtype:
 
 @_meaning("abs")
 def _absolute(instruction: Instruction) -> Run:
-    _only(instruction)
-    return _elementwise(np.abs, _number(instruction.parts[-1]), instruction.operands, 1)
+    kind = instruction.parts[-1]
+    _only(instruction, *(("ftz",) if kind == "f32" else ()))
+    return _elementwise(_flushing(np.abs, instruction), _number(kind), instruction.operands, 1)
 
 
 @_meaning("copysign")
@@ -156,14 +184,17 @@ def _extreme(x, y, larger: bool, keeps_nan: bool):
 
 @_meaning("mul")
 def _products(instruction: Instruction) -> Run:
-    if instruction.parts[-1] in _FLOAT_ONLY:
-        _only(instruction, "rn")
-        return _elementwise(operator.mul, _type(instruction.parts[-1]), instruction.operands, 2)
+    kind = instruction.parts[-1]
+    if kind in _FLOAT_ONLY:
+        _only(instruction, "rn", *(("ftz",) if kind == "f32" else ()))
+        return _elementwise(_flushing(operator.mul, instruction), _type(kind), instruction.operands, 2)
     return _integer_product(instruction, has_addend=False)
 
 
 @_meaning("mad")
 def _product_and_sum(instruction: Instruction) -> Run:
+    if "cc" in instruction.parts:
+        return _low_product_and_carry(instruction)
     return _integer_product(instruction, has_addend=True)
 
 
@@ -186,17 +217,72 @@ def _integer_product(instruction: Instruction, has_addend: bool) -> Run:
     return run
 
 
+def _low_product_and_carry(instruction: Instruction) -> Run:
+    _check(instruction.parts == ("mad", "lo", "cc", "u32"))
+    target, *sources = instruction.operands
+
+    def run(machine, mask) -> None:
+        first, second, addend = (machine.read(each, _unsigned(32)).astype(np.uint64) for each in sources)
+        total = (first * second & np.uint64(0xFFFFFFFF)) + addend
+        carry = np.broadcast_to(total >> np.uint64(32) != 0, (machine.threads,))
+        machine.carry = carry if mask is None else np.where(mask, carry, machine.carry)
+        machine.write(target, np.asarray(total).astype(np.uint32), mask)
+
+    return run
+
+
+@_meaning("madc")
+def _high_product_and_carry(instruction: Instruction) -> Run:
+    """Adds the carry that ``mad.lo.cc`` left."""
+    _check(instruction.parts == ("madc", "hi", "u32"))
+    target, *sources = instruction.operands
+
+    def run(machine, mask) -> None:
+        first, second, addend = (machine.read(each, _unsigned(32)).astype(np.uint64) for each in sources)
+        total = (first * second >> np.uint64(32)) + addend + machine.carry
+        machine.write(target, total.astype(np.uint32), mask)
+
+    return run
+
+
 @_meaning("fma")
 def _fused(instruction: Instruction) -> Run:
-    _only(instruction, "rn")
-    _check(instruction.parts[-1] == "f32")
-    return _elementwise(fused_multiply_add, _type("f32"), instruction.operands, 3)
+    kind = instruction.parts[-1]
+    if kind == "f64":
+        _check(instruction.parts == ("fma", "rn", "f64"))
+        return _elementwise(fused_multiply_add_f64, _type(kind), instruction.operands, 3)
+    _only(instruction, "rn", "rm", "ftz")
+    _check(kind == "f32" and instruction.parts[1] in ("rn", "rm"))
+    compute = fused_multiply_add if instruction.parts[1] == "rn" else _fused_multiply_add_down
+    return _elementwise(_flushing(compute, instruction), _type(kind), instruction.operands, 3)
 
 
 def fused_multiply_add(x, y, z):
-    """x y + z of fp32 with one rounding, as bits demand that are compared with others.
+    """x y + z of fp32 with one rounding, as bits demand that are compared with others."""
+    return _sum_rounded_to_odd(x, y, z).astype(np.float32)
 
-    The product is exact in fp64. Their sum is rounded to odd there, which a second rounding, to fp32, does not falsify.
+
+def _fused_multiply_add_down(x, y, z):
+    """The same, to the next number of fp32 that is not above."""
+    exact = _sum_rounded_to_odd(x, y, z)
+    nearest = exact.astype(np.float32)
+    return np.where(nearest > exact, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+
+
+@np.vectorize(otypes=[np.float64])
+def fused_multiply_add_f64(x, y, z):
+    """x y + z of fp64 with one rounding, by fractions: kernels have few of them."""
+    plain = x * y + z
+    if not np.isfinite(plain):
+        return plain
+    exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+    return float(exact) if exact else plain  # which has the sign of a zero
+
+
+def _sum_rounded_to_odd(x, y, z):
+    """x y + z of fp32 in fp64.
+
+    The product is exact there. Their sum is rounded to odd, which a second rounding, to fp32, does not falsify.
     """
     product, addend = np.float64(x) * np.float64(y), np.float64(z)
     total = np.asarray(product + addend)
@@ -207,7 +293,7 @@ def fused_multiply_add(x, y, z):
     # One step towards zero where the sum was rounded away from it, which makes the last bit odd as well.
     step = np.where((error < 0) == (total > 0), -1, 1)
     inexact = np.isfinite(error) & (error != 0) & np.isfinite(total) & even
-    return np.where(inexact, bits + step, bits).view(np.float64).astype(np.float32)
+    return np.where(inexact, bits + step, bits).view(np.float64)
 
 
 @_meaning("div")
@@ -216,6 +302,9 @@ def _quotient(instruction: Instruction) -> Run:
     if kind == "f32":
         _only(instruction, "rn", "full", "approx")
         return _elementwise(lambda x, y: np.float64(x) / np.float64(y), _type(kind), instruction.operands, 2)
+    if kind == "f64":
+        _check(instruction.parts == ("div", "rn", "f64"))
+        return _elementwise(operator.truediv, _type(kind), instruction.operands, 2)
     _only(instruction)
     return _elementwise(_integer_quotient, _number(kind), instruction.operands, 2)
 
@@ -256,6 +345,13 @@ def _functions(instruction: Instruction) -> Run:
     return _elementwise(rounded, _type("f32"), instruction.operands, 1)
 
 
+def _flushing(compute: Callable, instruction: Instruction) -> Callable:
+    """``compute``, without subnormal numbers if the instruction says so."""
+    if "ftz" not in instruction.parts:
+        return compute
+    return lambda *values: _flushed(np.asarray(compute(*map(_flushed, values)), np.float32))
+
+
 def _flushed(x):
     """Without subnormal numbers."""
     return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), x), x)
@@ -278,6 +374,20 @@ def _shifts(instruction: Instruction) -> Run:
         shifted = shift(value, np.minimum(by, width - 1).astype(dtype))
         gone = -(value < 0).astype(dtype) if dtype.kind == "i" and name == "shr" else dtype.type(0)
         machine.write(target, np.where(by >= width, gone, shifted).astype(dtype), mask)
+
+    return run
+
+
+@_meaning("shf")
+def _funnel_shift(instruction: Instruction) -> Run:
+    """The upper half of two words that are shifted to the left as one."""
+    _check(instruction.parts == ("shf", "l", "wrap", "b32"))
+    target, *sources = instruction.operands
+
+    def run(machine, mask) -> None:
+        low, high, amount = (machine.read(each, _unsigned(32)).astype(np.uint64) for each in sources)
+        both = (high << np.uint64(32) | low) << (amount & np.uint64(31))
+        machine.write(target, np.asarray(both >> np.uint64(32)).astype(np.uint32), mask)
 
     return run
 
@@ -380,8 +490,10 @@ def _conversion(instruction: Instruction) -> Run:
         _check(not modifiers and to == "f32")
         widen = from_bf16_bits if of == "bf16" else from_f16_bits
         return lambda machine, mask: machine.write(target, widen(machine.read(source, _unsigned(16))), mask)
+    flushes = of == "f32" and "ftz" in modifiers
+    modifiers = [each for each in modifiers if each != "ftz" or not flushes]
     convert = _number_conversion(_number_or_byte(of), _number_or_byte(to), modifiers)
-    dtype = _type(of)
+    convert, dtype = _flushing_first(convert) if flushes else convert, _type(of)
     return lambda machine, mask: machine.write(target, convert(machine.read(source, dtype)), mask)
 
 
@@ -398,10 +510,19 @@ def _number_conversion(of: np.dtype, to: np.dtype, modifiers: list[str]) -> Call
         return lambda value: _saturated(_TO_INTEGER[mode](np.float64(value)), to)
     if of.kind == "f" and to == of:
         [mode] = modifiers
-        return lambda value: _TO_INTEGER[mode](value)
+        return _from_0_to_1 if mode == "sat" else _TO_INTEGER[mode]
     rounds = to.kind == "f" and (of.kind != "f" or of.itemsize > to.itemsize)
     _check(modifiers == ["rn"] * rounds)
     return lambda value: np.asarray(value).astype(to)
+
+
+def _flushing_first(convert: Callable) -> Callable:
+    return lambda value: convert(_flushed(value))
+
+
+def _from_0_to_1(value):
+    """0 for NaN."""
+    return np.fmin(np.fmax(value, value.dtype.type(0)), value.dtype.type(1)) + value.dtype.type(0)
 
 
 def _saturated(value, to: np.dtype):
@@ -509,7 +630,9 @@ def _selection(instruction: Instruction) -> Run:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 # Of the cache, and of an order that barriers give already.
-_HINTS = ("relaxed", "weak", "nc", "L1", "L2", "evict_first", "evict_last", "evict_normal", "no_allocate")
+_HINTS = (
+    "relaxed", "weak", "nc", "L1", "L2", "evict_first", "evict_last", "evict_normal", "no_allocate", "cache_hint",
+)  # fmt: skip
 
 
 def _vector_count(modifiers: list[str]) -> int:
@@ -523,13 +646,20 @@ def _parts(operand) -> tuple:
     return operand.parts if isinstance(operand, Vector) else (operand,)
 
 
+@_meaning("createpolicy")
+def _cache_policy(instruction: Instruction) -> Run:
+    """A hint of the cache, as a number that nobody looks into."""
+    _check(instruction.parts[1:3] == ("fractional", "L2") and instruction.parts[-1] == "b64")
+    return lambda machine, mask: machine.write(instruction.operands[0], np.zeros((), np.uint64), mask)
+
+
 @_meaning("ld")
 def _load(instruction: Instruction) -> Run:
     _, space, *modifiers, kind = instruction.parts
     target, address = instruction.operands[:2]
     if space == "param":
         return _parameter(kind, target, address)
-    _check(space in ("global", "shared"))
+    _check(space in ("global", "shared", "local"))
     count, dtype, registers = _vector_count(modifiers), _type(kind), _parts(target)
     _check(len(registers) == count)
 
@@ -557,7 +687,9 @@ def _parameter(kind: str, target, address) -> Run:
 def _store(instruction: Instruction) -> Run:
     _, space, *modifiers, kind = instruction.parts
     address, source = instruction.operands[:2]
-    _check(space in ("global", "shared"))
+    if space == "param":
+        return lambda machine, mask: None  # of a call, which is one to __assertfail
+    _check(space in ("global", "shared", "local"))
     count, dtype, registers = _vector_count(modifiers), _unsigned(int(kind[1:])), _parts(source)
     _check(len(registers) == count)
 
@@ -653,8 +785,10 @@ def _end(instruction: Instruction) -> Run:
     return lambda machine, mask: machine.end(mask)
 
 
-@_meaning("trap")
+@_meaning("trap", "call")
 def _trap(instruction: Instruction) -> Run:
+    _check(instruction.parts[0] == "trap" or instruction.operands[0] == Symbol("__assertfail"))
+
     def run(machine, mask):
         raise Fault("the kernel asserts what is not so")
 

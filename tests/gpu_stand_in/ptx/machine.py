@@ -8,7 +8,7 @@ import numpy as np
 
 from tests.gpu_stand_in.ptx.faults import Fault
 from tests.gpu_stand_in.ptx.instructions import PREDICATE, WARP, Mask, prepare
-from tests.gpu_stand_in.ptx.memory import Accessors, GlobalMemory, SharedMemory
+from tests.gpu_stand_in.ptx.memory import Accessors, GlobalMemory, LocalMemory, SharedMemory
 from tests.gpu_stand_in.ptx.text import Address, Immediate, Register, Special, parse
 
 THREADS_AT_ONCE = 8192  # NumPy's costs of a call are those of some thousand elements
@@ -17,13 +17,23 @@ THREADS_AT_ONCE = 8192  # NumPy's costs of a call are those of some thousand ele
 class Kernel:
     """A kernel, ready to be launched; its instructions are all known.
 
+    Args:
+        copies: warps of a block may compute the same; see ``memory.History``.
+
     Raises:
         Fault: the text cannot be read, or has an unknown instruction.
     """
 
-    def __init__(self, ptx: str):
+    def __init__(self, ptx: str, copies: bool = False):
+        self._copies = copies
         self.program = parse(ptx)
         self.code = [(each, prepare(each)) for each in self.program.code]
+        self._constants = {name: np.frombuffer(content, np.uint8) for name, content in self.program.constants.items()}
+        # Addresses that names stand for, each in its own kind of memory.
+        self.names = {
+            **self.program.shared, **{name: LocalMemory.FIRST + offset for name, offset in self.program.local.items()},
+            **{name: content.ctypes.data for name, content in self._constants.items()},
+        }  # fmt: skip
 
     def launch(
         self, grid: tuple[int, int, int], threads: int, arguments: Iterable[int], shared: int,
@@ -43,7 +53,8 @@ class Kernel:
         parameters = self.program.parameters
         values = [*arguments] + [0] * len(parameters)
         by_name = dict(zip(parameters, values, strict=False))
-        memory = GlobalMemory(allocations)
+        constants = ((content.ctypes.data, content.nbytes) for content in self._constants.values())
+        memory = GlobalMemory([*allocations, *constants], self._copies)
         blocks = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         together = max(1, THREADS_AT_ONCE // threads)
         for first in range(0, len(blocks), together):
@@ -57,6 +68,7 @@ class Machine:
     Attributes:
         threads: how many there are.
         arguments: bits of each, by parameter.
+        carry: the flag of each, that instructions with ``.cc`` write.
     """
 
     def __init__(
@@ -69,6 +81,8 @@ class Machine:
         self._block, self._warp = self._slot + first, np.arange(self.threads) % threads // WARP
         self._epoch = np.zeros(len(blocks), np.int64)
         self._shared = SharedMemory(shared + kernel.program.shared_bytes, len(blocks))
+        self._local = LocalMemory(kernel.program.local_bytes, self.threads)
+        self.carry = np.zeros(self.threads, bool)
         self._registers: dict[str, np.ndarray] = {}
         self._special = _special_registers(np.array(blocks, np.uint32)[self._slot], grid, threads)
         # One place while all threads stand there; of each thread while they do not.
@@ -158,9 +172,9 @@ class Machine:
             if operand.name not in self._special:
                 raise Fault(f"unknown register {operand.name}")
             return self._special[operand.name].astype(dtype)
-        if operand.name not in self._kernel.program.shared:
+        if operand.name not in self._kernel.names:
             raise Fault(f"unknown name {operand.name}")
-        return np.array(self._kernel.program.shared[operand.name], dtype)
+        return np.array(self._kernel.names[operand.name], dtype)
 
     def _of_register(self, register: Register, dtype: np.dtype) -> np.ndarray:
         value = self._registers.get(register.name)
@@ -223,14 +237,21 @@ class Machine:
         chosen, slot, accessors = self._accesses(addresses, mask)
         if space == "global":
             return self._global.load(chosen, width, accessors)
+        if space == "local":
+            return self._local.load(chosen, width, self._numbers(mask))
         return self._shared.load(chosen, width, slot, accessors)
 
     def store_at(self, space: str, addresses: np.ndarray, values: np.ndarray, mask: Mask) -> None:
         chosen, slot, accessors = self._accesses(addresses, mask)
         if space == "global":
             self._global.store(chosen, values, accessors)
+        elif space == "local":
+            self._local.store(chosen, values, self._numbers(mask))
         else:
             self._shared.store(chosen, values, slot, accessors)
+
+    def _numbers(self, mask: Mask) -> np.ndarray:
+        return np.arange(self.threads) if mask is None else np.flatnonzero(mask)
 
     def _accesses(self, addresses: np.ndarray, mask: Mask) -> tuple[np.ndarray, np.ndarray, Accessors]:
         here = slice(None) if mask is None else mask

@@ -40,10 +40,22 @@ def _conflicts(last: np.ndarray, tags: np.ndarray) -> np.ndarray:
 _CELL = 2
 
 
-class History:
-    """Who read and who wrote each place last."""
+def _by_copies(last: np.ndarray, tags: np.ndarray) -> np.ndarray:
+    """Whether accesses ``last`` are reads of one place by several warps of the block that ``tags`` belongs to."""
+    blocks = _WARP_BITS + _EPOCH_BITS
+    return (last & _MANY_WARPS == _MANY_WARPS) & (last >> blocks == tags >> blocks)
 
-    def __init__(self, size: int):
+
+class History:
+    """Who read and who wrote each place last.
+
+    Args:
+        copies: a place that several warps of a block read may then be written: Triton has each of them compute the
+            same, where a tile has fewer elements than the block threads, and stores what one of them computes.
+    """
+
+    def __init__(self, size: int, copies: bool = False):
+        self._copies = copies
         self._read = np.zeros(size // _CELL + 1, np.int64)
         self._written = np.zeros(size // _CELL + 1, np.int64)
         self._was_read = self._was_written = False
@@ -68,7 +80,7 @@ class History:
         width, tags = values.shape[1], accessors.tags()[:, None]
         cells = max(width // _CELL, 1)
         rows, written = offsets // (cells * _CELL), _rows(self._written, cells)
-        if self._was_read and _conflicts(_rows(self._read, cells)[rows], tags).any():
+        if self._was_read and self._overwrites(_rows(self._read, cells)[rows], tags):
             raise Fault("race: writes what other threads read with no barrier between")
         places, content = offsets // width, _rows(content, width)
         before = _conflicts(written[rows], tags)
@@ -79,6 +91,10 @@ class History:
         lost |= at_once.any() and _differ(content[places], values, cells) & at_once
         if np.any(lost):
             raise Fault("race: writes what other threads wrote with no barrier between")
+
+    def _overwrites(self, read: np.ndarray, tags: np.ndarray) -> bool:
+        conflicts = _conflicts(read, tags)
+        return bool((conflicts & ~_by_copies(read, tags) if self._copies else conflicts).any())
 
     @staticmethod
     def _remember_many(read: np.ndarray, rows: np.ndarray, before: np.ndarray, tags: np.ndarray) -> None:
@@ -109,9 +125,11 @@ class GlobalMemory:
 
     Args:
         blocks: (address, size) of each allocation.
+        copies: as of a history.
     """
 
-    def __init__(self, blocks: Iterable[tuple[int, int]]):
+    def __init__(self, blocks: Iterable[tuple[int, int]], copies: bool = False):
+        self._copies = copies
         blocks = sorted(blocks)
         self._starts = np.array([start for start, _ in blocks], np.uint64)
         self._sizes = np.array([size for _, size in blocks], np.uint64)
@@ -167,7 +185,7 @@ class GlobalMemory:
 
     def _history(self, number: int) -> History:
         if number not in self._histories:
-            self._histories[number] = History(int(self._sizes[number]))
+            self._histories[number] = History(int(self._sizes[number]), self._copies)
         return self._histories[number]
 
 
@@ -209,3 +227,31 @@ class SharedMemory:
         if (offsets % width).any():
             raise Fault(f"misaligned: access of {width} bytes of shared memory")
         return slot.astype(np.int64) * self._stride + offsets
+
+
+class LocalMemory:
+    """Of each thread its own.
+
+    Args:
+        size: bytes of one.
+    """
+
+    FIRST = 2**16  # its addresses begin here: kernels go below the beginning, and come back by an offset
+
+    def __init__(self, size: int, threads: int):
+        self._bytes = np.full((threads, (size + 15) // 16 * 16), 0xFF, np.uint8)
+        self._size = size
+
+    def load(self, addresses: np.ndarray, width: int, threads: np.ndarray) -> np.ndarray:
+        return self._bytes[threads[:, None], self._places(addresses, width)]
+
+    def store(self, addresses: np.ndarray, values: np.ndarray, threads: np.ndarray) -> None:
+        self._bytes[threads[:, None], self._places(addresses, values.shape[1])] = values
+
+    def _places(self, addresses: np.ndarray, width: int) -> np.ndarray:
+        offsets = addresses.astype(np.int64) - self.FIRST
+        if ((offsets < 0) | (offsets + width > self._size)).any():
+            raise Fault(f"out of bounds: access of {width} bytes of local memory of {self._size}")
+        if (offsets % width).any():
+            raise Fault(f"misaligned: access of {width} bytes of local memory")
+        return offsets[:, None] + np.arange(width)

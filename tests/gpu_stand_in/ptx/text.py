@@ -15,7 +15,10 @@ _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*)", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+\.[a-z](\d+)\b.*?([\w$]+)\s*$", re.DOTALL)
 _LABEL = re.compile(r"\s*(\$?[A-Za-z_][\w$]*):")
 _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
-_SHARED = re.compile(r"\.shared\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\[(\d*)\]")
+_MEMORY = re.compile(
+    r"(?:\.extern\s+)?\.(shared|local|global)\s+(?:\.align\s+\d+\s+)?\.b8\s+([\w$]+)\[(\d*)\](?:\s*=\s*\{(.*)\})?",
+    re.DOTALL,
+)
 _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _ADDRESS = re.compile(r"\[\s*([%\w$]+)\s*(?:\+\s*(-?\w+)\s*)?\]")
 _INTEGER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?$")
@@ -96,7 +99,8 @@ class Program:
         parameters: in order.
         code: instructions; what is behind the last ends the thread.
         labels: places in ``code``.
-        shared: names of shared memory, to their offsets in it.
+        shared: names of shared memory, to their offsets in it; likewise of a thread's ``local`` memory.
+        constants: names of global memory that comes with the kernel, to what is in it.
     """
 
     name: str
@@ -105,6 +109,9 @@ class Program:
     labels: dict[str, int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0
+    local: dict[str, int] = field(default_factory=dict)
+    local_bytes: int = 0
+    constants: dict[str, bytes] = field(default_factory=dict)
 
 
 def parse(ptx: str) -> Program:
@@ -132,7 +139,7 @@ def _statements(text: str) -> list[str]:
     statements = []
     for line in text.splitlines():
         line = line.strip()
-        if not line.startswith(IGNORED) and line not in ("{", "}"):
+        if line not in ("", "{", "}") and line.split()[0] not in IGNORED:
             statements.append(line)
     return [statement.strip() for statement in "\n".join(statements).split(";") if statement.strip()]
 
@@ -145,11 +152,10 @@ def _read(statement: str, program: Program, registers: dict[str, int]) -> None:
         return
     if declaration := _REGISTERS.match(statement):
         _declare(declaration, registers)
-    elif shared := _SHARED.search(statement):
-        program.shared[shared[1]] = program.shared_bytes
-        program.shared_bytes += int(shared[2] or 0)
-    elif statement.startswith(".global"):
-        pass  # constants, which no kernel here reads
+    elif memory := _MEMORY.fullmatch(statement):
+        _reserve(memory, program)
+    elif statement.startswith((".extern .func", ".param")):
+        pass  # of calls, whose arguments nobody looks into
     elif statement.startswith("."):
         raise Fault(f"cannot read {statement!r}")
     else:
@@ -161,6 +167,18 @@ def _declare(declaration: re.Match, registers: dict[str, int]) -> None:
     bits = 1 if declaration[1] == "pred" else int(declaration[1][1:])
     for name in re.split(r"\s*,\s*", declaration[2].strip()):
         registers[name.split("<")[0]] = bits
+
+
+def _reserve(memory: re.Match, program: Program) -> None:
+    space, name, size, content = memory.groups()
+    if space == "shared":
+        program.shared[name] = program.shared_bytes
+        program.shared_bytes += int(size or 0)
+    elif space == "local":
+        program.local[name] = program.local_bytes
+        program.local_bytes += int(size)
+    else:
+        program.constants[name] = bytes(map(int, (content or "").split(",")))
 
 
 def _instruction(statement: str, registers: dict[str, int]) -> Instruction:
@@ -176,11 +194,11 @@ def _instruction(statement: str, registers: dict[str, int]) -> Instruction:
 
 
 def _at_commas(text: str) -> list[str]:
-    """Split at the commas that are outside of braces and brackets."""
+    """Split at the commas that are outside of brackets of any kind."""
     parts, depth, start = [], 0, 0
     for place, character in enumerate(text):
-        depth += character in "{["
-        depth -= character in "}]"
+        depth += character in "{[("
+        depth -= character in "}])"
         if character == "," and not depth:
             parts.append(text[start:place])
             start = place + 1
@@ -190,8 +208,8 @@ def _at_commas(text: str) -> list[str]:
 def _operand(text: str, registers: dict[str, int]) -> Operand | None:
     if text == "_":
         return None
-    if text.startswith("{"):
-        return Vector(tuple(_operand(part, registers) for part in _at_commas(text.strip("{} \n\t"))))
+    if text.startswith(("{", "(")):
+        return Vector(tuple(_operand(part, registers) for part in _at_commas(text.strip("{}() \n\t"))))
     if address := _ADDRESS.fullmatch(text):
         return Address(_operand(address[1], registers), int(address[2] or "0", 0))
     if bits := _FLOAT_BITS.match(text):
