@@ -1,4 +1,4 @@
-"""Launches two ranks again and again on busy cores, and looks at how they end: their status, and no abort on the way out.
+"""Launches two ranks again and again on busy cores: each ends with the status it should, and none aborts.
 
     python tests/soak/launches.py --launches 200 --busy 2
 
@@ -23,13 +23,13 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/cluster")]
+sys.path.extend(str(Path(__file__).resolve().parents[1] / name) for name in ("", "cluster"))
 
 import slurm
 from material import toy_rdmd
 from nodes import Node, refusal, two_nodes, wait_until
 
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 DONE, STOPPED, BAD_INPUT = 0, 75, 2
 ENDS = (DONE, DONE, STOPPED, DONE, BAD_INPUT, DONE, DONE, STOPPED, BAD_INPUT, DONE)
