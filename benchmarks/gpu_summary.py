@@ -64,7 +64,7 @@ def kernels(folder: Path) -> Iterator[str]:
     if not file.exists():
         yield f"kernels at their largest sizes: {ABSENT}"
         return
-    yield f"{'operation':<26}{'case':<22}{'MB':>8}{'us':>10}{'GB/s':>8}{'% copy':>8}{'eager':>8}{'compiled':>10}"
+    yield f"{'operation':<27}{'case':<24}{'MB':>7}{'us':>9}{'GB/s':>7}{'% copy':>8}{'eager':>8}{'compiled':>10}"
     for (operation, case), measured in by_case(load_rows(file)).items():
         if (ours := measured.get("ours")) is None:
             continue
@@ -72,7 +72,7 @@ def kernels(folder: Path) -> Iterator[str]:
             f"{measured[name]['us'] / ours['us']:.2f}" if name in measured else "-" for name in ("eager", "compile")
         ]
         yield (
-            f"{operation:<26}{case:<22}{ours['bytes'] / 1e6:>8.1f}{ours['us']:>10.1f}{ours['GBps']:>8.0f}"
+            f"{operation:<27}{case:<24}{ours['bytes'] / 1e6:>7.1f}{ours['us']:>9.1f}{ours['GBps']:>7.0f}"
             f"{ours['percent_of_copy']:>8.1f}{others[0]:>8}{others[1]:>10}"
         )
     yield "eager, compiled: how many times ours the plain formulation takes, as written and under torch.compile"

@@ -2,13 +2,15 @@
 
     python -m benchmarks.preflight
 
-Imports nothing but torch, and that only where every module is there. Exit status 2 if something is missing.
+Imports torch and Triton alone, and those only where every module is there. Without an installed package it links
+kernels/ to where it is imported from. Exit status 2 if something is missing.
 """
 
 from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 # What a run imports, what that imports in turn, and what only benchmarks do. PyTorch comes with what it needs.
 MODULES = (
@@ -37,6 +39,8 @@ def main() -> int:
     if lacking := missing():
         print(f"run_gpu.sh: {lacking}", file=sys.stderr)
         return 2
+    if find_spec("rdmd_fast.kernels") is None:
+        (Path(__file__).parents[1] / "rdmd_fast/kernels").symlink_to("../kernels")
     import torch
     import triton
 

@@ -21,10 +21,6 @@ fi
 unset RDMD_KERNELS TRITON_INTERPRET
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 "$PYTHON" -m benchmarks.preflight || exit 2
-# Without an installed package the link makes the kernels importable as rdmd_fast.kernels.
-if ! "$PYTHON" -c 'import sys, importlib.util as i; sys.exit(i.find_spec("rdmd_fast.kernels") is None)'; then
-  ln -s ../kernels rdmd_fast/kernels
-fi
 results=${RESULTS:-benchmarks/results/gpu}
 mkdir -p "$results"
 [[ $# -gt 0 ]] || set -- 1 2 3

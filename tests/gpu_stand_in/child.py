@@ -18,15 +18,24 @@ def run(*arguments: str, **environment: str) -> str:
     Raises:
         AssertionError: it failed.
     """
+    return _run([sys.executable, *map(str, arguments)], **environment)
+
+
+def _run(command: list[str], **environment: str) -> str:
     lacking = build.obstacle()
     if lacking:
         pytest.skip(lacking)
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "RDMD_"))}
     variables |= {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT), **environment}
-    command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def run_script(script: str, *arguments: str, **environment: str) -> str:
+    """What ``bash SCRIPT ARGUMENTS`` writes, with each process of Python that it starts on the stand-in."""
+    everywhere = f"{ROOT / 'tests/gpu_stand_in/everywhere'}:{ROOT}"
+    return _run(["bash", script, *arguments], PYTHON=sys.executable, PYTHONPATH=everywhere, **environment)
 
 
 def run_pytest(file: str, *arguments: str) -> str:
