@@ -20,31 +20,27 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.networks import CUDA, build
-from benchmarks.step_cases import BATCHES, ROOT, network_options, packed, sample_shape, write_teacher
+from benchmarks.networks import CUDA
+from benchmarks.step_cases import BATCHES, ROOT, run_config
 from benchmarks.step_measurements import processor
+from rdmd_fast.config import dump_config
 
 TIMES = {"images_per_second", "eta_seconds", "seconds", "mfu"}
 
 
 def starter(arguments: argparse.Namespace, folder: Path) -> Callable[[str], subprocess.Popen]:
-    """Pack samples and export a teacher; returns what starts the run of a name, or has it go on."""
-    shape = sample_shape(arguments.case)
-    write_teacher(folder / "teacher", network_options(arguments.case), shape, build(arguments.case))
-    (folder / "config.yaml").write_text("stage: rdmd\n")
-    options = [
-        f"data.source={packed(shape, folder)}", f"teacher={folder}/teacher", "train.deterministic=true",
-        "train.dtype=bf16", f"train.global_batch_size={arguments.batch}", f"train.steps={arguments.steps}",
-        f"checkpoint.every={max(1, arguments.steps // 2)}", "checkpoint.keep=1", "validation.every=0",
-        "telemetry.tensorboard=false", "telemetry.log_every=1", "rdmd.fake_updates=1", "rdmd.fake_warmup=0",
+    """Prepare data and a teacher; returns what starts the run of a name, or has it go on."""
+    overrides = [
+        "train.deterministic=true", f"train.steps={arguments.steps}",
+        f"checkpoint.every={max(1, arguments.steps // 2)}", "checkpoint.keep=1", "telemetry.log_every=1", "rdmd.fake_warmup=0",
     ]  # fmt: skip
+    config = folder / "resolved.yaml"
+    config.write_text(dump_config(run_config(arguments.case, "bf16", folder, overrides, arguments.batch)))
 
     def start(name: str) -> subprocess.Popen:
-        command = [sys.executable, "rdmd_fast/train.py", "--config", str(folder / "config.yaml")]
-        log = (folder / f"{name}.log").open("a")
-        return subprocess.Popen(
-            [*command, f"run_dir={folder / name}", *options], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-        )
+        command = [sys.executable, "rdmd_fast/train.py", "--config", str(config), f"run_dir={folder / name}"]
+        with (folder / f"{name}.log").open("a") as log:
+            return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
     return start
 
@@ -86,7 +82,7 @@ def outcome(run: Path) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--case", choices=[case for case in BATCHES if case != "toy"], default="songunet64", help="(songunet64)")
+    add("--case", choices=BATCHES, default="songunet64", help="(songunet64)")
     add("--batch", type=int, default=16, help="samples of an iteration (16)")
     add("--steps", type=int, default=4, help="iterations of each run (4)")
     add("--json", metavar="FILE", help="write the results there")

@@ -30,7 +30,7 @@ song=(--case songunet64) adm=(--case adm64 --batch 40) rounds=(--rounds 10)
 largest=(--largest 2) tests=() workers=() slower=1
 if [[ ${RUN_GPU_SIZE:-} == toy ]]; then
   slower=20
-  song=(--case digits --batch 2) adm=("${song[@]}") rounds=(--rounds 1)
+  song=(--case toy --batch 8) adm=("${song[@]}") rounds=(--rounds 1)
   largest=(--largest 1 -k denoising) tests=(-k averaging)
 elif "$PYTHON" -c 'import xdist' 2>/dev/null; then
   workers=(-n 8)  # hundreds of variants of kernels are compiled

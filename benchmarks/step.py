@@ -40,7 +40,7 @@ from benchmarks.step_measurements import (
 )
 from benchmarks.step_sides import build_side
 from benchmarks.step_tables import OUR_SIDES, PLAIN_SIDES, draw, print_table, record
-from benchmarks.timing import copy_bandwidth
+from benchmarks.timing import LARGE, copy_bandwidth
 from rdmd_fast.planning.dry_run import predicted_bytes
 from rdmd_fast.planning.planned_networks import planned_networks
 
@@ -67,10 +67,8 @@ def measure(dtype: str, arguments: argparse.Namespace, folder: Path) -> Iterator
                 losses["ours_compiled" if name.endswith("_compiled") else "ours"] = compared
             if CUDA:
                 peaks[name] = allocated_peak(sides[name], before)
-        built = {name: sides[name] for name in group}
-        times = best_times(
-            {name: side.iteration for name, side in built.items()}, arguments.rounds, BURSTS[arguments.case]
-        )
+        built, burst = {name: sides[name] for name in group}, BURSTS[arguments.case] if LARGE or not CUDA else 1
+        times = best_times({name: side.iteration for name, side in built.items()}, arguments.rounds, burst)
         if group[0] in OUR_SIDES and "phases" not in entry:
             entry["phases"] = phases(built[group[0]])  # before anything is counted: a dispatch mode ends compilation
         counted = counts(built)

@@ -38,10 +38,10 @@ def run_script(script: str, *arguments: str, **environment: str) -> str:
     return _run(["bash", script, *arguments], PYTHON=sys.executable, PYTHONPATH=everywhere, **environment)
 
 
-def run_pytest(file: str, *arguments: str) -> str:
+def run_pytest(file: str, *arguments: str, **environment: str) -> str:
     """Run pytest on a file, on the stand-in."""
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.gpu_stand_in.plugin"]
-    return run("-m", "pytest", *options, file, *arguments)
+    return run("-m", "pytest", *options, file, *arguments, **environment)
 
 
 def run_cases(file: str) -> str:
