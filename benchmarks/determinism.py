@@ -32,7 +32,8 @@ def starter(arguments: argparse.Namespace, folder: Path) -> Callable[[str], subp
     """Prepare data and a teacher; returns what starts the run of a name, or has it go on."""
     overrides = [
         "train.deterministic=true", f"train.steps={arguments.steps}",
-        f"checkpoint.every={max(1, arguments.steps // 2)}", "checkpoint.keep=1", "telemetry.log_every=1", "rdmd.fake_warmup=0",
+        f"checkpoint.every={max(1, arguments.steps // 2)}", "checkpoint.keep=1", "telemetry.log_every=1",
+        "rdmd.fake_warmup=0",
     ]  # fmt: skip
     config = folder / "resolved.yaml"
     config.write_text(dump_config(run_config(arguments.case, "bf16", folder, overrides, arguments.batch)))

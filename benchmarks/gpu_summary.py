@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.report import by_case, load_rows
 
-GIB = 2**30
+MIB = 2**20
 ABSENT = "not measured"
 # github.com/tianweiy/DMD2, experiments/imagenet/README.md and its scripts: ADM at 64×64 in bf16, 7 × 40 samples an
 # iteration, of them one in five with a generator update; 200k iterations in 53 h, 410k (without GAN) in 70 h.
@@ -82,14 +83,14 @@ SIDES = ("ours", "plain", "plain_fp32", "ours_compiled", "plain_compiled")
 
 
 def step_lines(entry: dict) -> Iterator[str]:
-    predicted = entry["predicted_bytes"] / GIB
+    predicted = entry["predicted_bytes"] / MIB
     batch = f"batch {entry['batch']}, {entry['fake_updates']} fake updates"
-    yield f"{entry['case']}, {entry['dtype']}, {batch}; memory as predicted for ours {predicted:.2f} GiB"
+    yield f"{entry['case']}, {entry['dtype']}, {batch}; memory as predicted for ours {predicted:.1f} MiB"
     titles = (
         ("ms", 9),
         ("images/s", 10),
         ("MFU", 7),
-        ("peak GiB", 10),
+        ("peak MiB", 10),
         ("of predicted", 14),
         ("waits", 7),
         ("launches", 10),
@@ -98,10 +99,10 @@ def step_lines(entry: dict) -> Iterator[str]:
     for name in SIDES:
         if (row := entry.get(name)) is None:
             continue
-        share = f"{row['peak_bytes'] / GIB / predicted:.0%}" if name.startswith("ours") else "-"
+        share = f"{row['peak_bytes'] / MIB / predicted:.0%}" if name.startswith("ours") else "-"
         yield (
             f"  {name:<16}{row['seconds'] * 1e3:>9.2f}{row['images_per_second']:>10.1f}{row['mfu']:>7.1%}"
-            f"{row['peak_bytes'] / GIB:>10.2f}{share:>14}{row['host_syncs']:>7}{row['launches']:>10}"
+            f"{row['peak_bytes'] / MIB:>10.1f}{share:>14}{row['host_syncs']:>7}{row['launches']:>10}"
         )
 
 
@@ -118,7 +119,8 @@ def step(folder: Path) -> Iterator[str]:
     for who, count in entry["ours"]["host_syncs_of"].items():
         yield f"  waits of {who}: {count}"
     phases = entry["phases"]
-    yield "  ours by phase, ms: " + ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in phases.items())
+    listing = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in phases.items())
+    yield from textwrap.wrap(f"ours by phase, ms: {listing}", 98, initial_indent="  ", subsequent_indent="    ")
     yield from (f"  {name}: {ABSENT}" for name in SIDES if name not in entry and name != "plain_fp32")
 
 

@@ -27,10 +27,10 @@ mkdir -p "$results"
 
 whole=(0 170 230 170)  # seconds of each call, less those of ending
 song=(--case songunet64) adm=(--case adm64 --batch 40) rounds=(--rounds 10)
-largest=(--largest 2) tests=() workers=() slower=1
+largest=(--largest 2) tests=() workers=() dtype=bf16 slower=1
 if [[ ${RUN_GPU_SIZE:-} == toy ]]; then
   slower=20
-  song=(--case toy --batch 8) adm=("${song[@]}") rounds=(--rounds 1)
+  song=(--case toy --batch 8) adm=("${song[@]}") rounds=(--rounds 1) dtype=fp32
   largest=(--largest 1 -k denoising) tests=(-k averaging)
 elif "$PYTHON" -c 'import xdist' 2>/dev/null; then
   workers=(-n 8)  # hundreds of variants of kernels are compiled
@@ -56,7 +56,7 @@ part() {  # name, seconds it may take (0: any), arguments of Python; RESULTS/NAM
 }
 
 step() {  # name, seconds, arguments of benchmarks.step
-  part "step_$1" "$2" -m benchmarks.step --dtype bf16 "${@:3}" --json "$results/step_$1.json"
+  part "step_$1" "$2" -m benchmarks.step --dtype "$dtype" "${@:3}" --json "$results/step_$1.json"
 }
 
 for word in "$@"; do
