@@ -25,14 +25,16 @@ def call(tmp_path):
 
 def test_first_call_says_that_kernels_are_right_and_how_fast_they_are(call):
     table, kept = call("1")
-    assert kept["correctness"]["tests"] == {"test_averaging": {"passed": 1, "failed": 0, "skipped": 0}}
+    one = {"passed": 1, "failed": 0, "skipped": 0}
+    assert kept["correctness"]["tests"] == {"test_averaging": one, "test_noise_has_the_bits_of_the_cpu": one}
     assert kept["correctness"]["finished"] and not kept["correctness"]["failures"]
     assert kept["peaks"]["copy_bandwidth"] > 0 and set(kept["peaks"]["matmul"]) == {"fp32", "bf16"}
     rows = [row["extra_info"] for row in kept["kernels_largest"]["benchmarks"]]
     assert [(row["operation"], row["implementation"]) for row in rows] == [
         ("denoising_gradient", "ours"), ("denoising_gradient", "eager"),
     ]  # fmt: skip
-    assert "1 passed, 0 failed" in table[1] and any(line.startswith("denoising_gradient") for line in table)
+    assert "2 passed, 0 failed" in table[1] and table[2].endswith("yes, in 1 tests")
+    assert any(line.startswith("denoising_gradient") for line in table)
 
 
 def test_second_call_sets_the_step_beside_the_plain_one_written_and_compiled(call):
