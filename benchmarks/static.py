@@ -4,7 +4,8 @@
 
 Every ``StaticCase`` of tests/kernels/static_cases.py is compiled ahead of time for five architectures; ptxas reports
 registers and spills, the PTX tells the width of each argument's accesses. Launches and bytes of a training turn are
-counted by benchmarks/traffic.py. Exit status 1 if a limit is broken: spills, access width, registers, bytes, launches.
+counted by benchmarks/traffic.py. Exit status 1 if a limit is broken: spills, atomics, access width, registers, bytes,
+launches.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ TURN_LIMITS = {"generator": (6.0, 3), "generator_uniform": (6.0, 3), "generator_
 
 _USED = re.compile(r"Used (\d+) registers")
 _SPILLED = re.compile(r"(\d+) bytes spill (?:stores|loads)")
+_ATOMIC = re.compile(r"^\s*(?:@!?%\w+\s+)?((?:atom|red)\.\S+)", re.MULTILINE)
 _PARAMETER = re.compile(r"ld\.param\.\S+\s+(%\w+), \[\w+_param_(\d+)\]")
 _ACCESS = re.compile(r"\b(ld|st)\.global(\.\S+)\s+(.*)")
 _WIDTH = re.compile(r"(?:\.v(\d))?\.[bfus](\d+)$")
@@ -100,7 +102,7 @@ def source_and_options(case) -> tuple:
 
 
 def compile_case(case, architectures: Sequence[int]) -> list[dict]:
-    """Registers, spill bytes and access widths of one case on each architecture (80 for sm_80).
+    """Registers, spill bytes, atomics and access widths of one case on each architecture (80 for sm_80).
 
     Triton's own IR, which half of the time goes into, is the same for all of them.
     """
@@ -135,6 +137,7 @@ def _record(case, architecture: int, log: str, ptx: str) -> dict:
         "spill_bytes": sum(map(int, _SPILLED.findall(log))),
         "vector_bytes": min(bulk or accesses.values(), default=0),
         "accesses": accesses,
+        "atomics": _ATOMIC.findall(ptx),
         "must_vectorise": case.vector_pointers,
     }
 
@@ -184,6 +187,8 @@ def kernel_violations(record: dict) -> list[str]:
     broken = []
     if record["spill_bytes"] > most_spills():
         broken.append(f"{where}: spills {record['spill_bytes']} bytes")
+    if record["atomics"]:
+        broken.append(f"{where}: results depend on the order of threads, by {record['atomics'][0]}")
     if record["registers"] > MAX_REGISTERS:
         broken.append(f"{where}: {record['registers']} registers, at most {MAX_REGISTERS}")
     if record["must_vectorise"] and record["vector_bytes"] < VECTOR_BYTES:

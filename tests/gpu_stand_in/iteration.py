@@ -26,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kind", choices=("rdmd", "teacher"), default="rdmd")
     parser.add_argument("--stage", type=int, choices=range(4), default=0, help="ZeRO stage (0)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument("--before", type=int, default=BEFORE, help=f"iterations before the one that is logged ({BEFORE})")
     parser.add_argument("--lines", action="store_true", help="write each operation at each place to standard error")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_args()
@@ -50,7 +51,7 @@ def build_config(arguments: argparse.Namespace, folder: Path):
 
 
 def record(arguments: argparse.Namespace, folder: Path) -> dict:
-    """Train ``BEFORE`` iterations, then one that is logged."""
+    """Train some iterations, then one that is logged."""
     import torch
 
     from benchmarks.step_sides import Ours
@@ -62,7 +63,7 @@ def record(arguments: argparse.Namespace, folder: Path) -> dict:
     ours = Ours(build_config(arguments, folder))
     while ours.stage.warm_up():
         pass
-    for _ in range(BEFORE):
+    for _ in range(arguments.before):
         ours.iteration()
     with recording() as log:
         ours.iteration()

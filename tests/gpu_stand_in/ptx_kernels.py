@@ -27,7 +27,9 @@ HEAD = """
 _PREFIX = {1: "%h", 2: "%h", 4: "%r", 8: "%d"}  # of registers, by bytes of what they hold
 
 
-def launch(body: str, *arrays: np.ndarray, threads: int = 32, grid=(1, 1, 1), shared: int = 0, sizes=None) -> None:
+def launch(
+    body: str, *arrays: np.ndarray, threads: int = 32, grid=(1, 1, 1), shared: int = 0, sizes=None, copies=False
+) -> None:
     """Run ``body`` on arrays, whose addresses are in %d90, %d91 and so on; %r98 is the thread's number, as is %d98.
 
     Args:
@@ -35,7 +37,7 @@ def launch(body: str, *arrays: np.ndarray, threads: int = 32, grid=(1, 1, 1), sh
     """
     parameters = ",\n".join(f".param .u64 .ptr .global .align 1 case_param_{i}" for i in range(len(arrays)))
     loads = "\n".join(f"    ld.param.b64 %d{90 + i}, [case_param_{i}];" for i in range(len(arrays)))
-    kernel = Kernel(HEAD.format(parameters=parameters, threads=threads, body=f"{loads}\n{body}"))
+    kernel = Kernel(HEAD.format(parameters=parameters, threads=threads, body=f"{loads}\n{body}"), copies)
     addresses = [array.ctypes.data for array in arrays]
     allocations = zip(addresses, sizes or [array.nbytes for array in arrays], strict=True)
     kernel.launch(grid, threads, addresses, shared, allocations)

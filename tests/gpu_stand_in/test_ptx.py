@@ -63,11 +63,16 @@ INTEGERS = {
     "add.s32": ("s32 s32", "s32", lambda a, b: a + b),
     "add.s64": ("s64 s64", "s64", lambda a, b: a + b),
     "add.s16": ("s16 s16", "s16", lambda a, b: a + b),
+    "add.u64": ("u64 u64", "u64", lambda a, b: a + b),
+    "add.s16x2": ("b32 b32", "b32", lambda a, b: (a & 0xFFFF) + b & 0xFFFF | (a >> 16) + (b >> 16) << 16),
+    "sub.s64": ("s64 s64", "s64", lambda a, b: a - b),
     "sub.s32": ("s32 s32", "s32", lambda a, b: a - b),
     "sub.s16": ("s16 s16", "s16", lambda a, b: a - b),
     "neg.s32": ("s32", "s32", lambda a: -a),
     "min.s32": ("s32 s32", "s32", min),
     "max.s32": ("s32 s32", "s32", max),
+    "min.s64": ("s64 s64", "s64", min),
+    "max.s64": ("s64 s64", "s64", max),
     "mul.lo.s32": ("s32 s32", "s32", lambda a, b: a * b),
     "mul.lo.s64": ("s64 s64", "s64", lambda a, b: a * b),
     "mul.hi.u32": ("u32 u32", "u32", lambda a, b: a * b >> 32),
@@ -85,6 +90,7 @@ INTEGERS = {
     "rem.s32": ("s32 s32", "s32", lambda a, b: a - b * truncated(a, b)),
     "and.b16": ("b16 b16", "b16", lambda a, b: a & b),
     "and.b32": ("b32 b32", "b32", lambda a, b: a & b),
+    "and.b64": ("b64 b64", "b64", lambda a, b: a & b),
     "or.b16": ("b16 b16", "b16", lambda a, b: a | b),
     "or.b32": ("b32 b32", "b32", lambda a, b: a | b),
     "or.b64": ("b64 b64", "b64", lambda a, b: a | b),
@@ -98,12 +104,17 @@ INTEGERS = {
     "shr.s16": ("s16 u32", "s16", lambda a, n: a >> min(n, 99)),
     "shr.u32": ("u32 u32", "u32", lambda a, n: a >> min(n, 99)),
     "shr.s32": ("s32 u32", "s32", lambda a, n: a >> min(n, 99)),
+    "shr.s64": ("s64 u32", "s64", lambda a, n: a >> min(n, 99)),
+    "shf.l.wrap.b32": ("b32 b32 u32", "b32", lambda low, high, n: (high << 32 | low) << (n & 31) >> 32),
     "shr.u64": ("u64 u32", "u64", lambda a, n: a >> min(n, 99)),
     "bfe.u32": ("u32 u32 u32", "u32", lambda a, p, n: bit_field(a, p, n, False)),
     "bfe.s32": ("b32 u32 u32", "s32", lambda a, p, n: bit_field(a, p, n, True)),
     "cvt.u64.u32": ("u32", "u64", lambda a: a),
     "cvt.s64.s32": ("s32", "s64", lambda a: a),
     "cvt.u32.u64": ("u64", "u32", lambda a: a),
+    "cvt.u16.u64": ("u64", "u16", lambda a: a),
+    "cvt.u64.u16": ("u16", "u64", lambda a: a),
+    "cvt.s16.s8": ("b16", "s16", lambda a: wrapped(a, np.int8)),
     "cvt.u16.u32": ("u32", "u16", lambda a: a),
     "cvt.u32.u16": ("u16", "u32", lambda a: a),
     "cvt.s32.s16": ("s16", "s32", lambda a: a),
@@ -132,6 +143,16 @@ def test_integers(name):
     inputs = amounts(name, shortened([integers(kind, seed) for seed, kind in enumerate(kinds.split())]))
     expected = [wrapped(function(*map(int, values)), TYPES[out]) for values in zip(*inputs, strict=True)]
     assert evaluate(name, inputs, TYPES[out]).tolist() == expected
+
+
+def test_products_of_64_bits_by_a_carry():
+    a, b, c = (integers("u32", seed) for seed in range(3))
+    low = "mad.lo.cc.u32 %r60, {0}, {1}, {2};\n "
+    exact = [int(x) * int(y) + int(z) for x, y, z in zip(a, b, c, strict=True)]
+    result = evaluate(low + "madc.hi.u32 {out}, {0}, {1}, 0;", [a, b, c], np.uint32)
+    assert result.tolist() == [each >> 32 for each in exact]
+    result = evaluate(low + "mov.b32 {out}, %r60;", [a, b, c], np.uint32)
+    assert result.tolist() == [each & 0xFFFFFFFF for each in exact]
 
 
 @pytest.mark.parametrize("selector", [0x7770, 0x7771, 0x7772, 0x7773, 0x3210, 0x5410, 0x7632, 0x0123, 0xBA98, 0xFEDC])
@@ -228,6 +249,50 @@ def test_fused_multiply_add_rounds_once():
         for each in ([np.inf, 0, 3e38, np.nan, 0], [1, np.inf, 3e38, 1, -1], [-np.inf, 1, 0, 1, 0])
     ]
     same(evaluate("fma.rn.f32", edges, np.float32), np.array([np.nan, np.nan, np.inf, np.nan, 0], np.float32))
+
+
+def test_fused_multiply_add_rounds_downwards():
+    random = np.random.default_rng(0)
+    x, y, z = (random.standard_normal(600).astype(np.float32) for _ in range(3))
+    for a, b, c, result in zip(x, y, z, evaluate("fma.rm.ftz.f32", [x, y, z], np.float32), strict=True):
+        exact = Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))
+        assert Fraction(float(result)) <= exact < Fraction(float(np.nextafter(result, INFINITY)))
+
+
+def test_subnormal_numbers_are_flushed():
+    tiny, small, one = (np.array([sign * size for sign in (1, -1)], np.float32) for size in (1e-40, 2e-30, 1))
+    for name, inputs in {
+        "abs.ftz.f32": [tiny],
+        "mul.rn.ftz.f32": [tiny, 1e20 * one],
+        "fma.rn.ftz.f32": [1e20 * one, tiny, 0 * one],
+    }.items():
+        result = evaluate(name, inputs, np.float32)
+        assert (result == 0).all() and evaluate(name.replace(".ftz", ""), inputs, np.float32).all()
+    assert (evaluate("mul.rn.ftz.f32", [small, 1e-10 * one], np.float32) == 0).all()  # what comes out
+    same(evaluate("mul.rn.ftz.f32", [small, one], np.float32), small * one)
+    same(evaluate("fma.rn.ftz.f32", [small, one, one], np.float32), small * one + one)
+    same(evaluate("abs.ftz.f32", [small], np.float32), np.abs(small))
+
+
+DOUBLES = {
+    "add.f64": lambda a, b: a + b, "sub.f64": lambda a, b: a - b, "mul.f64": lambda a, b: a * b,
+    "div.rn.f64": lambda a, b: a / b, "neg.f64": lambda a: -a, "abs.f64": abs,
+    "fma.rn.f64": lambda a, b, c: a * b + c,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOUBLES)
+def test_double_precision_rounds_once(name):
+    random = np.random.default_rng(0)
+    count = 1 if name in ("neg.f64", "abs.f64") else 3 if name == "fma.rn.f64" else 2
+    inputs = [random.standard_normal(200) * 2.0 ** random.integers(-60, 60, 200) for _ in range(count)]
+    if count == 3:
+        inputs[2][:100] = -inputs[0][:100] * inputs[1][:100]  # what is left is the product's error
+    expected = [float(DOUBLES[name](*map(Fraction, values))) for values in zip(*inputs, strict=True)]
+    same(evaluate(name, inputs, np.float64), np.array(expected))
+    edges = [np.array([0.0, -0.0, np.inf, np.nan]), np.array([-1.0, 1.0, -2.0, 1.0]), np.full(4, -0.0)][:count]
+    with np.errstate(all="ignore"):
+        same(evaluate(name, edges, np.float64), DOUBLES[name](*edges))
 
 
 # Relative, as the PTX manual states it for a GPU (ex2: 2 units in the last place; rsqrt and rcp 2^-22.9; div.full 2
@@ -335,6 +400,20 @@ def test_rounding_to_16_bits(kind):
     assert (evaluate(back, [result], np.float32) == expected).all()
 
 
+def test_sums_of_16_bits():
+    _, _, _, widen, largest = HALVES["bf16"]
+    finite = np.concatenate([np.arange(largest + 1), np.arange(0x8001, 0x8000 + largest + 1)]).astype(np.uint16)
+    near = finite[(np.abs(widen(finite)) < 64) & (np.abs(widen(finite)) > 1e-3)]
+    x, y = np.random.default_rng(0).choice(near, (2, 900))
+    exact = widen(x).astype(np.float64) + widen(y).astype(np.float64)
+    expected = widen(halves(exact, finite, widen))
+    assert (widen(evaluate("add.bf16", [x, y], np.uint16)) == expected).all()
+    pairs = [each.astype(np.uint32) << 16 | each[::-1] for each in (x, y)]
+    result = evaluate("add.bf16x2", pairs, np.uint32)
+    assert (widen((result >> 16).astype(np.uint16)) == expected).all()
+    assert (widen((result & 0xFFFF).astype(np.uint16)) == expected[::-1]).all()
+
+
 @pytest.mark.parametrize("kind", HALVES)
 def test_16_bits_at_the_edges(kind):
     one, _, back, widen, largest = HALVES[kind]
@@ -373,6 +452,25 @@ def test_floats_become_integers():
         assert evaluate(f"cvt.{mode}.s32.f32", [x], np.int32).tolist() == [*expected, top, bottom, 0, top]
     assert evaluate("cvt.rzi.u32.f32", [x], np.uint32).tolist() == [0, 1, 0, 2, 0, 3000000000, 0, 0, 2**32 - 1]
     same(evaluate("cvt.rmi.f32.f32", [x[:5]], np.float32), np.floor(x[:5]))
+    assert evaluate("cvt.rzi.s32.f32", [x[:5]], np.int32).tolist() == [0, 1, -1, 2, -2]
+    assert evaluate("cvt.rni.ftz.s32.f32", [x[:5]], np.int32).tolist() == [0, 2, -2, 3, -3]
+
+
+def test_conversions_of_double_precision():
+    x = np.random.default_rng(0).standard_normal(200) * 1e3
+    expected = np.array([nearest_f32(Fraction(value)) for value in x], np.float32)
+    same(evaluate("cvt.rn.f32.f64", [x], np.float32), expected)
+    same(evaluate("cvt.f64.f32", [expected], np.float64), np.array([float(value) for value in expected]))
+    x = np.array([0.5, 1.5, -2.5, 3.7, 2.0**60])
+    same(evaluate("cvt.rni.f64.f64", [x], np.float64), np.array([0, 2, -2, 4, 2.0**60]))
+    for name, kind in {"cvt.rn.f64.s64": "s64", "cvt.rn.f64.u64": "u64"}.items():
+        values = integers(kind, 5)
+        same(evaluate(name, [values], np.float64), np.array([float(int(value)) for value in values]))
+
+
+def test_saturation_between_0_and_1():
+    x = np.array([np.nan, -1, 0.25, 1.5, 1e-45, -0.0, np.inf, -np.inf], np.float32)
+    same(evaluate("cvt.ftz.sat.f32.f32", [x], np.float32), np.array([0, 0, 0.25, 1, 0, 0, 1, 0], np.float32))
 
 
 # -- predicates --------------------------------------------------------------------------------------------------------
@@ -383,6 +481,7 @@ RELATIONS = {
     "setp.ge.s32": ("s32", np.greater_equal), "setp.lt.u32": ("u32", np.less), "setp.lt.s64": ("s64", np.less),
     "setp.lt.u64": ("u64", np.less), "setp.eq.b32": ("b32", np.equal), "setp.ne.b32": ("b32", np.not_equal),
     "setp.lt.s16": ("s16", np.less), "setp.ne.b16": ("b16", np.not_equal), "setp.eq.b64": ("b64", np.equal),
+    "setp.eq.b16": ("b16", np.equal), "setp.ne.b64": ("b64", np.not_equal),
 }  # fmt: skip
 
 
@@ -402,13 +501,15 @@ FLOAT_RELATIONS = {
     "setp.leu.f32": (1, 1, 0, 1), "setp.gtu.f32": (0, 0, 1, 1), "setp.geu.f32": (0, 1, 1, 1),
     "setp.equ.f32": (0, 1, 0, 1), "setp.neu.f32": (1, 0, 1, 1),
     "setp.num.f32": (1, 1, 1, 0), "setp.nan.f32": (0, 0, 0, 1),
+    "setp.lt.f64": (1, 0, 0, 0), "setp.le.f64": (1, 1, 0, 0), "setp.gt.f64": (0, 0, 1, 0), "setp.nan.f64": (0, 0, 0, 1),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FLOAT_RELATIONS)
 def test_comparisons_of_floats(name):
     less, equal, greater, nan = FLOAT_RELATIONS[name]
-    x, y = np.array([1, 1, 2, np.nan, 1, -0.0], np.float32), np.array([2, 1, 1, 1, np.nan, 0.0], np.float32)
+    dtype = np.float32 if name.endswith("f32") else np.float64
+    x, y = np.array([1, 1, 2, np.nan, 1, -0.0], dtype), np.array([2, 1, 1, 1, np.nan, 0.0], dtype)
     result = evaluate(SELECT.format(compare=name), [x, y], np.uint32)
     assert result.tolist() == [less, equal, greater, nan, nan, equal]
 
@@ -439,6 +540,14 @@ def test_selections():
         == np.where(x < y, x.view(np.uint32), y.view(np.uint32))
     ).all()
     assert (evaluate(text + "selp.f32 {out}, 0f3F800000, 0f00000000, %p1;", [x, y], np.float32) == (x < y)).all()
+
+
+@pytest.mark.parametrize("name", ["selp.b16", "selp.b64", "selp.f64"])
+def test_selections_of_other_widths(name):
+    dtype = {"b16": np.uint16, "b64": np.uint64, "f64": np.float64}[name[5:]]
+    x, y = np.arange(40).astype(dtype), np.arange(100, 140).astype(dtype)
+    result = evaluate(f"setp.lt.u32 %p1, %r98, 7;\n {name} {{out}}, {{0}}, {{1}}, %p1;", [x, y], dtype)
+    assert (result == np.where(np.arange(40) < 7, x, y)).all()
 
 
 def test_guards():
@@ -536,6 +645,12 @@ COPIES = {
     ),
     "v2.b64": ("ld.global.v2.b64 { %d3, %d4 }, [%d1];", "st.global.v2.b64 [%d2], { %d3, %d4 };", 16),
     "v4.b16": ("ld.global.v4.b16 { %h1, %h2, %h3, %h4 }, [%d1];", "st.global.v4.b16 [%d2], { %h1, %h2, %h3, %h4 };", 8),
+    "nc.b32": ("ld.global.nc.b32 %r1, [%d1];", "st.global.b32 [%d2], %r1;", 4),
+    "shared.v2.b16": (
+        "ld.global.b32 %r1, [%d1]; mov.b32 {%h1, %h2}, %r1; st.shared.v2.b16 [%r9], {%h1, %h2};"
+        "ld.shared.v2.b16 {%h3, %h4}, [%r9]; mov.b32 %r2, {%h3, %h4};",
+        "st.global.b32 [%d2], %r2;", 4,
+    ),
     "shared.b16": (
         "ld.global.b16 %h1, [%d1]; st.shared.b16 [%r9], %h1; ld.shared.b16 %h2, [%r9];", "st.global.b16 [%d2], %h2;", 2,
     ),
@@ -596,6 +711,70 @@ def test_unmasked_access_beyond_the_end_is_a_fault(name):
             launch(copy_kernel(name), source, target, threads=64, shared=64 * width, sizes=order)
     masked = "setp.eq.b32 %p1, %r98, 63;\n @%p1 ret;"
     launch(copy_kernel(name, masked), source, target, threads=64, shared=64 * width, sizes=sizes)
+
+
+POLICIES = {
+    "createpolicy.fractional.L2::evict_first.b64": [
+        "ld.global.L1::evict_first.L2::cache_hint.b16", "ld.global.L1::evict_first.L2::cache_hint.b32",
+        "ld.global.L1::evict_first.L2::cache_hint.b64", "ld.global.L1::evict_first.L2::cache_hint.v2.b32",
+        "ld.global.L1::evict_first.L2::cache_hint.v4.b32",
+    ],
+    "createpolicy.fractional.L2::evict_last.b64": [
+        "ld.global.L1::evict_last.L2::cache_hint.b16", "ld.global.L1::evict_last.L2::cache_hint.b32",
+        "ld.global.L1::evict_last.L2::cache_hint.b64", "ld.global.L1::evict_last.L2::cache_hint.v2.b32",
+        "ld.global.L1::evict_last.L2::cache_hint.v4.b32",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "load"), [(policy, load) for policy in POLICIES for load in POLICIES[policy]])
+def test_hints_for_the_cache_change_nothing(policy, load):
+    plain, store, width = COPIES[load.split("cache_hint.")[1]]
+    source = aligned(np.random.default_rng(0).integers(0, 256, (64, width)).astype(np.uint8))
+    target = aligned(np.zeros_like(source))
+    hinted = plain.replace(plain.split()[0], load).replace(";", ", %d8;")
+    body = copy_kernel(load.split("cache_hint.")[1]).replace(plain, f"{policy} %d8, 1.0;\n {hinted}")
+    launch(body, source, target, threads=64)
+    assert (target == source).all() and hinted in body
+
+
+LOCAL = """
+    .local .align 4 .b8 depot[8];
+    mov.b64 %d1, depot;
+    cvt.u32.u64 %r1, %d1;
+    st.local.b32 [%r1+4], %r98;
+    st.local.b32 [%r1], 7;
+    sub.s32 %r2, %r1, 8;
+    ld.local.b32 %r3, [%r2+{offset}];
+    mad.wide.u32 %d2, %r98, 4, %d90;
+    st.global.b32 [%d2], %r3;
+"""
+
+
+def test_local_memory_is_of_each_thread():
+    out = aligned(np.zeros(64, np.uint32))
+    launch(LOCAL.format(offset=12), out, threads=64)
+    assert out.tolist() == list(range(64))
+    for offset, fault in {16: "out of bounds", 4: "out of bounds", 10: "misaligned"}.items():
+        with pytest.raises(Fault, match=fault):
+            launch(LOCAL.format(offset=offset), out, threads=64)
+
+
+def test_constants_come_with_the_kernel():
+    out = aligned(np.zeros(2, np.uint32))
+    launch(
+        """
+        .global .align 4 .b8 table[8] = {1, 2, 0, 0, 255, 0, 0, 128};
+        mov.b64 %d1, table;
+        ld.global.nc.b32 %r1, [%d1];
+        ld.global.nc.b32 %r2, [%d1+4];
+        st.global.v2.b32 [%d90], {%r1, %r2};
+        """,
+        out, threads=1,
+    )  # fmt: skip
+    assert out.tolist() == [0x201, 0x800000FF]
+    with pytest.raises(Fault, match="out of bounds"):
+        launch(".global .align 4 .b8 table[1] = {1};\n mov.b64 %d1, table;\n ld.global.nc.b32 %r1, [%d1];")
 
 
 def test_parameters():
@@ -676,48 +855,63 @@ STAGE = """
 """
 
 
-# (of four matrices, of one)
+# (of four matrices, of two, of one)
 LOADS = {
-    False: ("ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x1.shared.b16"),
-    True: ("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16"),
-}
+    False: (
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16", "ldmatrix.sync.aligned.m8n8.x2.shared.b16",
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16",
+    ),
+    True: (
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16",
+        "ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("transposed", LOADS)
 def test_matrices_are_loaded(transposed):
     matrices = aligned(np.arange(256, dtype=np.uint16).reshape(4, 8, 8))
     stage = STAGE.format(bytes=16, kind="v4.b32", registers="{%r4, %r5, %r6, %r7}")
-    of_four, of_one = LOADS[transposed]
+    of_four, of_two, of_one = LOADS[transposed]
     out = aligned(np.zeros((32, 4, 2), np.uint16))
     load = f"{of_four} {{%r10, %r11, %r12, %r13}}, [%r3];\n"
     store = "mad.wide.u32 %d2, %r98, 16, %d91;\n st.global.v4.b32 [%d2], {%r10, %r11, %r12, %r13};"
     launch(stage + load + store, matrices, out, shared=512)
     for number in range(4):
         assert (out[:, number] == matrix_lanes(matrices[number], transposed)).all()
+    pair = aligned(np.zeros((32, 2, 2), np.uint16))
+    load = f"{of_two} {{%r10, %r11}}, [%r3];\n"
+    store = "mad.wide.u32 %d2, %r98, 8, %d91;\n st.global.v2.b32 [%d2], {%r10, %r11};"
+    launch(stage + load + store, matrices, pair, shared=512)
+    assert (pair == out[:, :2]).all()
     load = f"{of_one} {{%r10}}, [%r3+0];\n"
     store = "mad.wide.u32 %d2, %r98, 4, %d91;\n st.global.b32 [%d2], %r10;"
     launch(stage + load + store, matrices, out, shared=512)
     assert (out.reshape(-1)[:64].reshape(32, 2) == matrix_lanes(matrices[0], transposed)).all()
 
 
-def test_matrices_are_stored():
-    matrix = aligned(np.arange(64, dtype=np.uint16).reshape(8, 8))
-    lanes, out = aligned(matrix_lanes(matrix)), aligned(np.zeros((8, 8), np.uint16))
-    launch(
-        """
-        mad.wide.u32 %d1, %r98, 4, %d90;
-        ld.global.b32 %r1, [%d1];
-        and.b32 %r2, %r98, 7;
-        shl.b32 %r2, %r2, 4;
-        stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r2], {%r1};
-        shl.b32 %r3, %r98, 2;
-        ld.shared.b32 %r4, [%r3];
-        mad.wide.u32 %d2, %r98, 4, %d91;
-        st.global.b32 [%d2], %r4;
-        """,
-        lanes, out, shared=128,
-    )  # fmt: skip
-    assert (out == matrix).all()
+STORES = {
+    1: "stmatrix.sync.aligned.m8n8.x1.shared.b16",
+    2: "stmatrix.sync.aligned.m8n8.x2.shared.b16",
+    4: "stmatrix.sync.aligned.m8n8.x4.shared.b16",
+}
+
+
+@pytest.mark.parametrize("count", STORES)
+def test_matrices_are_stored(count):
+    matrices = aligned(np.arange(64 * count, dtype=np.uint16).reshape(count, 8, 8))
+    lanes = aligned(np.stack([matrix_lanes(matrix) for matrix in matrices]))  # (matrix, lane, 2)
+    out, registers = aligned(np.zeros_like(matrices)), [f"%r{10 + place}" for place in range(count)]
+    move = "mad.wide.u32 %d1, %r98, 4, %d9{array};\n"
+    body = move.format(array=0) + "".join(
+        f"ld.global.b32 {register}, [%d1 + {128 * place}];\n" for place, register in enumerate(registers)
+    )
+    body += f"and.b32 %r2, %r98, {8 * count - 1};\n shl.b32 %r2, %r2, 4;\n"
+    body += f"{STORES[count]} [%r2], {{{', '.join(registers)}}};\n shl.b32 %r3, %r98, 2;\n" + move.format(array=1)
+    for place in range(count):
+        body += f"ld.shared.b32 %r4, [%r3 + {128 * place}];\n st.global.b32 [%d1 + {128 * place}], %r4;\n"
+    launch(body, lanes, out, shared=128 * count)
+    assert (out == matrices).all()
 
 
 # -- races and barriers ------------------------------------------------------------------------------------------------
@@ -775,6 +969,20 @@ def test_race_of_blocks_in_global_memory():
         launch("mov.u32 %r1, %ctaid.x;\n shr.u32 %r1, %r1, 8;\n" + same, many, grid=(600, 1, 1))
 
 
+def test_copies_of_a_tile_may_overwrite_what_they_read():
+    out = aligned(np.zeros(64, np.uint32))
+    own = "mad.wide.u32 %d1, %r98, 4, %d90;\n and.b32 %r1, %r98, 31;\n mad.wide.u32 %d2, %r1, 4, %d90;\n"
+    read, write = "ld.global.b32 %r2, [%d2];\n", "setp.lt.u32 %p1, %r98, 32;\n @%p1 st.global.b32 [%d1], 5;\n"
+    launch(own + read + write, out, threads=64, copies=True)
+    with pytest.raises(Fault, match="race: writes what other threads read"):
+        launch(own + read + write, out, threads=64)
+    one_warp = read.replace("ld", "setp.ge.u32 %p2, %r98, 32;\n @%p2 ld")  # which does not compute what the other does
+    with pytest.raises(Fault, match="race: writes what other threads read"):
+        launch(own + one_warp + write, out, threads=64, copies=True)
+    with pytest.raises(Fault, match="race: writes what other threads read"):
+        launch(own + read + write, out, threads=64, grid=(2, 1, 1), copies=True)
+
+
 @pytest.mark.parametrize("limit", [0, 16, 32, 64])
 def test_barrier_that_some_threads_do_not_reach(limit):
     body = f"setp.lt.u32 %p1, %r98, {limit};\n @%p1 bra $over;\n bar.sync 0;\n$over:\n"
@@ -808,7 +1016,7 @@ def test_instruction_of_a_warp_by_some_of_its_lanes(instruction):
     [
         "frobnicate.b32 %r1, %r2;", "add.sat.s32 %r1, %r2, %r3;", "cvt.rz.bf16.f32 %h1, %r1;",
         "ex2.approx.f16 %h1, %h2;",
-        "ld.local.b32 %r1, [%r2];", "mul.rz.f32 %r1, %r2, %r3;", "bar.sync 1;", "cvt.u32.f32 %r1, %r2;",
+        "ld.const.b32 %r1, [%r2];", "mul.rz.f32 %r1, %r2, %r3;", "bar.sync 1;", "cvt.u32.f32 %r1, %r2;",
         "add.s32 %r1, %r2;",
         "fma.rn.f32 %r1, %r2, %r3;",
         "setp.lt.and.s32 %p1, %r1, %r2, %p2;", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 %r1, %r2;",
@@ -835,6 +1043,25 @@ def test_text_that_cannot_be_read_is_refused(body):
 def test_faults_name_kernel_and_instruction():
     with pytest.raises(Fault, match=r"case: @%p1 trap: the kernel asserts"):
         launch("setp.eq.b32 %p1, %r98, 3;\n @%p1 trap;")
+
+
+def test_assertions_of_a_kernel():
+    call = """
+        setp.eq.b32 %p1, %r98, 3;
+        @%p1 bra $fail;
+        ret;
+    $fail:
+        { // callseq 0, 0
+        .param .b64 param0;
+        st.param.b64 [param0], %d1;
+        call.uni __assertfail, (param0);
+        } // callseq 0
+    """
+    with pytest.raises(Fault, match="the kernel asserts"):
+        launch(call)
+    launch(call.replace("%r98, 3", "%r98, 99"))
+    with pytest.raises(UnknownInstruction):
+        launch("call.uni another, (param0);")
 
 
 def test_registers_have_widths():

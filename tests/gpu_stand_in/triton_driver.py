@@ -22,6 +22,7 @@ from tests.gpu_stand_in.ptx.machine import Kernel
 
 TARGET = GPUTarget("cuda", 90, 32)
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
+loaded: list[Kernel] = []  # all of this process
 
 
 def install() -> None:
@@ -53,6 +54,7 @@ class _Utils:
     def load_binary(name: str, ptx: bytes, shared: int, index: int) -> tuple[Kernel, Kernel, int, int, int]:
         """(module, function, registers, spills, most threads of a block); without a module Triton loads again."""
         kernel = Kernel(ptx.decode(), copies=name.startswith("triton_"))  # Inductor's work in place
+        loaded.append(kernel)
         return kernel, kernel, 0, 0, device.H200.max_threads_per_block
 
     @staticmethod

@@ -46,7 +46,7 @@ def check_limits(result, report, expected):
     architectures = {}
     for record in report["kernels"]:
         architectures.setdefault(record["name"], set()).add(record["arch"])
-        assert record["spill_bytes"] == 0
+        assert record["spill_bytes"] == 0 and record["atomics"] == []
         assert 0 < record["registers"] <= 128
         assert record["vector_bytes"] >= 16 or not record["must_vectorise"]
     operations = {name.split("/")[0] for name in architectures}
@@ -90,6 +90,11 @@ def scale_kernel(x, y, n, BLOCK: tl.constexpr):
     value = tl.load(x + element, mask=element < n)
     tl.store(y + element, value * tl.sum(value, axis=0), mask=element < n)
 
+@triton.jit
+def add_kernel(x, total, n, BLOCK: tl.constexpr):
+    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.atomic_add(total, tl.sum(tl.load(x + element, mask=element < n)))
+
 def static_cases():
     signature = {"x": "*fp32", "y": "*fp32", "n": "i32", "BLOCK": "constexpr"}
     aligned = ("x", "y", "n")
@@ -97,23 +102,31 @@ def static_cases():
         StaticCase("fine", scale_kernel, signature, {"BLOCK": 1024}, aligned),
         StaticCase("spilling", scale_kernel, signature, {"BLOCK": 32768}, aligned),
         StaticCase("narrow", scale_kernel, signature, {"BLOCK": 1024}, ("x", "n")),
+        StaticCase(
+            "atomic", add_kernel, {"x": "*fp32", "total": "*fp32", "n": "i32", "BLOCK": "constexpr"}, {"BLOCK": 1024},
+            ("x", "total", "n"), vector_pointers=False,
+        ),
     ]
 """
 
 
-def test_gate_fails_for_a_kernel_that_spills_and_for_narrow_accesses(tmp_path):
+def test_gate_fails_for_a_kernel_that_spills_for_narrow_accesses_and_for_atomics(tmp_path):
     kernels, file = tmp_path / "bad_kernels.py", tmp_path / "static.json"
     kernels.write_text(BAD_KERNELS)
     result = run("-m", "benchmarks.static", "--kernels", kernels, "--json", file, "--arch", 80, 90, 100)
     assert result.returncode == 1, result.stderr
     records = {(record["name"], record["arch"]): record for record in json.loads(file.read_text())["kernels"]}
-    assert len(records) == 9
+    assert len(records) == 12
     for (name, _), record in records.items():
+        assert (record["atomics"] != []) == (name == "atomic")
+        if name == "atomic":
+            continue
         # 32,768 elements on 128 threads: 256 live values a thread, more than the 255 registers it can have.
         assert (record["spill_bytes"] > 0) == (name == "spilling")
         assert record["accesses"] == {"x": 16, "y": 4 if name == "narrow" else 16}
     assert "spilling on sm_90: spills" in result.stdout
     assert "narrow on sm_90: narrowest argument moves 4 bytes" in result.stdout
+    assert "atomic on sm_90: results depend on the order of threads, by atom." in result.stdout
     assert "fine on" not in result.stdout
 
 
