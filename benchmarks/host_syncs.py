@@ -3,8 +3,9 @@
 Every tensor that is computed from a tensor on the device is on the device. Told which tensors are there at first
 (parameters, buffers, optimizer states, data), a dispatch mode follows their descendants, and counts the operations by
 which the host would have to wait for one: reading numbers (`.item()`, `float(t)`, `bool(t)`, `.tolist()`), sizes that
-depend on values (nonzero, masks as indices), `torch.equal`, and copies to the host: `.cpu()` and `.to("cpu")` by that
-name, any other when it is read from. Code that asks for a GPU's name first is not run, and its waits are not seen.
+depend on values (nonzero, masks as indices), `torch.equal`, copies to the host (`.cpu()` and `.to("cpu")` by that
+name, any other when it is read from) and blocking copies from there (`torch.tensor(…, device=…)`, `copy_`). Code that
+asks for a GPU's name first is not run, and its waits are not seen.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ class HostSyncs(TorchDispatchMode):
         self._patches = contextlib.ExitStack()
         for name, waits in (("tolist", _always), ("numpy", _always), ("cpu", _always), ("to", _names_the_host)):
             self._patches.enter_context(unittest.mock.patch.object(torch.Tensor, name, self._reading(name, waits)))
+        for name in ("tensor", "as_tensor"):
+            self._patches.enter_context(unittest.mock.patch.object(torch, name, self._sending(name)))
         return super().__enter__()
 
     def __exit__(self, *exception):
@@ -80,6 +83,18 @@ class HostSyncs(TorchDispatchMode):
 
         return read
 
+    def _sending(self, name: str):
+        make = getattr(torch, name)
+
+        def send(data, *arguments, device=None, **keywords):
+            made = make(data, *arguments, device=device, **keywords)
+            if device in (None, "cpu") or self._is_marked(data):
+                return made
+            self.wait()
+            return self.mark(made)
+
+        return send
+
     @contextlib.contextmanager
     def inside(self, who: str):
         """What waits in here is ``who``."""
@@ -94,7 +109,7 @@ class HostSyncs(TorchDispatchMode):
         name = function.overloadpacket.__name__
         reads_device = any(self._is_marked(leaf) for leaf in tree_leaves((args, kwargs)))
         result = function(*args, **kwargs)
-        if reads_device and (name in WAITING or self._index_by_mask(name, args)):
+        if reads_device and (name in WAITING or self._index_by_mask(name, args) or self._blocking_copy(name, *args)):
             self.wait()
         if reads_device:
             outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
@@ -114,6 +129,11 @@ class HostSyncs(TorchDispatchMode):
         if name not in ("index", "index_put", "index_put_", "_index_put_impl_"):
             return False
         return any(leaf.dtype in (torch.bool, torch.uint8) for leaf in tree_leaves(args[1]) if leaf is not None)
+
+    def _blocking_copy(self, name: str, to=None, source=None, non_blocking: bool = False, *_) -> bool:
+        from_host = name == "copy_" and not non_blocking and self._is_marked(to) and not self._is_marked(source)
+        # Collectives of CPUs copy by themselves.
+        return from_host and not any("/torch/distributed/" in frame.filename for frame in traceback.extract_stack())
 
     def mark(self, tensor: torch.Tensor) -> torch.Tensor:
         """Say that ``tensor`` is on the device."""

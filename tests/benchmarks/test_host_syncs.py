@@ -26,6 +26,8 @@ from benchmarks.host_syncs import COUNTED, HostSyncs, count_host, counts_of
     lambda t: (t * 2).to("cpu"),
     lambda t: (t * 2).to(device="cpu", dtype=torch.float64),
     lambda t: torch.empty(4).copy_(t).max().item(),
+    lambda t: t.copy_(torch.ones(4)),
+    lambda t: torch.tensor(-1.0, device=t.device) * t,
 ])  # fmt: skip
 def test_every_way_to_wait_counts(wait):
     tensor = torch.randn(4)
@@ -40,9 +42,12 @@ def test_what_needs_no_waiting_does_not_count():
         _ = tensor.shape, tensor.numel(), tensor.dtype
         torch.where(tensor > 0, tensor, 0.0).add_(1)
         tensor.to(device=tensor.device, dtype=torch.float32)
+        tensor.copy_(torch.ones(4), non_blocking=True)
+        tensor.copy_(tensor.flip(0))
+        torch.tensor([1.0]), torch.tensor(2, device="cpu")
         assert int(host[2]) == 2 and host.tolist() == [0, 1, 2, 3]  # never was on the device
     assert not syncs.counts
-    assert syncs.launches == 3  # the comparison, where and add_
+    assert syncs.launches == 6  # the comparison, where, add_, two copies and flip
 
 
 def test_who_waits_is_told():
