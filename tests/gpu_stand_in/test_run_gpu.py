@@ -57,4 +57,4 @@ def test_third_call_says_that_runs_end_alike_and_what_that_costs(call):
     ]
     [adm] = kept["step_adm64"]
     assert adm["fake_updates"] == 5
-    assert f"{5 * adm['ours']['images_per_second']:.1f} images/s as DMD2 counts" in table[-1]
+    assert f"{5 * adm['ours']['images_per_second']:.1f} images/s as DMD2 counts" in table[-2]
