@@ -2,11 +2,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--compile", action="store_true", help="time torch.compile on the CPU too (it always is timed on a GPU)"
     )
+    parser.addoption("--rows", metavar="FILE", help="keep the measurements of test_kernels.py there, as they come")
+    parser.addoption("--largest", type=int, metavar="N", help="of each kernel's shapes only the N with most bytes")
     parser.addoption("--images", type=int, default=4096, help="images of each set in test_data.py (default: 4096)")
 
 
 def pytest_configure(config):
-    config.data_rows = []
+    config.data_rows, config.kernel_rows = [], []
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import plain_kernels
-from benchmarks.timing import CUDA, DEVICE
+from benchmarks.timing import DEVICE, LARGE
 from rdmd_fast.diffusion import DiffusionOptions, Reading, coefficients
 from rdmd_fast.kernels import philox
 from rdmd_fast.kernels.coefficients import Coefficients
@@ -29,7 +29,7 @@ READING, WEIGHT = Reading(0.2, 1.0, 0.4472136, 0.0), 0.05  # the generator's rea
 SAMPLES = [(1024, 2), (8, 3, 32, 32)]
 FEATURES = [(4, 128, 16, 16, torch.float32)]
 PARAMETERS = [(20, 2**14)]
-if CUDA:
+if LARGE:
     SAMPLES = [(1024, 2), (256, 3, 32, 32), (64, 4, 64, 64), (16, 3, 256, 256), (16, 3, 512, 512), (96, 3, 512, 512)]
     FEATURES = [(n, c, side, side, torch.bfloat16) for n, c, side in
                 ((64, 256, 8), (64, 256, 16), (64, 256, 32), (64, 128, 64), (8, 128, 256), (4, 64, 512))]  # fmt: skip
@@ -276,9 +276,14 @@ def normalizing(shape: tuple[int, ...], flipped: bool) -> Operation:
     )
 
 
-def operations() -> Iterator[tuple[str, Callable[[], Operation]]]:
-    """(identifier, constructor) of everything that is timed; inputs are made when the constructor is called."""
-    for shape in SAMPLES:
+def operations(largest: int | None = None) -> Iterator[tuple[str, Callable[[], Operation]]]:
+    """(identifier, constructor) of everything that is timed; inputs are made when the constructor is called.
+
+    Args:
+        largest: only so many of each operation's shapes, those with most bytes.
+    """
+    last = slice(-(largest or 0), None)
+    for shape in SAMPLES[last]:
         builders = {"normal": normal, "noise_forward": noising, "generator_noise_forward": generator_noising}
         builders |= {f"gradient-{w}": lambda s, w=w: gradient(s, w) for w in ("sigma2", "dmd")}
         builders |= {"denoising_gradient": denoising}
@@ -286,7 +291,7 @@ def operations() -> Iterator[tuple[str, Callable[[], Operation]]]:
             builders |= {f"normalize{'-flip' * f}": lambda s, f=f: normalizing(s, f) for f in (False, True)}
         for name, build in builders.items():
             yield f"{name}-{_case(shape)}", lambda build=build, shape=shape: build(shape)
-    for features in FEATURES:
+    for features in FEATURES[last]:
         yield f"group_norm_silu-{_case(features[:4])}", lambda features=features: normalization(*features)
-    for tensors in PARAMETERS:
+    for tensors in PARAMETERS[last]:
         yield f"ema_update-{_case(tensors)}", lambda tensors=tensors: averaging(*tensors)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_networks import PlainUNet
-from benchmarks.timing import CUDA, DEVICE
+from benchmarks.timing import CUDA, DEVICE, LARGE
 from benchmarks.traffic import network_traffic
 from rdmd_fast.networks.dhariwal_unet import DhariwalUNet
 from rdmd_fast.networks.song_unet import SongUNet
@@ -163,7 +163,7 @@ def matmul_peak(dtype: str) -> float:
 
     Each call tries a few: what a machine can do is seen when others leave it alone.
     """
-    for size in (8192,) if CUDA else (512, 2048):
+    for size in (8192,) if LARGE else (512, 2048):
         a, b = (torch.randn(size, size, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
         ways = [functools.partial(torch.matmul, a, b)]
         if not CUDA:  # there products come from another library than convolutions, which may be the faster one

@@ -2,8 +2,8 @@
 
     python -m benchmarks.report FILE.json [--out PICTURE.png]
 
-FILE.json is what ``pytest benchmarks/test_kernels.py --benchmark-json FILE.json`` wrote. The picture shows bandwidth
-against size, one panel an operation.
+FILE.json is what ``pytest benchmarks/test_kernels.py --rows FILE.json`` wrote. The picture shows bandwidth against
+size, one panel an operation.
 """
 
 from __future__ import annotations

@@ -1,86 +1,102 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: first that the kernels are right on it (noise bit-equal to the CPU's, each kernel against
-# its reference), then benchmarks. JSON and pictures go to benchmarks/results/gpu/, or to $RESULTS.
+# Everything that needs a GPU, in three calls for a machine that is had for minutes:
 #
-#   bash benchmarks/run_gpu.sh              correctness, kernels, and the steps of the image networks
-#   bash benchmarks/run_gpu.sh networks memory small startup
-#   bash benchmarks/run_gpu.sh graphs       steps with CUDA graphs by torch.compile
+#   bash benchmarks/run_gpu.sh 1    at most 3 minutes: kernels are right, bandwidth and products, kernels at large sizes
+#   bash benchmarks/run_gpu.sh 2    at most 4 minutes: the step of SongUNet 64x64 in bf16 beside the plain formulation
+#   bash benchmarks/run_gpu.sh 3    at most 3 minutes: determinism and its cost, the step of ADM 64x64
 #
-# steps: an iteration of SongUNet and ADM at 64x64 in bf16 beside the plain formulation under autocast, both as written
-# and under torch.compile. Each case writes its JSON as it ends, so that what is cut off loses only itself; a part that
-# fails does not keep the next ones from running, and the script then ends with 1.
+# Without a word it makes all three. Further words, which take what they take: kernels (all sizes), graphs (steps with
+# CUDA graphs), small (toy and digits), networks, compiled (networks), memory, startup.
 #
-# PYTHON=... chooses the interpreter (default: .venv/bin/python, else python).
-set -euo pipefail
+# Each part keeps JSON and a log in benchmarks/results/gpu/ ($RESULTS) as it goes: what is cut off loses only itself.
+# What is missing on the machine is said in one line before anything is compiled. Exit status: 0, 1 if a part failed or
+# was cut off, 2 if something is missing. $PYTHON chooses the interpreter (.venv/bin/python, else python), and
+# RUN_GPU_SIZE=toy makes every part small.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python
   [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python
 fi
-# Without an installed package the link makes the kernels importable as rdmd_fast.kernels.
-if ! "$PYTHON" -c 'import rdmd_fast.kernels' 2>/dev/null; then
-  [[ -e rdmd_fast/kernels ]] || ln -s ../kernels rdmd_fast/kernels
-  export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-fi
-"$PYTHON" - <<'PY'
-import torch, triton
-assert torch.cuda.is_available(), "benchmarks/run_gpu.sh needs a CUDA device"
-print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
-PY
+unset RDMD_KERNELS TRITON_INTERPRET
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+"$PYTHON" -m benchmarks.preflight || exit 2
 results=${RESULTS:-benchmarks/results/gpu}
 mkdir -p "$results"
-unset RDMD_KERNELS TRITON_INTERPRET
-parts=("$@")
-[[ ${#parts[@]} -gt 0 ]] || parts=(correctness kernels steps)
-workers=()
-if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+[[ $# -gt 0 ]] || set -- 1 2 3
+
+whole=(0 170 230 170)  # seconds of each call, less those of ending
+song=(--case songunet64) adm=(--case adm64 --batch 40) rounds=(--rounds 10)
+largest=(--largest 2) tests=() workers=() dtype=bf16 slower=1
+if [[ ${RUN_GPU_SIZE:-} == toy ]]; then
+  slower=20
+  song=(--case toy --batch 8) adm=("${song[@]}") rounds=(--rounds 1) dtype=fp32
+  largest=(--largest 1 -k denoising) tests=(-k "averaging or (bits_of_the_cpu and 7-1-0)")
+elif "$PYTHON" -c 'import xdist' 2>/dev/null; then
   workers=(-n 8)  # hundreds of variants of kernels are compiled
 fi
+quiet=(-m pytest -q -p no:cacheprovider)
+status=0
 
-step() {  # name of the results, arguments of benchmarks.step
-  "$PYTHON" -m benchmarks.step "${@:2}" --json "$results/step_$1.json"
+part() {  # name, seconds it may take (0: any), arguments of Python; RESULTS/NAME.json is its own
+  local name=$1 limit=$((slower * $2)) start=$SECONDS outcome=""
+  shift 2
+  if ((limit && limit > deadline - SECONDS)); then
+    limit=$((deadline - SECONDS))
+    ((limit > 0)) || limit=1
+  fi
+  rm -f "$results/$name.json"
+  timeout -k 5 "$limit" "$PYTHON" "$@" >"$results/$name.log" 2>&1
+  case $? in
+    0) ;;
+    124 | 137) status=1 outcome=", CUT OFF" ;;
+    *) status=1 outcome=", FAILED: $(grep -v '^ *$' "$results/$name.log" | tail -n 1)" ;;
+  esac
+  echo "== $name: $((SECONDS - start)) s$outcome"
 }
 
-run_part() {
-  local failed=0
-  case "$1" in
-    correctness)
-      "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} tests/kernels/test_on_gpu.py || failed=1 ;;
+step() {  # name, seconds, arguments of benchmarks.step
+  part "step_$1" "$2" -m benchmarks.step --dtype "$dtype" "${@:3}" --json "$results/step_$1.json"
+}
+
+for word in "$@"; do
+  deadline=$((SECONDS + slower * ${whole[word]:-0}))
+  case "$word" in
+    1)
+      part correctness 90 "${quiet[@]}" ${workers[@]+"${workers[@]}"} -p benchmarks.outcomes \
+        --outcomes "$results/correctness.json" ${tests[@]+"${tests[@]}"} tests/kernels/test_on_gpu.py
+      part peaks 40 -m benchmarks.peaks --json "$results/peaks.json"
+      part kernels_largest 170 "${quiet[@]}" "${largest[@]}" --rows "$results/kernels_largest.json" \
+        benchmarks/test_kernels.py ;;
+    2)
+      step songunet64 230 "${song[@]}" "${rounds[@]}" --compile default \
+        --sides ours plain ours_compiled plain_compiled ;;
+    3)
+      part determinism 100 -m benchmarks.determinism "${song[@]}" --json "$results/determinism.json"
+      step as_usual 45 "${song[@]}" "${rounds[@]}" --sides ours
+      step deterministic 45 "${song[@]}" "${rounds[@]}" --sides ours --set train.deterministic=true
+      # As DMD2 trains: a generator update for five of the fake score.
+      step adm64 170 "${adm[@]}" "${rounds[@]}" --sides ours --set rdmd.fake_updates=5 ;;
     kernels)
-      "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_kernels.py \
-        --benchmark-json "$results/kernels.json" --benchmark-columns=median --benchmark-quiet || failed=1
-      "$PYTHON" -m benchmarks.report "$results/kernels.json" --out "$results/kernels.png" || failed=1 ;;
-    steps)
-      # Five sides lie on the device at once: ADM's fit 80 GB at 16 samples.
-      step songunet64 --case songunet64 --dtype bf16 --compile default || failed=1
-      step adm64 --case adm64 --batch 16 --dtype bf16 --compile default || failed=1 ;;
+      part kernels 0 "${quiet[@]}" --rows "$results/kernels.json" benchmarks/test_kernels.py
+      "$PYTHON" -m benchmarks.report "$results/kernels.json" || status=1 ;;
     graphs)
-      step songunet64_graphs --case songunet64 --dtype bf16 --compile reduce-overhead || failed=1
-      step adm64_graphs --case adm64 --batch 16 --dtype bf16 --compile reduce-overhead || failed=1 ;;
+      step songunet64_graphs 0 --case songunet64 --compile reduce-overhead
+      step adm64_graphs 0 --case adm64 --batch 16 --compile reduce-overhead ;;
     small)
-      step toy --case toy || failed=1
-      step digits --case digits || failed=1 ;;
-    networks)
-      "$PYTHON" -m benchmarks.networks --case songunet64 adm64 --batch 32 --json "$results/networks.json" || failed=1 ;;
+      step toy 0 --case toy
+      step digits 0 --case digits ;;
+    networks) part networks 0 -m benchmarks.networks --case songunet64 adm64 --batch 32 --json "$results/networks.json" ;;
     compiled)
-      "$PYTHON" -m benchmarks.networks --case songunet64 adm64 --batch 32 --compile \
-        --json "$results/networks_compiled.json" || failed=1 ;;
+      part networks_compiled 0 -m benchmarks.networks --case songunet64 adm64 --batch 32 --compile \
+        --json "$results/networks_compiled.json" ;;
     memory)
-      "$PYTHON" -m benchmarks.memory --measure --ranks 1 --network 64 adm64 --json "$results/memory.json" || failed=1 ;;
-    startup)
-      "$PYTHON" -m benchmarks.startup --launcher python --json "$results/startup.json" || failed=1 ;;
+      part memory 0 -m benchmarks.memory --measure --ranks 1 --network 64 adm64 --json "$results/memory.json" ;;
+    startup) part startup 0 -m benchmarks.startup --launcher python --json "$results/startup.json" ;;
     *)
-      echo "run_gpu.sh: no part $1, one of correctness kernels steps graphs small networks compiled memory startup" >&2
+      echo "run_gpu.sh: no part $word, one of 1 2 3 kernels graphs small networks compiled memory startup" >&2
       exit 2 ;;
   esac
-  return $failed
-}
-
-status=0
-for part in "${parts[@]}"; do
-  SECONDS=0
-  outcome=""
-  run_part "$part" || { status=1; outcome=", FAILED"; }
-  echo "== $part: $SECONDS s$outcome"
+  [[ $word != [123] ]] || "$PYTHON" -m benchmarks.gpu_summary "$word" "$results"
 done
 exit $status

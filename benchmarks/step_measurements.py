@@ -17,9 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.host_syncs import HostSyncs, count_host, count_on_gpu
 from benchmarks.networks import CUDA, DTYPES, matmul_peak, peak_of, seconds
-from benchmarks.step_cases import BATCHES, ROOT, compile_as, run_config
+from benchmarks.plain_networks import PlainUNet
+from benchmarks.step_cases import BATCHES, ROOT, compile_as, network_options, run_config, sample_shape
 from benchmarks.step_sides import Ours, Plain
 from benchmarks.traffic import MATMULS, network_traffic
+from rdmd_fast.config import Config
+from rdmd_fast.networks import build_network
+from rdmd_fast.networks.flops import distillation_flops, forward_flops
 from rdmd_fast.processes.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
 
 
@@ -49,7 +53,9 @@ def counts(sides: dict[str, Ours | Plain]) -> dict[str, dict]:
     """Count host synchronisations and launches; on a CPU bytes outside matrix products too, of what is not compiled."""
     if CUDA:
         return {name: count_on_gpu(side) for name, side in sides.items()}
-    counted = {"ours": count_host(sides["ours"]), "plain": count_plain(sides["plain"])}
+    counted = {
+        name: count(sides[name]) for name, count in (("ours", count_host), ("plain", count_plain)) if name in sides
+    }
     for name in counted:
         counted[name]["bytes_outside_matmuls"] = network_traffic(sides[name].iteration, MATMULS)
     return counted
@@ -65,13 +71,19 @@ def count_plain(plain: Plain) -> dict:
     return {"host_syncs": sum(syncs.counts.values()), "launches": syncs.launches}
 
 
-def iteration_flops(plain: Plain) -> float:
-    """Count matmul and convolution FLOPs of one iteration with one rollout."""
-    with FlopCounterMode(display=False) as counter:
-        plain.iteration()
-    with FlopCounterMode(display=False) as rollout, torch.no_grad():
-        plain.rdmd.translate(plain.draw())
-    return counter.get_total_flops() - plain.rdmd.options.fake_updates * rollout.get_total_flops()
+def iteration_flops(case: str, config: Config) -> float:
+    """Count matmul and convolution FLOPs of the plain formulation's iteration, less its second rollout, on shapes."""
+    shape, updates, batch = sample_shape(case), config.rdmd.fake_updates, config.train.global_batch_size
+    if case == "toy":
+        generator, score = (forward_flops(options, shape) for options in (config.generator, config.network))
+        return batch * distillation_flops(generator, 0.0, score, updates)
+    with torch.device("meta"):
+        network = PlainUNet(build_network(network_options(case), shape, dropout=False))
+        sample, c_noise = torch.empty(1, *shape), torch.empty(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(sample, c_noise)
+    forward = counter.get_total_flops()
+    return batch * distillation_flops(forward, forward, forward, updates)
 
 
 def phases(ours: Ours, iterations: int = 3) -> dict[str, float]:
@@ -91,17 +103,23 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def allocated_peak(side: Ours | Plain, before: int) -> int:
+    """Measure the bytes that an iteration takes of a GPU's allocator at its height, above what it held ``before``."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    side.iteration()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def peak_memory(side: str, dtype: str, arguments: argparse.Namespace) -> int:
-    """Measure the bytes of a process of its own that runs iterations of one side."""
+    """Measure the resident bytes of a process of its own that runs iterations of one side."""
     command = [
         sys.executable, "-m", "benchmarks.step", "--case", arguments.case,
         "--memory-of", side.partition("_")[0], "--dtype", dtype, "--stage", str(arguments.stage),
         "--batch", str(arguments.batch or BATCHES[arguments.case]),
-        *(["--compile", arguments.compile] if side.endswith("_compiled") else []),
+        *(["--compile", arguments.compile] if side.endswith("_compiled") else []), "--set", *arguments.set,
     ]  # fmt: skip
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()  # the other process needs it
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
@@ -112,7 +130,8 @@ def print_peak(arguments: argparse.Namespace) -> None:
     """Run what ``peak_memory`` starts."""
     dtype, compiled = arguments.dtype[0], arguments.compile
     with tempfile.TemporaryDirectory(prefix="rdmd-step-") as name:
-        config = run_config(arguments.case, dtype, Path(name), compile_as(compiled), arguments.batch, arguments.stage)
+        overrides = [*compile_as(compiled), *arguments.set]
+        config = run_config(arguments.case, dtype, Path(name), overrides, arguments.batch, arguments.stage)
         load_libraries(Path(name), dtype)
 
         def iterations() -> None:

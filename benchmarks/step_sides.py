@@ -128,7 +128,8 @@ def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, 
     epsilons = [n.values(x).clone() for n in (noise, fake_noise)]
     ours.means()
     # What is compiled would be compiled anew for it.
-    with contextlib.nullcontext() if plain.compiled else tf32(False):
+    compiled = plain.compiled or ours.config.train.compile
+    with contextlib.nullcontext() if compiled else tf32(False):
         ours.iteration()
         mine = ours.means()
         y = plain.rdmd.generator_update(x, sigmas[0], epsilons[0])
@@ -145,18 +146,20 @@ def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, 
     return pairs
 
 
-def build_sides(dtype: str, arguments, folder: Path, plain_fp32: Plain | None) -> tuple[dict[str, Ours | Plain], dict]:
-    """Build what is timed, by name, and by ours's names the losses of ``check_equal``."""
-    case, sides, losses = arguments.case, {}, {}
-    modes = {"": None} | ({"_compiled": arguments.compile} if arguments.compile else {})
-    for suffix, mode in modes.items():
-        more, run_folder = compile_as(mode), folder / f"run{suffix}"
-        ours = Ours(run_config(case, dtype, run_folder, more, arguments.batch, arguments.stage))
+def build_side(name: str, sides: dict[str, Ours | Plain], dtype: str, arguments, folder: Path) -> dict[str, tuple]:
+    """Add a side to ``sides``; returns the losses of ``check_equal``, {} where there was nothing to compare.
+
+    Ours come before the plain ones, which begin with the weights of the last of ours.
+    """
+    case, ours = arguments.case, next((side for side in reversed(sides.values()) if isinstance(side, Ours)), None)
+    mode = arguments.compile if name.endswith("_compiled") else None
+    if name.startswith("ours"):
+        overrides = [*compile_as(mode), *arguments.set]
+        ours = Ours(run_config(case, dtype, folder / name, overrides, arguments.batch, arguments.stage))
+        sides[name] = ours
         for _ in range(2):
             ours.iteration()  # so that fake score and teacher differ
-        plain = Plain.like(ours, case, dtype, mode)
-        losses[f"ours{suffix}"] = check_equal(ours, plain, dtype)
-        sides |= {f"ours{suffix}": ours, f"plain{suffix}": plain}
-        if plain_fp32 is None:
-            plain_fp32 = plain if dtype == "fp32" else Plain.like(ours, case, "fp32", None)
-    return {**sides, "plain_fp32": plain_fp32}, losses
+        compared = mode and any(each.startswith("plain") for each in arguments.sides)
+        return check_equal(ours, Plain.like(ours, case, dtype, None), dtype) if compared else {}
+    sides[name] = Plain.like(ours, case, "fp32" if name == "plain_fp32" else dtype, mode)
+    return check_equal(ours, sides[name], dtype) if name != "plain_fp32" else {}

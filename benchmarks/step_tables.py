@@ -20,10 +20,12 @@ def record(facts: dict, sides: dict[str, dict], flops: float, matmul_rates: dict
         entry[name] = {"images_per_second": speed, "seconds": side["seconds"], "mfu": mfu, **side}
     # Matrix products at the speed of a large one, all other bytes at that of a large copy, neither hidden by the other.
     entry |= {"flops": flops, "matmul_peak": peak, "copy_bandwidth": bandwidth}
-    if "bytes_outside_matmuls" in entry["ours"]:
+    if "bytes_outside_matmuls" in entry.get("ours", {}):
         entry["floor_seconds"] = flops / peak + entry["ours"]["bytes_outside_matmuls"] / bandwidth
-    entry.setdefault("plain_fp32", entry["plain"])
-    entry["ratio"] = entry["plain"]["seconds"] / entry["ours"]["seconds"]
+    if entry["dtype"] == "fp32" and "plain" in entry:
+        entry["plain_fp32"] = entry["plain"]
+    if "ours" in entry and "plain" in entry:
+        entry["ratio"] = entry["plain"]["seconds"] / entry["ours"]["seconds"]
     entry["ratios"] = {
         our: {plain: entry[plain]["seconds"] / entry[our]["seconds"] for plain in PLAIN_SIDES if plain in entry}
         for our in OUR_SIDES if our in entry
@@ -45,7 +47,7 @@ def print_table(entries: list[dict]) -> None:
                     f"host syncs {row.get('host_syncs', '-'):>4}  launches {row.get('launches', '-'):>5}"
                 )
         for our, ratios in entry["ratios"].items():
-            print(f"  {our} {', '.join(f'{ratio:.2f} times {plain}' for plain, ratio in ratios.items())}")
+            print(f"  {our} {', '.join(f'{ratio:.2f} times {plain}' for plain, ratio in ratios.items()) or 'alone'}")
         print(
             f"  {entry['flops'] / 1e9:.2f} GFLOP; matrix products reach {entry['matmul_peak'] / 1e9:.0f} GFLOP/s, "
             f"copies {entry['copy_bandwidth'] / 1e9:.1f} GB/s",
@@ -53,7 +55,7 @@ def print_table(entries: list[dict]) -> None:
         )
         floor = entry.get("floor_seconds")
         print(f": floor {floor * 1e3:.2f} ms, {floor / entry['ours']['seconds']:.0%} of ours" if floor else "")
-        for who, count in entry["ours"].get("host_syncs_of", {}).items():
+        for who, count in entry.get("ours", {}).get("host_syncs_of", {}).items():
             print(f"  host syncs of {who}: {count}")
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 try:
@@ -21,6 +22,11 @@ except ImportError:  # the references need no Triton
 
 # Triton chooses the interpreter when a kernel is defined, so the setting is read once, at import.
 INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+if INTERPRETED and triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    raise RuntimeError(  # it makes numbers of arrays of one element, which NumPy then refuses inside a kernel
+        f"Triton {triton.__version__} cannot interpret kernels with NumPy {np.__version__}: "
+        "install numpy<2.4 or triton>=3.7, or unset TRITON_INTERPRET"
+    )
 
 
 def jit(function=None, **options):
