@@ -9,7 +9,7 @@ import pytest
 from tests.gpu_stand_in import build
 from tests.gpu_stand_in.log import ROOT, WAIT
 
-pytestmark = [pytest.mark.gpu_stand_in, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.gpu_stand_in, pytest.mark.timeout(900), pytest.mark.xdist_group("ranks")]
 
 
 def iteration_of(ranks: int, stage: int) -> list[dict]:
