@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 
-def tested_instructions() -> set[str]:
+def instructions_in_tests() -> set[str]:
     """Names of instructions that test_ptx.py has."""
     text = Path(__file__).with_name("test_ptx.py").read_text().replace("::", ".")
     return set(re.findall(r"\b[a-z]\w*(?:\.\w+)+", text))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.gpu_stand_in.child import run
-from tests.gpu_stand_in.instructions_used import tested_instructions
+from tests.gpu_stand_in.instructions_used import instructions_in_tests
 
 pytestmark = [pytest.mark.gpu_stand_in, pytest.mark.timeout(900)]
 
@@ -41,7 +41,7 @@ def test_compiled_networks_equal_the_written_ones_and_have_no_atomics(network, d
     assert max(found["differences"]) < TOLERANCE[dtype]
     used = {name for name in found["instructions"] if "." in name}
     assert len(used) > 80
-    assert not used - tested_instructions(), f"test_ptx.py has no {sorted(used - tested_instructions())}"
+    assert not used - instructions_in_tests(), f"test_ptx.py has no {sorted(used - instructions_in_tests())}"
 
 
 def test_the_plain_way_to_repeat_pixels_would_have_atomics():

@@ -1,7 +1,7 @@
 import pytest
 
 from tests.gpu_stand_in.child import run, run_cases, run_pytest
-from tests.gpu_stand_in.instructions_used import tested_instructions
+from tests.gpu_stand_in.instructions_used import instructions_in_tests
 
 
 @pytest.mark.timeout(300)
@@ -19,7 +19,7 @@ def test_every_kernel_equals_its_reference_on_its_ptx():
 @pytest.mark.gpu_stand_in
 @pytest.mark.timeout(900)
 def test_every_instruction_of_the_kernels_has_a_test():
-    tested = tested_instructions()
+    tested = instructions_in_tests()
     used = {name for name in run("-m", "tests.gpu_stand_in.instructions_used").split() if "." in name}
     assert len(used) > 80
     assert not used - tested, f"test_ptx.py has no {sorted(used - tested)}"
