@@ -26,7 +26,7 @@ from tests.gpu_stand_in import build
 from tests.gpu_stand_in.child import environment
 from tests.gpu_stand_in.log import LAUNCH, ROOT, WAIT
 
-pytestmark = [pytest.mark.gpu_stand_in, pytest.mark.timeout(900), pytest.mark.xdist_group("commands")]
+pytestmark = [pytest.mark.gpu_stand_in, pytest.mark.timeout(900)]
 
 CONFIGS = ROOT / "configs"
 START = [sys.executable, "-m", "tests.gpu_stand_in.command"]

@@ -1,5 +1,4 @@
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -7,9 +6,10 @@ import sys
 import pytest
 
 from tests.gpu_stand_in import build
+from tests.gpu_stand_in.child import environment
 from tests.gpu_stand_in.log import ROOT, WAIT
 
-pytestmark = [pytest.mark.gpu_stand_in, pytest.mark.timeout(900), pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.gpu_stand_in, pytest.mark.timeout(900)]
 
 
 def iteration_of(ranks: int, stage: int) -> list[dict]:
@@ -20,7 +20,7 @@ def iteration_of(ranks: int, stage: int) -> list[dict]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     command = [sys.executable, "-m", "tests.gpu_stand_in.iteration", "--stage", str(stage), "--dtype", "fp32"]
-    common = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "WORLD_SIZE": str(ranks)}
+    common = {**environment(), "WORLD_SIZE": str(ranks)}
     common |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(command, cwd=ROOT, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
