@@ -38,7 +38,7 @@ VECTOR_BYTES = 16
 # Arguments of one number a sample, a channel or a chunk, or one at all: the width of their accesses does not matter.
 NARROW = re.compile(
     r"seed|positions|table|\w*partials|statistics|losses|residuals"
-    r"|weights?|bias|scale|shift|addend|contributions|modulation|slopes"
+    r"|weights?|bias|x_bias|second|sums|scale|shift|addend|contributions|modulation|slopes"
 )
 
 # Bytes over N (one fp32 batch) and launches that a turn may cost outside its networks.

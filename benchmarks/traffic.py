@@ -171,16 +171,18 @@ def network_traffic(step: Callable[[], object], but: tuple[str, ...] = CONVOLUTI
 
     traffic, attention = Traffic(), torch.nn.functional.scaled_dot_product_attention
 
-    def forward(x, weight, bias, groups, eps, scale, shift, addend, silu):
+    def forward(x, weight, bias, groups, eps, scale, shift, addend, silu, x_bias):
         traffic.bytes += 2 * x.numel() * x.element_size()
         with _disable_current_modes():
-            y = norm.group_norm_silu_reference(x, weight, bias, groups, eps, scale, shift, addend, silu)
+            y = norm.group_norm_silu_reference(x, weight, bias, groups, eps, scale, shift, addend, silu, x_bias)
             return y, x.new_zeros((4, *x.shape[:2]), dtype=torch.float32)
 
-    def backward(dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, branch=None):
+    def backward(
+        dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, has_x_bias, branch=None
+    ):
         traffic.bytes += (3 if branch is None else 4) * x.numel() * x.element_size()
         with _disable_current_modes():
-            parameters = table.new_zeros((2, x.shape[1] if wants_parameters else 0))
+            parameters = table.new_zeros((2 + has_x_bias, x.shape[1] if wants_parameters else 0))
             return torch.zeros_like(x), parameters, table.new_zeros((3, *x.shape[:2]), dtype=modulation_dtype)
 
     def scaled_sum(h, x, y, scale):
@@ -188,13 +190,24 @@ def network_traffic(step: Callable[[], object], but: tuple[str, ...] = CONVOLUTI
         with _disable_current_modes():
             return y.copy_((h if x is None else h + x) * scale)
 
-    def packed(dy, dx, scale):
-        return scaled_sum(dy, None, dx, scale)
+    def biased_sum(h, x, scale, biases):
+        traffic.bytes += 3 * h.numel() * h.element_size()
+        with _disable_current_modes():
+            return residual.scaled_residual_reference(h, x, scale, biases)
+
+    def scaled_rows(dy, dx, scale, sums):
+        traffic.bytes += (1 if dx is None else 2) * dy.numel() * dy.element_size()
+        with _disable_current_modes():
+            if dx is not None:
+                dx.copy_(dy * scale)
+            if sums is not None:
+                sums.copy_(scale * dy.transpose(0, 1).flatten(1).float().sum(1))
 
     patches = (
         (norm, "backend", lambda device: "triton"), (residual, "backend", lambda device: "triton"),
         (norm, "group_norm_silu_forward", forward), (norm, "group_norm_silu_backward", backward),
-        (residual, "_sum", scaled_sum), (residual, "_packed", packed),
+        (residual, "_sum", scaled_sum), (residual, "_biased_sum", biased_sum), (residual, "_scaled_rows", scaled_rows),
+        (unet_layers, "backend", lambda device: "triton"),
         (unet_layers, "attention", attention), (diffusers_unet, "attention", attention),
     )  # fmt: skip
     with contextlib.ExitStack() as stack:

@@ -40,6 +40,15 @@ def _modulation(values, stride, sample, channel, inside):
 
 
 @jit
+def _addend(addend, stride, x_bias, sample, channel, inside):
+    """What is added to a sample's x: a row of [N, C] and a bias [C], both optional."""
+    row = _modulation(addend, stride, sample, channel, inside)
+    if x_bias is not None:
+        row += tl.load(x_bias + channel, mask=inside, other=0).to(tl.float32)
+    return row
+
+
+@jit
 def _group_sum(values, TILE_C: tl.constexpr, GROUP: tl.constexpr):
     """Sums over each GROUP neighbours of [TILE_C], in every member's place."""
     grouped = tl.reshape(values, [TILE_C // GROUP, GROUP])
@@ -89,7 +98,7 @@ def _load_table(table, row, size, channel, inside):
 @jit
 def _store_gradients(
     p1, p2, p3, table, weight, bias, scale, contributions, modulation, row, size, channel, inside, pixels,
-    group_elements, TILE_C: tl.constexpr, GROUP: tl.constexpr,
+    group_elements, TILE_C: tl.constexpr, GROUP: tl.constexpr, X_BIAS: tl.constexpr,
 ):  # fmt: skip
     """From sums of dz, dz c and c: the per-sample gradients, and (rstd² m2, rstd m1) of dx."""
     rstd = tl.load(table + size + row + channel, mask=inside, other=0)
@@ -102,17 +111,20 @@ def _store_gradients(
     contributions += row + channel
     tl.store(contributions, (1 + scale) * p2, mask=inside)
     tl.store(contributions + size, (1 + scale) * p1, mask=inside)
+    by_addend = gain * p1 - slope * p3 - pixels * constant
+    if X_BIAS:
+        tl.store(contributions + 2 * size, by_addend, mask=inside)
     modulation += row + channel
     tl.store(modulation, w * p2 + b * p1, mask=inside)
     tl.store(modulation + size, p1, mask=inside)
-    tl.store(modulation + 2 * size, gain * p1 - slope * p3 - pixels * constant, mask=inside)
+    tl.store(modulation + 2 * size, by_addend, mask=inside)
     return slope, constant
 
 
 @jit(do_not_specialize=SIZES)
 def resident_forward_kernel(
-    x, y, weight, bias, scale, shift, addend, table, samples, channel_units, pixel_units, scale_stride, shift_stride,
-    addend_stride, eps, CHANNELS_LAST: tl.constexpr, CHANNEL_UNIT: tl.constexpr, PIXEL_UNIT: tl.constexpr,
+    x, y, weight, bias, x_bias, scale, shift, addend, table, samples, channel_units, pixel_units, scale_stride,
+    shift_stride, addend_stride, eps, CHANNELS_LAST: tl.constexpr, CHANNEL_UNIT: tl.constexpr, PIXEL_UNIT: tl.constexpr,
     TILE_P: tl.constexpr, TILE_C: tl.constexpr, GROUP: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     channels, pixels = channel_units * CHANNEL_UNIT, pixel_units * PIXEL_UNIT
@@ -122,7 +134,7 @@ def resident_forward_kernel(
     pixel = tl.arange(0, TILE_P)
     mask = (pixel < pixels)[:, None] & inside[None, :]
     offsets = sample * channels * pixels + _offsets(pixel, channel, pixels, channels, CHANNELS_LAST)
-    shifted = _modulation(addend, addend_stride, sample, channel, inside)
+    shifted = _addend(addend, addend_stride, x_bias, sample, channel, inside)
     value = tl.load(x + offsets, mask=mask, other=0).to(tl.float32)
     elements = pixels * GROUP
     mean = _group_sum(tl.sum(value, 0) + pixels * shifted, TILE_C, GROUP) / elements
@@ -142,7 +154,7 @@ def resident_forward_kernel(
 def resident_backward_kernel(
     x, dy, branch, dx, weight, bias, scale, table, contributions, modulation, samples, channel_units, pixel_units,
     scale_stride, CHANNELS_LAST: tl.constexpr, CHANNEL_UNIT: tl.constexpr, PIXEL_UNIT: tl.constexpr,
-    TILE_P: tl.constexpr, TILE_C: tl.constexpr, GROUP: tl.constexpr, SILU: tl.constexpr,
+    TILE_P: tl.constexpr, TILE_C: tl.constexpr, GROUP: tl.constexpr, SILU: tl.constexpr, X_BIAS: tl.constexpr,
 ):  # fmt: skip
     channels, pixels = channel_units * CHANNEL_UNIT, pixel_units * PIXEL_UNIT
     sample = tl.program_id(0).to(tl.int64)
@@ -160,7 +172,7 @@ def resident_backward_kernel(
     slope, constant = _store_gradients(
         tl.sum(dz, 0), tl.sum(dz * centered, 0), tl.sum(centered, 0), table, weight, bias,
         _modulation(scale, scale_stride, sample, channel, inside), contributions, modulation, row, size, channel,
-        inside, pixels, pixels * GROUP, TILE_C, GROUP,
+        inside, pixels, pixels * GROUP, TILE_C, GROUP, X_BIAS,
     )  # fmt: skip
     result = dz * gain - centered * slope[None, :] - constant[None, :]
     if branch is not None:
@@ -201,7 +213,7 @@ def moments_kernel(
 
 @jit(do_not_specialize=SIZES)
 def table_kernel(
-    partials, weight, bias, scale, shift, addend, table, samples, channels, pixels, chunks, group_channels,
+    partials, weight, bias, x_bias, scale, shift, addend, table, samples, channels, pixels, chunks, group_channels,
     scale_stride, shift_stride, addend_stride, eps, CHUNK: tl.constexpr, TILE_CHUNKS: tl.constexpr,
     TILE_C: tl.constexpr,
 ):  # fmt: skip
@@ -209,7 +221,7 @@ def table_kernel(
     sample = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TILE_C)
     inside, channel = lane < group_channels, tl.program_id(1) * group_channels + lane
-    shifted = _modulation(addend, addend_stride, sample, channel, inside)
+    shifted = _addend(addend, addend_stride, x_bias, sample, channel, inside)
     partials += sample * chunks * 2 * channels + channel[None, :]
     total = tl.zeros([TILE_C], tl.float32)
     for start in range(0, chunks, TILE_CHUNKS):
@@ -297,7 +309,7 @@ def gradient_sums_kernel(
 @jit(do_not_specialize=SIZES)
 def gradient_table_kernel(
     partials, table, weight, bias, scale, contributions, modulation, slopes, samples, channels, pixels, chunks,
-    group_channels, scale_stride, TILE_CHUNKS: tl.constexpr, TILE_C: tl.constexpr,
+    group_channels, scale_stride, TILE_CHUNKS: tl.constexpr, TILE_C: tl.constexpr, X_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Merge the chunks and channels of one group of one sample; slopes [2, N, C] are (rstd² m2, rstd m1)."""
     sample = tl.program_id(0).to(tl.int64)
@@ -317,7 +329,7 @@ def gradient_table_kernel(
     row, size = sample * channels, samples.to(tl.int64) * channels
     slope, constant = _store_gradients(
         p1, p2, p3, table, weight, bias, _modulation(scale, scale_stride, sample, channel, inside), contributions,
-        modulation, row, size, channel, inside, pixels, pixels * group_channels, TILE_C, TILE_C,
+        modulation, row, size, channel, inside, pixels, pixels * group_channels, TILE_C, TILE_C, X_BIAS,
     )  # fmt: skip
     tl.store(slopes + row + channel, slope, mask=inside)
     tl.store(slopes + size + row + channel, constant, mask=inside)

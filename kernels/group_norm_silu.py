@@ -1,12 +1,12 @@
 """GroupNorm, modulation and SiLU of a U-Net block in one operation (GroupNorm: Wu and He, arXiv 1803.08494).
 
-    u = x + addend                                   addend, scale and shift: one number a sample and channel
+    u = x + addend + x_bias        addend, scale and shift: one number a sample and channel; x_bias: one a channel
     h = (u - mean) rstd                              mean, rstd = 1 / sqrt(var + eps) over a group's elements
     z = (h weight + bias) (1 + scale) + shift
     y = z sigmoid(z), or z without SiLU
 
-With c = x - (mean - addend), gain = rstd weight (1 + scale) and offset = bias (1 + scale) + shift it is
-z = gain c + offset. The four rows (mean - addend, rstd, gain, offset), a number a sample and channel each, are
+With c = x - (mean - addend - x_bias), gain = rstd weight (1 + scale) and offset = bias (1 + scale) + shift it is
+z = gain c + offset. The four rows (mean - addend - x_bias, rstd, gain, offset), a number a sample and channel each, are
 the table that the forward pass leaves for the backward pass.
 
 Backward, with dz = dy (s + z s (1 - s)), s = sigmoid(z), and sums over a channel's P pixels
@@ -15,6 +15,7 @@ Backward, with dz = dy (s + z s (1 - s)), s = sigmoid(z), and sums over a channe
     dshift = p1    dscale = weight p2 + bias p1    dbias, dweight = sum over samples of (1 + scale) (p1, p2)
     m1, m2 = means over the group's elements of dz and dz h, both times weight (1 + scale)
     dx = gain dz - rstd² m2 c - rstd m1            daddend = gain p1 - rstd² m2 p3 - P rstd m1
+                                                   dx_bias = sum of daddend over samples
 
 Where x also goes past the norm, as in a residual block, the gradient from there is added to dx as dx is written.
 
@@ -37,14 +38,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def group_norm_silu_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale=None, shift=None, addend=None, silu=True
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, scale=None, shift=None, addend=None, silu=True,
+    x_bias=None,
+) -> Tensor:  # fmt: skip
     """``group_norm_silu`` in plain torch, on any device, in any floating dtype, float64 included."""
     if weight.dtype != x.dtype:
         wide = torch.promote_types(weight.dtype, x.dtype)
-        arguments = [None if part is None else part.to(wide) for part in (x, weight, bias, scale, shift, addend)]
-        x_wide, weight, bias, scale, shift, addend = arguments
-        return group_norm_silu_reference(x_wide, weight, bias, groups, eps, scale, shift, addend, silu).to(x.dtype)
+        parts = (x, weight, bias, scale, shift, addend, x_bias)
+        x_wide, weight, bias, *modulation, x_bias = (None if part is None else part.to(wide) for part in parts)
+        return group_norm_silu_reference(x_wide, weight, bias, groups, eps, *modulation, silu, x_bias).to(x.dtype)
+    if x_bias is not None:
+        x = x + x_bias[:, None, None]
     if addend is not None:
         x = x + addend[:, :, None, None]
     normed = _group_norm(x, groups, weight, bias, eps)
@@ -165,12 +169,13 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _check(x, weight, bias, groups, modulation) -> None:
+def _check(x, weight, bias, groups, modulation, x_bias) -> None:
     if x.ndim != 4 or x.shape[1] % groups or x[0:1].numel() >= 1 << 31:
         raise ValueError(
             f"x is {list(x.shape)}: want [N, C, H, W] with {groups} groups dividing C, under 2**31 a sample"
         )
-    for part, shape in ((weight, x.shape[1:2]), (bias, x.shape[1:2]), *((part, x.shape[:2]) for part in modulation)):
+    by_channel = ((part, x.shape[1:2]) for part in (weight, bias, x_bias))
+    for part, shape in (*by_channel, *((part, x.shape[:2]) for part in modulation)):
         if part is None:
             continue
         if part.shape != shape or part.device != x.device:
@@ -192,18 +197,18 @@ def _forward_results(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty((4, *x.shape[:2]), dtype=torch.float32)
 
 
-def group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, silu) -> tuple[Tensor, Tensor]:
+def group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, silu, x_bias) -> tuple[Tensor, Tensor]:
     """By Triton: y and the table [4, N, C] of the docstring above. ``x`` is ``dense``."""
     n, channels = x.shape[:2]
     y, table = _forward_results(x)
     if not computes():
         return y, table
-    _check(x, weight, bias, groups, (scale, shift, addend))
+    _check(x, weight, bias, groups, (scale, shift, addend), x_bias)
     if not x.numel():
         return y, table.zero_()
     pixels, channels_last = x[0, 0].numel(), _is_channels_last(x)
     rows = [_rows(part) for part in (scale, shift, addend)]
-    parameters = weight.contiguous(), bias.contiguous(), *(row for row, _ in rows)
+    parameters = weight.contiguous(), bias.contiguous(), x_bias, *(row for row, _ in rows)
     strides = tuple(stride for _, stride in rows)
     shape = n, channels, pixels
     with torch.cuda.device_of(x):
@@ -223,17 +228,19 @@ def group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, 
     return y, table
 
 
-def _backward_results(x: Tensor, wants_parameters: bool, modulation_dtype: torch.dtype) -> tuple[Tensor, ...]:
+def _backward_results(
+    x: Tensor, wants_parameters: bool, modulation_dtype: torch.dtype, has_x_bias: bool
+) -> tuple[Tensor, ...]:
     n, channels = x.shape[:2]
-    parameters = x.new_empty((2, channels if wants_parameters else 0), dtype=torch.float32)
+    parameters = x.new_empty((2 + has_x_bias, channels if wants_parameters else 0), dtype=torch.float32)
     return torch.empty_like(x), parameters, x.new_empty((3, n, channels), dtype=modulation_dtype)
 
 
 def group_norm_silu_backward(
-    dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, branch=None
+    dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, has_x_bias, branch=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By Triton: dx (+ branch), (dweight, dbias) fp32 [2, C] or [2, 0], (dscale, dshift, daddend) [3, N, C]."""
-    dx, parameter_gradients, modulation = _backward_results(x, wants_parameters, modulation_dtype)
+    """By Triton: dx (+ branch), (dweight, dbias, dx_bias if any) fp32 [., C or 0], the modulation's three [3, N, C]."""
+    dx, parameter_gradients, modulation = _backward_results(x, wants_parameters, modulation_dtype, has_x_bias)
     if not computes():
         return dx, parameter_gradients, modulation
     if not x.numel():
@@ -243,7 +250,7 @@ def group_norm_silu_backward(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     dy = dy.contiguous(memory_format=layout)
     branch = None if branch is None else branch.contiguous(memory_format=layout)
-    contributions = table.new_empty((2, n, channels))
+    contributions = table.new_empty((2 + has_x_bias, n, channels))
     pixels = x[0, 0].numel()
     shape = n, channels, pixels
     scale, stride = _rows(scale)
@@ -253,7 +260,7 @@ def group_norm_silu_backward(
         sharing = 2 if branch is None else x.element_size()
         if plan := plan_resident(shape, groups, x.element_size(), channels_last, sharing):
             arguments = x, dy, branch, dx, *parameters, table, contributions, modulation, n, *_units(plan, shape)
-            _launch(kernels.resident_backward_kernel, plan, *arguments, stride, SILU=silu)
+            _launch(kernels.resident_backward_kernel, plan, *arguments, stride, SILU=silu, X_BIAS=has_x_bias)
         else:
             plan = plan_chunks(shape, channels_last, 1024)
             chunks, units = plan.grid[0] // n, _units(plan, shape)
@@ -263,7 +270,7 @@ def group_norm_silu_backward(
             slopes = table.new_empty((2, n, channels))
             arguments = partials, table, *parameters, contributions, modulation, slopes, n, channels, pixels, chunks
             merge = Plan(tile, (n, groups), warps)
-            _launch(kernels.gradient_table_kernel, merge, *arguments, channels // groups, stride)
+            _launch(kernels.gradient_table_kernel, merge, *arguments, channels // groups, stride, X_BIAS=has_x_bias)
             arguments = x, dy, branch, dx, table, slopes, n, *units, chunks
             _launch(kernels.gradient_apply_kernel, plan, *arguments, SILU=silu)
     if wants_parameters:
@@ -283,10 +290,10 @@ class _GroupNormSiLU(torch.autograd.Function):
     """The eager path: a third of the host time of the registered operation."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, scale, shift, addend, silu):
+    def forward(ctx, x, weight, bias, groups, eps, scale, shift, addend, silu, x_bias):
         x = dense(x)
-        y, table = group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, silu)
-        _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, table)
+        y, table = group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, silu, x_bias)
+        _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, x_bias, table)
         return y
 
     @staticmethod
@@ -308,9 +315,9 @@ class _BranchingGroupNormSiLU(torch.autograd.Function):
         return _backward(ctx, group_norm_silu_backward, dy, branch)
 
 
-def _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, table) -> None:
+def _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, x_bias, table) -> None:
     ctx.save_for_backward(x, weight, bias, scale, table)
-    ctx.groups, ctx.silu = groups, silu
+    ctx.groups, ctx.silu, ctx.has_x_bias = groups, silu, x_bias is not None
     ctx.dtypes = [None if part is None else part.dtype for part in (scale, shift, addend)]
 
 
@@ -319,16 +326,17 @@ def _backward(ctx, backward, dy, *branch):
     x, weight, bias, scale, table = ctx.saved_tensors
     modulation = {dtype for dtype in ctx.dtypes if dtype is not None}
     dtype = modulation.pop() if len(modulation) == 1 else torch.float32
-    wants_parameters = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    wants_parameters = any(ctx.needs_input_grad[place] for place in (1, 2, 9))
     dx, parameters, samples = backward(
-        dy, x, table, weight, bias, ctx.groups, scale, ctx.silu, wants_parameters, dtype, *branch
+        dy, x, table, weight, bias, ctx.groups, scale, ctx.silu, wants_parameters, dtype, ctx.has_x_bias, *branch
     )
-    dweight, dbias = parameters.to(weight.dtype).unbind() if wants_parameters else (None, None)
+    by_channel = parameters.to(weight.dtype).unbind() if wants_parameters else ()
+    dweight, dbias, dx_bias = (*by_channel, *(None,) * (3 - len(by_channel)))
     dmodulation = [
         None if dtype is None else gradient.to(dtype)
         for gradient, dtype in zip(samples.unbind(), ctx.dtypes, strict=True)
     ]
-    return dx, dweight, dbias, None, None, *dmodulation, None
+    return dx, dweight, dbias, None, None, *dmodulation, None, dx_bias
 
 
 @torch.library.custom_op("rdmd_fast::group_norm_silu", mutates_args=())
@@ -342,8 +350,9 @@ def _forward_op(
     shift: Tensor | None,
     addend: Tensor | None,
     silu: bool,
+    x_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    return group_norm_silu_forward(dense(x), weight, bias, groups, eps, scale, shift, addend, silu)
+    return group_norm_silu_forward(dense(x), weight, bias, groups, eps, scale, shift, addend, silu, x_bias)
 
 
 _forward_op.register_fake(lambda x, *arguments: _forward_results(dense(x)))
@@ -361,19 +370,20 @@ def _backward_op(
     silu: bool,
     wants_parameters: bool,
     modulation_dtype: torch.dtype,
+    has_x_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return group_norm_silu_backward(
-        dy, dense(x), table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype
+        dy, dense(x), table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, has_x_bias
     )
 
 
-_backward_op.register_fake(lambda dy, x, *arguments: _backward_results(dense(x), *arguments[-2:]))
+_backward_op.register_fake(lambda dy, x, *arguments: _backward_results(dense(x), *arguments[-3:]))
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, groups, _, scale, shift, addend, silu = inputs
+    x, weight, bias, groups, _, scale, shift, addend, silu, x_bias = inputs
     ctx.set_materialize_grads(False)
-    _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, output[1])
+    _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, x_bias, output[1])
 
 
 _forward_op.register_autograd(lambda ctx, dy, _: _backward(ctx, _backward_op, dy), setup_context=_setup_context)
@@ -389,8 +399,9 @@ def group_norm_silu(
     shift: Tensor | None = None,
     addend: Tensor | None = None,
     silu: bool = True,
+    x_bias: Tensor | None = None,
 ) -> Tensor:
-    """silu(group_norm(x + addend) (1 + scale) + shift), differentiable once in every tensor.
+    """silu(group_norm(x + addend + x_bias) (1 + scale) + shift), differentiable once in every tensor.
 
     Args:
         x: [N, C, H, W], float32, bfloat16 or float16 (the reference takes float64 too), channels_last or
@@ -400,6 +411,7 @@ def group_norm_silu(
         eps: added to the variance.
         scale, shift, addend: [N, C], any floating dtype; None means 0.
         silu: False leaves the activation out.
+        x_bias: [C] of the weight's dtype, of the convolution that made x and has left it out; None means 0.
 
     Returns:
         [N, C, H, W] in x's dtype and layout; statistics are fp32 or better.
@@ -408,7 +420,7 @@ def group_norm_silu(
         ValueError: shapes or devices do not fit.
         TypeError: a dtype that the kernels do not take.
     """
-    arguments = x, weight, bias, groups, eps, scale, shift, addend, silu
+    arguments = x, weight, bias, groups, eps, scale, shift, addend, silu, x_bias
     if backend(x.device) == "reference":
         return group_norm_silu_reference(*arguments)
     if torch.compiler.is_compiling():
@@ -425,4 +437,4 @@ def branching_group_norm_silu(
     """
     if backend(x.device) == "reference" or torch.compiler.is_compiling():
         return group_norm_silu(x, weight, bias, groups, eps), x
-    return _BranchingGroupNormSiLU.apply(x, weight, bias, groups, eps, None, None, None, True)
+    return _BranchingGroupNormSiLU.apply(x, weight, bias, groups, eps, None, None, None, True, None)

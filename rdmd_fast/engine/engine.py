@@ -83,6 +83,8 @@ def initialize_engine(
         if train.dtype != "fp32":
             exact = {name: parameter.detach().cpu().flatten() for name, parameter in network.named_parameters()}
     engine = _initialize(model=network, optimizer=given, model_parameters=parameters, config=config)
+    if zero_stage(section) == 3:
+        _gather_borrowed(network)
     _clear_padding(engine)
     if layout.world_size == 1 and not zero_stage(section):
         engine.enable_backward_allreduce = False  # it would flatten all gradients, send them to nobody, copy them back
@@ -145,6 +147,15 @@ def _initialize(**arguments):
         raise InputError(f"deepspeed: {reason}") from None
 
 
+def _gather_borrowed(network: torch.nn.Module) -> None:
+    """Tell ZeRO-3 of parameters that a module's ``forward`` reads from its submodules."""
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for module in network.modules():
+        for parameter in getattr(module, "borrowed_parameters", list)():
+            register_external_parameter(module, parameter)
+
+
 def _bound_waiting(seconds: float) -> None:
     """DeepSpeed makes groups of its own, with torch's default timeouts."""
     c10d = dist.distributed_c10d
@@ -199,7 +210,9 @@ def freeze_teacher(
         return network.to(device=device, dtype=DTYPES[train.dtype], memory_format=torch.channels_last)
     zero = {key: value for key, value in section["zero_optimization"].items() if key != "offload_optimizer"}
     config = _deepspeed_config({**section, "zero_optimization": zero}, layout, train.dtype)
-    return _initialize(model=network, config=config)
+    engine = _initialize(model=network, config=config)
+    _gather_borrowed(network)
+    return engine
 
 
 def set_learning_rate(engine, options: OptimizerOptions, update: int, total: int) -> float:

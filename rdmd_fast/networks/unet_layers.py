@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rdmd_fast.errors import InputError
+from rdmd_fast.kernels._dispatch import backend
 from rdmd_fast.kernels.group_norm_silu import branching_group_norm_silu, group_norm_silu
 from rdmd_fast.kernels.scaled_residual import scaled_residual
 
@@ -42,9 +43,12 @@ class GroupNorm(nn.GroupNorm):
 
 
 class GroupNormSiLU(GroupNorm):
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, addend=None) -> Tensor:
-        """silu(norm(x + addend) (1 + scale) + shift); x [N, C, H, W], the others [N, C] or None."""
-        return group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps, scale, shift, addend)
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, addend=None, x_bias=None
+    ) -> Tensor:
+        """silu(norm(x + addend + x_bias) (1 + scale) + shift); x [N, C, H, W], x_bias [C], others [N, C]; or None."""
+        parameters = self.weight, self.bias, self.num_groups, self.eps
+        return group_norm_silu(x, *parameters, scale, shift, addend, x_bias=x_bias)
 
 
 class BranchingGroupNormSiLU(GroupNorm):
@@ -87,26 +91,27 @@ class Conv2d(nn.Module):
             taps = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
             self.register_buffer("taps_to_transposed", torch.kron(taps, taps), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adds_bias: bool = True) -> Tensor:
+        bias = self.bias if adds_bias else None
         if self.fused:
-            return self.fused_down(x)
+            return self.fused_down(x, bias)
         if self.up and self.box and self.kernel == 1:
-            return self.upsample(self.convolve(x))  # the two commute; this order does a quarter of the work
+            return self.upsample(self.convolve(x, bias))  # the two commute; this order does a quarter of the work
         if self.up and self.box and self.kernel == 3:
-            return self.repeat_and_convolve(x)
+            return self.repeat_and_convolve(x, bias)
         if self.up:
             x = self.upsample(x)
         elif self.down:
             x = self.downsample(x)
-        return self.convolve(x) if self.kernel else x
+        return self.convolve(x, bias) if self.kernel else x
 
-    def convolve(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, padding=self.kernel // 2)
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, self.weight, bias, padding=self.kernel // 2)
 
-    def repeat_and_convolve(self, x: Tensor) -> Tensor:
+    def repeat_and_convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Nearest repetition and a 3x3 convolution as one transposed 4x4 convolution: 4 products for 9."""
         kernel = self.weight.transpose(0, 1).flatten(2) @ self.taps_to_transposed.to(self.weight.dtype)
-        return F.conv_transpose2d(x, kernel.unflatten(2, (4, 4)), self.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, kernel.unflatten(2, (4, 4)), bias, stride=2, padding=1)
 
     def upsample(self, x: Tensor) -> Tensor:
         if self.box:
@@ -120,11 +125,11 @@ class Conv2d(nn.Module):
         kernel = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
         return F.conv2d(x, kernel, stride=2, padding=self.filter_padding, groups=x.shape[1])
 
-    def fused_down(self, x: Tensor) -> Tensor:
+    def fused_down(self, x: Tensor, bias: Tensor | None) -> Tensor:
         smoothing = self.resample_filter.to(self.weight.dtype).flip(2, 3)
         kernel = F.conv2d(self.weight.flatten(0, 1)[:, None], smoothing, padding=smoothing.shape[-1] - 1)
         kernel = kernel[:, 0].unflatten(0, self.weight.shape[:2])
-        return F.conv2d(x, kernel, self.bias, stride=2, padding=self.kernel // 2 + self.filter_padding)
+        return F.conv2d(x, kernel, bias, stride=2, padding=self.kernel // 2 + self.filter_padding)
 
 
 class PackedQKV(Conv2d):
@@ -150,8 +155,8 @@ class TokenProjection(Conv2d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, 1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return F.linear(tokens, self.weight.flatten(1), self.bias)
+    def forward(self, tokens: Tensor, adds_bias: bool = True) -> Tensor:
+        return F.linear(tokens, self.weight.flatten(1), self.bias if adds_bias else None)
 
 
 class UNetBlock(nn.Module):
@@ -199,21 +204,43 @@ class UNetBlock(nn.Module):
             self.proj = TokenProjection(out_channels)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        # cuDNN adds a bias in a pass of its own, and sums its gradient in one: the norm and the sum do so in theirs.
+        apart = folds_biases(x)
         h, x = self.norm0(x)
-        h = self.conv0(h)
-        modulation = self.affine(embedding)
-        h = self.norm1(h, *modulation.chunk(2, dim=1)) if self.adaptive_scale else self.norm1(h, addend=modulation)
+        h = self.conv0(h, adds_bias=not apart)
+        modulation, x_bias = self.affine(embedding), self.conv0.bias if apart else None
+        if self.adaptive_scale:
+            h = self.norm1(h, *modulation.chunk(2, dim=1), x_bias=x_bias)
+        else:
+            h = self.norm1(h, addend=modulation, x_bias=x_bias)
         if self.dropout and self.training:
             h = F.dropout(h, self.dropout)
-        h = scaled_residual(self.conv1(h), x if self.skip is None else self.skip(x), self.skip_scale)
+        biases = self.residual_biases() if apart else ()
+        x = x if self.skip is None else self.skip(x, adds_bias=not apart)
+        h = scaled_residual(self.conv1(h, adds_bias=not apart), x, self.skip_scale, biases)
         return self.attend(h) if self.heads else h
+
+    def residual_biases(self) -> list[Tensor]:
+        layers = (self.conv1,) if self.skip is None else (self.conv1, self.skip)
+        return [layer.bias for layer in layers if layer.bias is not None]
+
+    def borrowed_parameters(self) -> list[Tensor]:
+        """Parameters of submodules that ``forward`` reads itself: ZeRO-3 must gather them for this module."""
+        return [self.conv0.bias, *self.residual_biases(), *([self.proj.bias] if self.heads else [])]
 
     def attend(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
         q, k, v = self.qkv(to_tokens(self.norm2(x)))
         attended = attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
-        tokens = scaled_residual(self.proj(attended), to_tokens(x).flatten(0, 1), self.skip_scale)
+        apart = folds_biases(x)
+        projected, biases = self.proj(attended, adds_bias=not apart), [self.proj.bias] if apart else ()
+        tokens = scaled_residual(projected, to_tokens(x).flatten(0, 1), self.skip_scale, biases)
         return tokens.unflatten(0, (n, height, width)).permute(0, 3, 1, 2)
+
+
+def folds_biases(x: Tensor) -> bool:
+    """Whether biases of convolutions are added by the kernels that follow them."""
+    return backend(x.device) != "reference"
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def group_norm_silu_cases() -> Iterator[StaticCase]:
     sizes = {"bf16": 2, "fp32": 4}
 
     def norm_case(kernel, plan: Plan, shape: str, dtype: str, modulated: bool, **constants) -> StaticCase:
-        own = ("x", "y", "dy", "branch", "dx", "weight", "bias", "scale", "shift", "addend", "modulation")
+        own = ("x", "y", "dy", "branch", "dx", "weight", "bias", "x_bias", "scale", "shift", "addend", "modulation")
         types = dict.fromkeys(own, f"*{dtype}") | dict.fromkeys(
             ("addend", "branch") if modulated else ("scale", "shift")
         )
@@ -121,7 +121,9 @@ def group_norm_silu_cases() -> Iterator[StaticCase]:
         kernels = (1, norm_kernels.resident_forward_kernel), (sharing, norm_kernels.resident_backward_kernel)
         for tensors, kernel in kernels:
             plan = plan_resident((8, channels, pixels), groups, sizes[dtype], last, tensors)
-            yield norm_case(kernel, plan, shape, dtype, channels == 128, SILU=True)
+            # A norm that takes a convolution's bias is not one that branches.
+            constants = {"X_BIAS": channels == 128} if "backward" in kernel.__name__ else {}
+            yield norm_case(kernel, plan, shape, dtype, channels == 128, SILU=True, **constants)
     chunked = [(128, 4096, 32, True, "bf16"), (384, 65536, 32, True, "bf16"), (192, 4096, 32, True, "fp32")]
     chunked += [(128, 4096, 32, False, "bf16")]
     for channels, pixels, groups, last, dtype in chunked:
@@ -136,7 +138,7 @@ def group_norm_silu_cases() -> Iterator[StaticCase]:
         if last:
             chunk = forward.tile["TILE_P"] * forward.tile["STEPS"]
             yield norm_case(norm_kernels.table_kernel, merge, *rest, CHUNK=chunk)
-            yield norm_case(norm_kernels.gradient_table_kernel, merge, *rest)
+            yield norm_case(norm_kernels.gradient_table_kernel, merge, *rest, X_BIAS=True)
 
 
 def image_normalize_cases() -> Iterator[StaticCase]:
@@ -222,12 +224,24 @@ def rdmd_gradient_cases() -> Iterator[StaticCase]:
 
 
 def scaled_residual_cases() -> Iterator[StaticCase]:
-    """Forward, backward and the backward of a slice in each dtype."""
+    """Forward, backward, the backward of a slice, and both with biases, in each dtype."""
+    tile = {"TILE_R": residual.BLOCK // 128, "TILE_C": 128}
     for dtype in DTYPES:
-        name, kernel = f"scaled_residual/slice/{dtype}", residual._scaled_rows_kernel
-        types = {"dy": f"*{dtype}", "dx": f"*{dtype}", "scale": "fp32"}
-        constants = {"TILE_R": residual.BLOCK // 128, "TILE_C": 128}
-        yield case(name, kernel, types, constants, ("rows", "columns", "stride"))
+        # The gradient of a slice; with sums for biases; the sums alone, at scale 1.
+        for name, has_dx, has_sum in (("slice", True, False), ("slice/sums", True, True), ("sums", False, True)):
+            partials = "*fp32" if has_sum else None
+            types = {"dy": f"*{dtype}", "dx": f"*{dtype}" if has_dx else None, "partials": partials, "scale": "fp32"}
+            constants = {"HAS_DX": has_dx, "HAS_SUM": has_sum, "STEPS": 4 if has_sum else 1, **tile}
+            kernel = residual._scaled_rows_kernel
+            yield case(f"scaled_residual/{name}/{dtype}", kernel, types, constants, ("rows", "columns", "stride"))
+        types = dict.fromkeys(("h", "x", "bias", "second", "y"), f"*{dtype}") | {"scale": "fp32"}
+        constants = {"HAS_SECOND": True, **tile}
+        kernel = residual._biased_rows_kernel
+        yield case(f"scaled_residual/biases/{dtype}", kernel, types, constants, ("rows", "columns"))
+        types = {"partials": "*fp32", "sums": f"*{dtype}"}
+        constants = {"TILE_P": residual.BLOCK // residual.MERGED, "TILE_C": residual.MERGED}
+        launched = {"multiples": ("programs", "columns"), "vector_pointers": False}
+        yield case(f"scaled_residual/merge/{dtype}", residual._merge_kernel, types, constants, **launched)
     for dtype in DTYPES:
         for name, has_x in (("forward", True), ("backward", False)):
             types = {"h": f"*{dtype}", "x": f"*{dtype}" if has_x else None, "y": f"*{dtype}", "scale": "fp32"}

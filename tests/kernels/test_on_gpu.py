@@ -27,6 +27,8 @@ from rdmd_fast.kernels.image_normalize import image_normalize
 from rdmd_fast.kernels.noise_forward import CounterNoise, generator_noise_forward, noise_forward
 from rdmd_fast.kernels.rdmd_gradient import COSTS, WEIGHTINGS, generator_gradient
 from rdmd_fast.kernels.scaled_residual import scaled_residual
+from rdmd_fast.networks import build_network
+from rdmd_fast.networks.options import DhariwalUNetOptions
 
 pytestmark = pytest.mark.skipif(not (CUDA or _dispatch.INTERPRETED), reason="no GPU, and no interpreter")
 
@@ -145,14 +147,15 @@ def test_normalization_forward_and_backward(monkeypatch, shape, modulated, chann
         x, dy = x.contiguous(), dy.contiguous()
     modulation = [random((n, channels), seed, dtype) for seed in (5, 6)] if modulated else [None, None]
     addend = [None] if modulated else [random((n, channels), 7, dtype)]
+    x_bias = random((channels,), 8)
 
     def forward_and_backward(dy, *inputs):
         inputs = [part if part is None else part.detach().requires_grad_() for part in inputs]
-        x, weight, bias, *rest = inputs
-        y = group_norm_silu(x, weight, bias, min(32, channels // 4), 1e-5, *rest)
+        x, weight, bias, x_bias, *rest = inputs
+        y = group_norm_silu(x, weight, bias, min(32, channels // 4), 1e-5, *rest, x_bias=x_bias)
         return y.detach(), torch.autograd.grad(y, [part for part in inputs if part is not None], dy)
 
-    inputs = x, random((channels,), 3), random((channels,), 4), *modulation, *addend
+    inputs = x, random((channels,), 3), random((channels,), 4), x_bias, *modulation, *addend
     assert_close(*both(monkeypatch, forward_and_backward, dy, *inputs))
 
 
@@ -162,14 +165,15 @@ def test_residual_block_ways(monkeypatch, shape, dtype):
     """The norm with another branch, and the residual sum, also for the gradient of a slice of channels."""
     channels = shape[1]
 
-    def forward_and_backward(x, weight, bias, gradient):
-        x = x.detach().requires_grad_()
+    def forward_and_backward(x, weight, bias, first, second, gradient):
+        leaves = x, first, second = [part.detach().requires_grad_() for part in (x, first, second)]
         y, past = branching_group_norm_silu(x, weight, bias, channels // 4, 1e-5)
-        total = torch.cat([scaled_residual(y * 1, past, 0.5**0.5), past], dim=1)
-        return total.detach(), torch.autograd.grad(total, x, gradient)
+        total = torch.cat([scaled_residual(y * 1, past, 0.5**0.5, [first, second]), past], dim=1)
+        return total.detach(), torch.autograd.grad(total, leaves, gradient)
 
     n, _, height, width = shape
     arguments = random(shape, 1, dtype), random((channels,), 2), random((channels,), 3)
+    arguments += tuple(random((channels,), seed, dtype) for seed in (5, 6))
     gradient = random((n, 2 * channels, height, width), 4, dtype)
     assert_close(*both(monkeypatch, forward_and_backward, *arguments, gradient))
 
@@ -181,6 +185,28 @@ def test_networks_equal_their_plain_formulation(case, dtype):
     from benchmarks.networks import check_equal
 
     check_equal(case, dtype)
+
+
+@pytest.mark.skipif(not CUDA, reason="whole networks are slow under the interpreter")
+def test_a_network_whose_embedding_scales_and_shifts(monkeypatch):
+    options = DhariwalUNetOptions(
+        kind="dhariwal_unet", model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.0
+    )
+
+    def outputs_and_gradients(x, c_noise, gradient):
+        network = build_network(options, (3, 8, 8))
+        for seed, parameter in enumerate(network.parameters()):
+            width = parameter[0].numel() if parameter.ndim > 1 else 100
+            parameter.data = random(parameter.shape, seed).contiguous() * width**-0.5 + (parameter.ndim == 1)
+        network.to(x.device)
+        y = network(x, c_noise)
+        return y.detach(), torch.autograd.grad(y, list(network.parameters()), gradient)
+
+    inputs = random((2, 3, 8, 8), 1), torch.tensor([-0.5, 0.5]), random((2, 3, 8, 8), 2)
+    (y, *gradients), (right, *exact) = both(monkeypatch, outputs_and_gradients, *inputs)
+    assert_close([y], [right])
+    for gradient, expected in zip(gradients, exact, strict=True):
+        assert (gradient - expected).norm() <= 1e-4 * expected.norm()
 
 
 def test_averaging(monkeypatch):
