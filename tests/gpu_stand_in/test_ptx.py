@@ -651,6 +651,11 @@ COPIES = {
         "ld.shared.v2.b16 {%h3, %h4}, [%r9]; mov.b32 %r2, {%h3, %h4};",
         "st.global.b32 [%d2], %r2;", 4,
     ),
+    "shared.v4.b16": (
+        "ld.global.v4.b16 {%h1, %h2, %h3, %h4}, [%d1]; st.shared.v4.b16 [%r9], {%h1, %h2, %h3, %h4};"
+        "ld.shared.b64 %d3, [%r9];",
+        "st.global.b64 [%d2], %d3;", 8,
+    ),
     "shared.b16": (
         "ld.global.b16 %h1, [%d1]; st.shared.b16 [%r9], %h1; ld.shared.b16 %h2, [%r9];", "st.global.b16 [%d2], %h2;", 2,
     ),
