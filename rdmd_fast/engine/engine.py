@@ -16,6 +16,7 @@ from rdmd_fast.engine.master_adam import MasterAdam
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions, TrainOptions, reduce_bucket_size, zero_stage
 from rdmd_fast.engine.update_guard import UpdateGuard
 from rdmd_fast.errors import InputError
+from rdmd_fast.kernels._dispatch import backend
 from rdmd_fast.options import explain
 
 # DeepSpeed's defaults, but for a hysteresis of 1: its ZeRO 0 has none, and all stages shall do the same.
@@ -83,8 +84,7 @@ def initialize_engine(
         if train.dtype != "fp32":
             exact = {name: parameter.detach().cpu().flatten() for name, parameter in network.named_parameters()}
     engine = _initialize(model=network, optimizer=given, model_parameters=parameters, config=config)
-    if zero_stage(section) == 3:
-        _gather_borrowed(network)
+    _gather_borrowed(engine)
     _clear_padding(engine)
     if layout.world_size == 1 and not zero_stage(section):
         engine.enable_backward_allreduce = False  # it would flatten all gradients, send them to nobody, copy them back
@@ -147,11 +147,13 @@ def _initialize(**arguments):
         raise InputError(f"deepspeed: {reason}") from None
 
 
-def _gather_borrowed(network: torch.nn.Module) -> None:
-    """Tell ZeRO-3 of parameters that a module's ``forward`` reads from its submodules."""
+def _gather_borrowed(engine) -> None:
+    """Tell ZeRO-3 of parameters that a module's ``forward`` reads from its submodules, where our kernels run."""
     from deepspeed.runtime.zero import register_external_parameter
 
-    for module in network.modules():
+    if engine.zero_optimization_stage() < 3 or backend(engine.device) == "reference":
+        return
+    for module in engine.module.modules():
         for parameter in getattr(module, "borrowed_parameters", list)():
             register_external_parameter(module, parameter)
 
@@ -211,7 +213,7 @@ def freeze_teacher(
     zero = {key: value for key, value in section["zero_optimization"].items() if key != "offload_optimizer"}
     config = _deepspeed_config({**section, "zero_optimization": zero}, layout, train.dtype)
     engine = _initialize(model=network, config=config)
-    _gather_borrowed(network)
+    _gather_borrowed(engine)
     return engine
 
 

@@ -215,9 +215,9 @@ class UNetBlock(nn.Module):
             h = self.norm1(h, addend=modulation, x_bias=x_bias)
         if self.dropout and self.training:
             h = F.dropout(h, self.dropout)
-        biases = self.residual_biases() if apart else ()
+        h = self.conv1(h, adds_bias=not apart)
         x = x if self.skip is None else self.skip(x, adds_bias=not apart)
-        h = scaled_residual(self.conv1(h, adds_bias=not apart), x, self.skip_scale, biases)
+        h = scaled_residual(h, x, self.skip_scale, self.residual_biases() if apart else ())
         return self.attend(h) if self.heads else h
 
     def residual_biases(self) -> list[Tensor]:

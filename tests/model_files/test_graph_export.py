@@ -135,7 +135,8 @@ def test_another_function_is_not_written(tmp_path, monkeypatch, capsys):
 def test_kernels_of_ours_are_no_plain_operators():
     class Foreign(torch.nn.Module):
         def forward(self, x):
-            return torch.ops.rdmd_fast.group_norm_silu(x, x.new_ones(8), x.new_ones(8), 2, 1e-5, None, None, None, True)
+            parameters = x.new_ones(8), x.new_ones(8), 2, 1e-5
+            return torch.ops.rdmd_fast.group_norm_silu(x, *parameters, None, None, None, True, None)
 
     program = torch.export.export(Foreign(), (torch.zeros(1, 8, 4, 4),))
     with pytest.raises(graph_export.InputError, match="no operator of PyTorch"):
