@@ -236,13 +236,15 @@ Tensor to_device(const Tensor& tensor) {
 // -- reports ----------------------------------------------------------------------------------------------------------
 
 std::atomic<bool> recording{false};
-py::object& listener = *new py::object;  // called with ("wait" | "copy" | "launch", what)
+py::object& listener = *new py::object;  // called with ("wait" | "copy" | "launch", what, bytes)
 
-void report(const char* kind, const std::string& what) {
+void report(const char* kind, const std::string& what, size_t bytes = 0) {
   if (!recording) return;
   py::gil_scoped_acquire gil;
-  listener(kind, what);
+  listener(kind, what, bytes);
 }
+
+size_t bytes_of(const Tensor& tensor) { return tensor.numel() * tensor.element_size(); }
 
 // Operations whose result the host needs: a number, or a size that depends on values.
 bool makes_the_host_wait(const std::string& name) {
@@ -267,6 +269,51 @@ void report_copy(const Tensor& to, const Tensor& from, bool non_blocking) {
   // From pageable memory the driver copies to a buffer of its own and returns; to pageable memory it waits.
   if (to.is_cuda()) return report("copy", direction + ", pageable");
   report("wait", "copy " + direction + ", pageable");
+}
+
+// -- what PyTorch adds to a convolution by cuDNN ----------------------------------------------------------------------
+
+struct Pass {
+  const char* name;
+  size_t bytes;
+};
+
+bool channels_last(const Tensor& tensor) { return tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
+
+bool is_convolution(const std::string& name) { return name.rfind("aten::convolution", 0) == 0; }
+
+// Whether a convolution works on, and gives, pixels whose channels lie together: its input's layout, or its weight's.
+bool works_channels_last(const std::string& name, const IValue* arguments) {
+  const int first = name == "aten::convolution" ? 0 : 1;  // the backward pass has its gradient in front
+  const Tensor x = arguments[first].toTensor(), weight = arguments[first + 1].toTensor();
+  return x.dim() == 4 && (channels_last(x) || channels_last(weight));
+}
+
+// cuDNN has no bias, and wants a weight in the layout of its pixels.
+std::vector<Pass> passes_beside(const std::string& name, const IValue* arguments) {
+  if (!is_convolution(name)) return {};
+  std::vector<Pass> passes;
+  const bool last = works_channels_last(name, arguments), backward = name == "aten::convolution_backward";
+  const Tensor weight = arguments[backward ? 2 : 1].toTensor();
+  const bool converts = last && !weight.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (converts) passes.push_back({"cudnn::weight to channels_last", 2 * bytes_of(weight)});
+  if (backward) {
+    const auto wanted = arguments[10].toBoolList();  // gradients of input, weight, bias
+    if (converts && wanted[1]) passes.push_back({"cudnn::gradient to the weight's layout", 2 * bytes_of(weight)});
+    if (wanted[2]) passes.push_back({"cudnn::sum bias gradient", bytes_of(arguments[0].toTensor())});
+  } else if (arguments[2].isTensor() && arguments[2].toTensor().defined()) {
+    passes.push_back({"cudnn::add bias", 0});
+  }
+  return passes;
+}
+
+// Products, whose values can be left out: they are most of a network's time on the host.
+bool products_have_values = true;
+
+bool is_product(const std::string& name) {
+  static const std::set<std::string> names = {
+      "aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"};
+  return names.count(name) > 0;
 }
 
 // -- every operation --------------------------------------------------------------------------------------------------
@@ -309,10 +356,15 @@ class Call {
     first_ = stack->size() - schema_.arguments().size();
     for (size_t i = 0; i < schema_.arguments().size(); ++i)
       for_each_tensor(argument(i), [&](const Tensor& tensor) {
-        if (tensor.is_cuda()) originals_.push_back(tensor);
-        else hosts_.insert(tensor.unsafeGetTensorImpl());
+        if (!tensor.is_cuda()) return void(hosts_.insert(tensor.unsafeGetTensorImpl()));
+        originals_.push_back(tensor);
+        if (i > 0 || name_ != "aten::copy_") bytes_ += bytes_of(tensor);
       });
     on_device_ = !originals_.empty();
+    valueless_ = on_device_ && !products_have_values && is_product(name_);
+    if (on_device_) passes_ = passes_beside(name_, &(*stack)[first_]);
+    if (valueless_ && is_convolution(name_) && works_channels_last(name_, &(*stack)[first_]))
+      format_ = at::MemoryFormat::ChannelsLast;
   }
 
   // A GPU takes numbers of the host (tensors of no dimension) and, after a copy, indices; no other tensor of the host.
@@ -352,7 +404,9 @@ class Call {
     for (size_t i = stack_->size() - schema_.returns().size(); i < stack_->size(); ++i)
       (*stack_)[i] = with_tensors_changed(
           (*stack_)[i], [&](const Tensor& tensor) { return of_device(tensor, launched); });
-    if (launched) report("launch", name_);
+    if (!launched) return;
+    report("launch", name_, bytes_);
+    for (const Pass& pass : passes_) report("launch", pass.name, pass.bytes ? pass.bytes : 2 * written_);
   }
 
  private:
@@ -373,6 +427,7 @@ class Call {
   // What the CPU kernel gets instead of `tensor`.
   Tensor stand_in(const Tensor& tensor, bool out) {
     if (!tensor.defined() || !tensor.is_cuda()) return tensor;
+    if (valueless_) return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kMeta));
     // An alias cannot grow: where a result will be given its size, the kernel has a tensor of its own.
     const bool own = out && tensor.numel() == 0;
     Tensor alias = own ? at::empty({0}, tensor.options().device(at::kCPU)) : host_alias(tensor);
@@ -383,17 +438,29 @@ class Call {
   // The tensor of the device that a result of the CPU kernel stands for.
   Tensor of_device(const Tensor& result, bool& launched) {
     if (!result.defined() || result.is_cuda() || !on_device_) return result;
+    if (valueless_) return fresh(valueless(result), launched);
     if (hosts_.count(result.unsafeGetTensorImpl())) return result;
     const auto found = aliases_.find(result.unsafeGetTensorImpl());
     if (found != aliases_.end()) {
-      launched = true;
-      return written(found->second);
+      return fresh(written(found->second), launched);
     }
     for (const Tensor& original : originals_)
       if (result.storage().nbytes() && result.storage().data() == original.storage().data())
         return view_of(original, result);
+    return fresh(to_device(result), launched);
+  }
+
+  Tensor valueless(const Tensor& shape) const {
+    const auto options = shape.options().device(at::kCUDA);
+    if (format_ && shape.dim() == 4) return at::empty(shape.sizes(), options, format_);
+    return at::empty_strided(shape.sizes(), shape.strides(), options);
+  }
+
+  Tensor fresh(const Tensor& result, bool& launched) {
     launched = true;
-    return to_device(result);
+    written_ += bytes_of(result);
+    bytes_ += bytes_of(result);
+    return result;
   }
 
   struct Alias {
@@ -422,7 +489,10 @@ class Call {
   const std::string& name_;
   torch::jit::Stack* stack_;
   size_t first_;
-  bool on_device_;
+  bool on_device_, valueless_ = false;
+  size_t bytes_ = 0, written_ = 0;
+  std::vector<Pass> passes_;
+  std::optional<at::MemoryFormat> format_;  // of a convolution's results without values
   std::vector<Tensor> originals_;
   std::unordered_set<c10::TensorImpl*> hosts_;
   std::unordered_map<c10::TensorImpl*, Alias> aliases_;
@@ -516,7 +586,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
   TORCH_CHECK(!bias && dropout == 0, "the stand-in has attention without bias and dropout alone");
   const auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
       host_alias(query), host_alias(key), host_alias(value), 0.0, causal, std::nullopt, scale);
-  report("launch", "aten::_scaled_dot_product_efficient_attention");
+  report("launch", "aten::_scaled_dot_product_efficient_attention", 4 * bytes_of(query));
   const auto no_seed = [] { return to_device(at::zeros({}, at::kLong)); };
   return {to_device(position_major(out)), to_device(padded(sums, keep_sums)), no_seed(), no_seed()};
 }
@@ -528,7 +598,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const auto [by_query, by_key, by_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
       host_alias(gradient), host_alias(query), host_alias(key), host_alias(value), host_alias(out),
       host_alias(sums).narrow(2, 0, query.size(2)), 0.0, causal, std::nullopt, scale);
-  report("launch", "aten::_scaled_dot_product_efficient_attention_backward");
+  report("launch", "aten::_scaled_dot_product_efficient_attention_backward", 8 * bytes_of(query));
   return {
       to_device(position_major(by_query)), to_device(position_major(by_key)), to_device(position_major(by_value)),
       Tensor()};
@@ -577,6 +647,7 @@ PYBIND11_MODULE(gpu_stand_in_device, module) {
   at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
   module.def("listen", [](py::object function) { listener = std::move(function); });
   module.def("record", [](bool on) { recording = on; });
+  module.def("compute_products", [](bool on) { products_have_values = on; });
   module.def("host_alias", [](const Tensor& tensor) { return host_alias(tensor.detach()); });
   module.def("current_device", [] { return static_cast<int>(current_device); });
   module.def("exchange_device", [](int index) {

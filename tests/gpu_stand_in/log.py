@@ -1,4 +1,4 @@
-"""What a GPU would have been asked, and by whom: waits of the host, copies and launches, by place."""
+"""What a GPU would have been asked, and by whom: waits of the host, copies, launches and their bytes, by place."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[2]
-WAIT, COPY, LAUNCH = "wait", "copy", "launch"
-KINDS = (WAIT, COPY, LAUNCH)
+WAIT, COPY, LAUNCH, BYTE = "wait", "copy", "launch", "byte"
+KINDS = (WAIT, COPY, LAUNCH, BYTE)
+"""A byte is one that a launch reads or writes."""
 # Operations of the backward pass run in threads of PyTorch's own, below no frame of Python.
 AUTOGRAD = "autograd"
 ELSEWHERE = "elsewhere"
@@ -60,9 +61,9 @@ class Log:
         self.counts: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[tuple[str, str, str]] = Counter()
 
-    def add(self, kind: str, operation: str, place: str) -> None:
-        self.counts[kind, place] += 1
-        self.operations[kind, operation, place] += 1
+    def add(self, kind: str, operation: str, place: str, count: int = 1) -> None:
+        self.counts[kind, place] += count
+        self.operations[kind, operation, place] += count
 
     def total(self, kind: str, counted: Callable[[str], bool] = lambda place: True) -> int:
         """Count what is of one kind, in places for which ``counted`` is true."""
@@ -84,10 +85,13 @@ class Recorder:
     def __init__(self) -> None:
         self._log: Log | None = None
 
-    def __call__(self, kind: str, operation: str) -> None:
+    def __call__(self, kind: str, operation: str, size: int = 0) -> None:
         log = self._log
         if log is not None:
-            log.add(kind, operation, place_of(sys._getframe()))
+            place = place_of(sys._getframe())
+            log.add(kind, operation, place)
+            if size:
+                log.add(BYTE, operation, place, size)
 
     @contextlib.contextmanager
     def recording(self, switch: Callable[[bool], None]) -> Iterator[Log]:

@@ -53,6 +53,8 @@ class _Utils:
     @staticmethod
     def load_binary(name: str, ptx: bytes, shared: int, index: int) -> tuple[Kernel, Kernel, int, int, int]:
         """(module, function, registers, spills, most threads of a block); without a module Triton loads again."""
+        if not device.values_are_computed():
+            return None, None, 0, 0, device.H200.max_threads_per_block
         kernel = Kernel(ptx.decode(), copies=name.startswith("triton_"))  # Inductor's work in place
         loaded.append(kernel)
         return kernel, kernel, 0, 0, device.H200.max_threads_per_block
@@ -75,7 +77,7 @@ class Launcher:
     """Launches one compiled kernel, with arguments as Triton passes them."""
 
     def __init__(self, source, metadata):
-        self._kinds = list(source.signature.values())
+        self._names, self._kinds = list(source.signature), list(source.signature.values())
         self._threads, self._shared = metadata.num_warps * TARGET.warp_size, metadata.shared
         self._name = metadata.name
         if metadata.global_scratch_size:
@@ -90,8 +92,17 @@ class Launcher:
         if 0 in grid:
             return
         values = [_bits(value, kind) for value, kind in zip(arguments, self._kinds, strict=True) if kind != "constexpr"]
-        device.report(LAUNCH, f"triton::{self._name}")
-        kernel.launch(grid, self._threads, values, self._shared, device.library().blocks())
+        device.report(LAUNCH, f"triton::{self._name}", self._bytes(arguments))
+        if device.values_are_computed():
+            kernel.launch(grid, self._threads, values, self._shared, device.library().blocks())
+
+    def _bytes(self, arguments) -> int:
+        """Of all tensors once; Inductor says in its names what a kernel reads and writes."""
+        return sum(
+            value.numel() * value.element_size() * (2 if name.startswith("in_out") else 1)
+            for name, value in zip(self._names, arguments, strict=True)
+            if isinstance(value, torch.Tensor)
+        )
 
 
 def _bits(value, kind: str) -> int:
