@@ -97,7 +97,7 @@ def _load_table(table, row, size, channel, inside):
 
 @jit
 def _store_gradients(
-    p1, p2, p3, table, weight, bias, scale, contributions, modulation, row, size, channel, inside, pixels,
+    p1, p2, p3, table, weight, bias, scale, contributions, modulation, row, size, channels, channel, inside, pixels,
     group_elements, TILE_C: tl.constexpr, GROUP: tl.constexpr, X_BIAS: tl.constexpr,
 ):  # fmt: skip
     """From sums of dz, dz c and c: the per-sample gradients, and (rstd² m2, rstd m1) of dx."""
@@ -108,12 +108,12 @@ def _store_gradients(
     p2 *= rstd
     slope = rstd * rstd * _group_sum(w * (1 + scale) * p2, TILE_C, GROUP) / group_elements
     constant = rstd * _group_sum(w * (1 + scale) * p1, TILE_C, GROUP) / group_elements
-    contributions += row + channel
+    contributions += row * (2 + X_BIAS) + channel
     tl.store(contributions, (1 + scale) * p2, mask=inside)
-    tl.store(contributions + size, (1 + scale) * p1, mask=inside)
+    tl.store(contributions + channels, (1 + scale) * p1, mask=inside)
     by_addend = gain * p1 - slope * p3 - pixels * constant
     if X_BIAS:
-        tl.store(contributions + 2 * size, by_addend, mask=inside)
+        tl.store(contributions + 2 * channels, by_addend, mask=inside)
     modulation += row + channel
     tl.store(modulation, w * p2 + b * p1, mask=inside)
     tl.store(modulation + size, p1, mask=inside)
@@ -171,8 +171,8 @@ def resident_backward_kernel(
     dz = _preactivation_gradient(dz, centered * gain + offset, SILU)
     slope, constant = _store_gradients(
         tl.sum(dz, 0), tl.sum(dz * centered, 0), tl.sum(centered, 0), table, weight, bias,
-        _modulation(scale, scale_stride, sample, channel, inside), contributions, modulation, row, size, channel,
-        inside, pixels, pixels * GROUP, TILE_C, GROUP, X_BIAS,
+        _modulation(scale, scale_stride, sample, channel, inside), contributions, modulation, row, size,
+        channels, channel, inside, pixels, pixels * GROUP, TILE_C, GROUP, X_BIAS,
     )  # fmt: skip
     result = dz * gain - centered * slope[None, :] - constant[None, :]
     if branch is not None:
@@ -329,7 +329,7 @@ def gradient_table_kernel(
     row, size = sample * channels, samples.to(tl.int64) * channels
     slope, constant = _store_gradients(
         p1, p2, p3, table, weight, bias, _modulation(scale, scale_stride, sample, channel, inside), contributions,
-        modulation, row, size, channel, inside, pixels, pixels * group_channels, TILE_C, TILE_C, X_BIAS,
+        modulation, row, size, channels, channel, inside, pixels, pixels * group_channels, TILE_C, TILE_C, X_BIAS,
     )  # fmt: skip
     tl.store(slopes + row + channel, slope, mask=inside)
     tl.store(slopes + size + row + channel, constant, mask=inside)

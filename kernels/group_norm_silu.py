@@ -33,6 +33,7 @@ from torch import Tensor
 
 from rdmd_fast.kernels import _group_norm_silu as kernels
 from rdmd_fast.kernels._dispatch import backend, computes, triton
+from rdmd_fast.kernels._merge import merge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -228,54 +229,103 @@ def group_norm_silu_forward(x, weight, bias, groups, eps, scale, shift, addend, 
     return y, table
 
 
-def _backward_results(
-    x: Tensor, wants_parameters: bool, modulation_dtype: torch.dtype, has_x_bias: bool
-) -> tuple[Tensor, ...]:
+def _parameter_results(
+    x: Tensor, dtype: torch.dtype, wants_parameters: bool, modulation_dtype: torch.dtype, has_x_bias: bool
+) -> tuple[Tensor, Tensor]:
     n, channels = x.shape[:2]
-    parameters = x.new_empty((2 + has_x_bias, channels if wants_parameters else 0), dtype=torch.float32)
-    return torch.empty_like(x), parameters, x.new_empty((3, n, channels), dtype=modulation_dtype)
+    parameters = x.new_empty((2 + has_x_bias, channels if wants_parameters else 0), dtype=dtype)
+    return parameters, x.new_empty((3, n, channels), dtype=modulation_dtype)
 
 
 def group_norm_silu_backward(
     dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, has_x_bias, branch=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By Triton: dx (+ branch), (dweight, dbias, dx_bias if any) fp32 [., C or 0], the modulation's three [3, N, C]."""
-    dx, parameter_gradients, modulation = _backward_results(x, wants_parameters, modulation_dtype, has_x_bias)
-    if not computes():
-        return dx, parameter_gradients, modulation
-    if not x.numel():
-        return dx, parameter_gradients.zero_(), modulation.zero_()
+    """By Triton: dx (+ branch), (dweight, dbias, dx_bias if any) [., C or 0], the modulation's three [3, N, C]."""
+    choice = weight.dtype, wants_parameters, modulation_dtype, has_x_bias
+    dx, parameters, modulation = torch.empty_like(x), *_parameter_results(x, *choice)
+    if not (computes() and x.numel()):
+        return dx, parameters.zero_(), modulation.zero_()
+    dy, branch = _laid_out_as(x, dy, branch)
+    # Beside another branch's gradient registers hold one 16-byte access a tensor and thread.
+    plan = _plan_backward(x, groups, 2 if branch is None else x.element_size())
+    if plan is None:
+        slopes, *results = group_norm_silu_slopes(dy, x, table, weight, bias, groups, scale, silu, *choice[1:])
+        _apply_slopes(dy, x, table, slopes, dx, branch, silu)
+        return dx, *results
     n, channels = x.shape[:2]
-    channels_last = _is_channels_last(x)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    dy = dy.contiguous(memory_format=layout)
-    branch = None if branch is None else branch.contiguous(memory_format=layout)
-    contributions = table.new_empty((2 + has_x_bias, n, channels))
-    pixels = x[0, 0].numel()
-    shape = n, channels, pixels
+    contributions = table.new_empty((n, 2 + has_x_bias, channels))
     scale, stride = _rows(scale)
-    parameters = weight.contiguous(), bias.contiguous(), scale
+    arguments = x, dy, branch, dx, weight.contiguous(), bias.contiguous(), scale, table, contributions, modulation, n
     with torch.cuda.device_of(x):
-        # Beside another branch's gradient registers hold one 16-byte access a tensor and thread.
-        sharing = 2 if branch is None else x.element_size()
-        if plan := plan_resident(shape, groups, x.element_size(), channels_last, sharing):
-            arguments = x, dy, branch, dx, *parameters, table, contributions, modulation, n, *_units(plan, shape)
-            _launch(kernels.resident_backward_kernel, plan, *arguments, stride, SILU=silu, X_BIAS=has_x_bias)
-        else:
-            plan = plan_chunks(shape, channels_last, 1024)
-            chunks, units = plan.grid[0] // n, _units(plan, shape)
-            partials = table.new_empty((n, chunks, 3, channels))
-            _launch(kernels.gradient_sums_kernel, plan, x, dy, table, partials, n, *units, chunks, SILU=silu)
-            tile, warps = plan_merge(channels // groups, chunks)
-            slopes = table.new_empty((2, n, channels))
-            arguments = partials, table, *parameters, contributions, modulation, slopes, n, channels, pixels, chunks
-            merge = Plan(tile, (n, groups), warps)
-            _launch(kernels.gradient_table_kernel, merge, *arguments, channels // groups, stride, X_BIAS=has_x_bias)
-            arguments = x, dy, branch, dx, table, slopes, n, *units, chunks
-            _launch(kernels.gradient_apply_kernel, plan, *arguments, SILU=silu)
-    if wants_parameters:
-        torch.sum(contributions, 1, out=parameter_gradients)
-    return dx, parameter_gradients, modulation
+        units = _units(plan, (n, channels, x[0, 0].numel()))
+        _launch(kernels.resident_backward_kernel, plan, *arguments, *units, stride, SILU=silu, X_BIAS=has_x_bias)
+        if wants_parameters:
+            merge(contributions, parameters)
+    return dx, parameters, modulation
+
+
+def _plan_backward(x: Tensor, groups: int, tensors: int) -> Plan | None:
+    return plan_resident((*x.shape[:2], x[0, 0].numel()), groups, x.element_size(), _is_channels_last(x), tensors)
+
+
+def group_norm_silu_slopes(
+    dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, has_x_bias
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All of the backward pass but dx, by chunks: (rstd² m2, rstd m1) [2, N, C] fp32 of the docstring above, then
+    parameters' and modulation's gradients."""
+    slopes = table.new_empty((2, *x.shape[:2]))
+    parameters, modulation = _parameter_results(x, weight.dtype, wants_parameters, modulation_dtype, has_x_bias)
+    if not (computes() and x.numel()):
+        return slopes.zero_(), parameters.zero_(), modulation.zero_()
+    n, channels = x.shape[:2]
+    (dy,) = _laid_out_as(x, dy)
+    contributions = table.new_empty((n, 2 + has_x_bias, channels))
+    scale, stride = _rows(scale)
+    with torch.cuda.device_of(x):
+        plan, *sizes, chunks = _gradient_chunks(x)
+        partials = table.new_empty((n, chunks, 3, channels))
+        _launch(kernels.gradient_sums_kernel, plan, x, dy, table, partials, n, *sizes, chunks, SILU=silu)
+        tile, warps = plan_merge(channels // groups, chunks)
+        arguments = partials, table, weight.contiguous(), bias.contiguous(), scale, contributions, modulation, slopes
+        sizes = n, channels, x[0, 0].numel(), chunks, channels // groups, stride
+        grid = Plan(tile, (n, groups), warps)
+        _launch(kernels.gradient_table_kernel, grid, *arguments, *sizes, X_BIAS=has_x_bias)
+        if wants_parameters:
+            merge(contributions, parameters)
+    return slopes, parameters, modulation
+
+
+def _apply_slopes(dy, x, table, slopes, dx, branch, silu) -> None:
+    """dx (+ branch) by Triton; all in one layout."""
+    plan, *sizes = _gradient_chunks(x)
+    with torch.cuda.device_of(x):
+        arguments = x, dy, branch, dx, table, slopes, len(x), *sizes
+        _launch(kernels.gradient_apply_kernel, plan, *arguments, SILU=silu)
+
+
+def _laid_out_as(x: Tensor, *gradients: Tensor | None) -> list[Tensor | None]:
+    layout = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
+    return [None if gradient is None else gradient.contiguous(memory_format=layout) for gradient in gradients]
+
+
+def _gradient_chunks(x: Tensor) -> tuple[Plan, int, int, int]:
+    """(plan, channels and pixels in its units, chunks) of the kernels that walk over x in the backward pass."""
+    shape = *x.shape[:2], x[0, 0].numel()
+    plan = plan_chunks(shape, _is_channels_last(x), 1024)
+    return plan, *_units(plan, shape), plan.grid[0] // len(x)
+
+
+def _apply_slopes_in_torch(dy, x, table, slopes, silu) -> Tensor:
+    """dx as operations that Inductor fuses with what is done with it."""
+    center, _, gain, offset, slope, constant = (
+        row[:, :, None, None] for rows in (table, slopes) for row in rows.unbind()
+    )
+    centered, dz = x.float() - center, dy.float()
+    if silu:
+        z = centered * gain + offset
+        gate = torch.sigmoid(z)
+        dz = dz * (gate * (1 + z * (1 - gate)))
+    return (dz * gain - centered * slope - constant).to(x.dtype)
 
 
 def _units(plan: Plan, shape: tuple) -> tuple[int, int]:
@@ -330,7 +380,7 @@ def _backward(ctx, backward, dy, *branch):
     dx, parameters, samples = backward(
         dy, x, table, weight, bias, ctx.groups, scale, ctx.silu, wants_parameters, dtype, ctx.has_x_bias, *branch
     )
-    by_channel = parameters.to(weight.dtype).unbind() if wants_parameters else ()
+    by_channel = parameters.unbind() if wants_parameters else ()
     dweight, dbias, dx_bias = (*by_channel, *(None,) * (3 - len(by_channel)))
     dmodulation = [
         None if dtype is None else gradient.to(dtype)
@@ -377,7 +427,43 @@ def _backward_op(
     )
 
 
-_backward_op.register_fake(lambda dy, x, *arguments: _backward_results(dense(x), *arguments[-3:]))
+@_backward_op.register_fake
+def _(dy, x, table, weight, bias, groups, scale, silu, *choice):
+    return torch.empty_like(dense(x)), *_parameter_results(x, weight.dtype, *choice)
+
+
+@torch.library.custom_op("rdmd_fast::group_norm_silu_slopes", mutates_args=())
+def _slopes_op(
+    dy: Tensor,
+    x: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    scale: Tensor | None,
+    silu: bool,
+    wants_parameters: bool,
+    modulation_dtype: torch.dtype,
+    has_x_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return group_norm_silu_slopes(
+        dy, dense(x), table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, has_x_bias
+    )
+
+
+@_slopes_op.register_fake
+def _(dy, x, table, weight, bias, groups, scale, silu, *choice):
+    return table.new_empty((2, *x.shape[:2])), *_parameter_results(x, weight.dtype, *choice)
+
+
+def _traced_backward(dy, x, table, weight, bias, groups, scale, silu, *choice) -> tuple[Tensor, Tensor, Tensor]:
+    """For torch.compile: one kernel where groups fit a program; else Inductor applies what kernels have summed."""
+    sizes_known = all(isinstance(size, int) for size in x.shape[1:])
+    arguments = dy, x, table, weight, bias, groups, scale, silu, *choice
+    if not sizes_known or _plan_backward(dense(x), groups, 2) is not None:
+        return _backward_op(*arguments)
+    slopes, *results = _slopes_op(*arguments)
+    return _apply_slopes_in_torch(dy, x, table, slopes, silu), *results
 
 
 def _setup_context(ctx, inputs, output):
@@ -386,7 +472,7 @@ def _setup_context(ctx, inputs, output):
     _save(ctx, x, weight, bias, groups, scale, shift, addend, silu, x_bias, output[1])
 
 
-_forward_op.register_autograd(lambda ctx, dy, _: _backward(ctx, _backward_op, dy), setup_context=_setup_context)
+_forward_op.register_autograd(lambda ctx, dy, _: _backward(ctx, _traced_backward, dy), setup_context=_setup_context)
 
 
 def group_norm_silu(

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from rdmd_fast.kernels._dispatch import backend, computes, jit, tl, triton
+from rdmd_fast.kernels._merge import merge
 
 BLOCK = 2048
 PROGRAMS = 1024  # about as many fill a GPU, each with a sum of its own
-MERGED = 32  # channels whose sums one program merges
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -79,19 +79,6 @@ def _scaled_rows_kernel(
         tl.store(partials + tl.program_id(0) * columns + column, tl.sum(total, 0), mask=column < columns)
 
 
-@jit
-def _merge_kernel(partials, sums, programs, columns, TILE_P: tl.constexpr, TILE_C: tl.constexpr):
-    """sums [columns] of partials [programs, columns], in the order of programs."""
-    column = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)[None, :]
-    total = tl.zeros((TILE_P, TILE_C), tl.float32)
-    for first in range(0, programs, TILE_P):
-        program = first + tl.arange(0, TILE_P)[:, None]
-        mask = (program < programs) & (column < columns)
-        total += tl.load(partials + program * columns + column, mask=mask, other=0)
-    column = tl.program_id(0) * TILE_C + tl.arange(0, TILE_C)
-    tl.store(sums + column, tl.sum(total, 0).to(sums.dtype.element_ty), mask=column < columns)
-
-
 def _sum(h: Tensor, x: Tensor | None, y: Tensor, scale: float) -> Tensor:
     """y = scale (h + x) by Triton; all dense, in one memory order."""
     if h.numel() and computes():
@@ -136,8 +123,7 @@ def _scaled_rows(dy: Tensor, dx: Tensor | None, scale: float, sums: Tensor | Non
             dx is not None, sums is not None, steps, tile_r, tile_c, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         if sums is not None:
-            grid = (triton.cdiv(columns, MERGED),)
-            _merge_kernel[grid](partials, sums, programs, columns, BLOCK // MERGED, MERGED, num_warps=4)
+            merge(partials, sums)
 
 
 def _scaled(dy: Tensor, scale: float) -> Tensor:

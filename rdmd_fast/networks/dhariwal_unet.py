@@ -1,7 +1,7 @@
 """DhariwalUNet: the U-Net of Dhariwal and Nichol (ADM, arXiv 2105.05233) as EDM (arXiv 2206.00364) configures it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -110,19 +110,19 @@ class DhariwalUNet(UNet):
                 channels = width
         return dec
 
-    def encode(self, h: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, h: Tensor, modulations: Iterator[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The innermost features, and those of every layer for the decoder, in order."""
         skips: list[Tensor] = []
         for layer in self.enc.values():
-            h = self.run(layer, h, embedding)
+            h = self.run(layer, h, modulations)
             skips.append(h)
         return h, skips
 
-    def decode(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+    def decode(self, h: Tensor, skips: list[Tensor], modulations: Iterator[Tensor]) -> Tensor:
         for layer in self.dec.values():
             if h.shape[1] != layer.in_channels:
                 h = torch.cat([h, skips.pop()], dim=1)
-            h = self.run(layer, h, embedding)
+            h = self.run(layer, h, modulations)
         return self.out_conv(self.out_norm(h))
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:

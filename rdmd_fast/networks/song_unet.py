@@ -4,7 +4,7 @@ DDPM++ is "positional", "standard", filter [1, 1]; NCSN++ "fourier", "residual",
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +143,7 @@ class SongUNet(UNet):
                 dec[f"{res}x{res}_aux_conv"] = Conv2d(channels, self.out_channels, 3)
         return dec
 
-    def encode(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, x: Tensor, modulations: Iterator[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The innermost features, and those of every level for the decoder, in order."""
         h = aux = x
         skips: list[Tensor] = []
@@ -155,11 +155,11 @@ class SongUNet(UNet):
             elif name.endswith("aux_residual"):
                 h = aux = skips[-1] = scaled_residual(layer(aux), h, SKIP_SCALE)
             else:
-                h = self.run(layer, h, embedding)
+                h = self.run(layer, h, modulations)
                 skips.append(h)
         return h, skips
 
-    def decode(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
+    def decode(self, h: Tensor, skips: list[Tensor], modulations: Iterator[Tensor]) -> Tensor:
         output = normed = None
         for name, layer in self.dec.items():
             if name.endswith("aux_up"):
@@ -171,7 +171,7 @@ class SongUNet(UNet):
             else:
                 if h.shape[1] != layer.in_channels:
                     h = torch.cat([h, skips.pop()], dim=1)
-                h = self.run(layer, h, embedding)
+                h = self.run(layer, h, modulations)
         return output
 
     def embed(self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:

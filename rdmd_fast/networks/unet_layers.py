@@ -6,7 +6,7 @@ module, since ZeRO-3 gathers them module by module.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ class Conv2d(nn.Module):
             # A repeated pixel meets neighbouring weights together: tap t of the transposed kernel is
             # w[2 - t] + w[3 - t].
             taps = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
-            self.register_buffer("taps_to_transposed", torch.kron(taps, taps), persistent=False)
+            self.register_buffer("transposed_from_taps", torch.kron(taps, taps).t().contiguous(), persistent=False)
 
     def forward(self, x: Tensor, adds_bias: bool = True) -> Tensor:
         bias = self.bias if adds_bias else None
@@ -110,8 +110,9 @@ class Conv2d(nn.Module):
 
     def repeat_and_convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Nearest repetition and a 3x3 convolution as one transposed 4x4 convolution: 4 products for 9."""
-        kernel = self.weight.transpose(0, 1).flatten(2) @ self.taps_to_transposed.to(self.weight.dtype)
-        return F.conv_transpose2d(x, kernel.unflatten(2, (4, 4)), bias, stride=2, padding=1)
+        by_tap = self.weight.permute(1, 2, 3, 0).flatten(1, 2)  # [in, 9, out]: the product comes out channels_last
+        kernel = self.transposed_from_taps.to(by_tap.dtype).expand(len(by_tap), -1, -1) @ by_tap
+        return F.conv_transpose2d(x, kernel.unflatten(1, (4, 4)).permute(0, 3, 1, 2), bias, stride=2, padding=1)
 
     def upsample(self, x: Tensor) -> Tensor:
         if self.box:
@@ -165,7 +166,8 @@ class UNetBlock(nn.Module):
     The embedding is added before the second norm, or with `adaptive_scale` scales and shifts after it.
     `project_skip`: the skip of a resampling block convolves even if it need not change the width.
 
-    forward(x [N, in, H, W], embedding [N, E]) -> [N, out, H', W'] with H' = H, 2 H (up) or H / 2 (down).
+    forward(x [N, in, H, W], modulation) -> [N, out, H', W'] with H' = H, 2 H (up) or H / 2 (down); the modulation is
+    ``affine`` of an embedding [N, E], which the network computes for all blocks.
     """
 
     def __init__(
@@ -203,12 +205,12 @@ class UNetBlock(nn.Module):
             self.qkv = PackedQKV(out_channels, heads)
             self.proj = TokenProjection(out_channels)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         # cuDNN adds a bias in a pass of its own, and sums its gradient in one: the norm and the sum do so in theirs.
         apart = folds_biases(x)
         h, x = self.norm0(x)
         h = self.conv0(h, adds_bias=not apart)
-        modulation, x_bias = self.affine(embedding), self.conv0.bias if apart else None
+        x_bias = self.conv0.bias if apart else None
         if self.adaptive_scale:
             h = self.norm1(h, *modulation.chunk(2, dim=1), x_bias=x_bias)
         else:
@@ -314,13 +316,24 @@ class UNet(nn.Module):
     checkpointing = False
     map_condition: nn.Module | None
 
-    def run(self, layer: nn.Module, x: Tensor, embedding: Tensor) -> Tensor:
-        """One layer of `enc` or `dec`."""
+    def run(self, layer: nn.Module, x: Tensor, modulations: Iterator[Tensor]) -> Tensor:
+        """One layer of `enc` or `dec`, in their order."""
         if not isinstance(layer, UNetBlock):
             return layer(x)
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, x, embedding, use_reentrant=False)
-        return layer(x, embedding)
+            return checkpoint(layer, x, next(modulations), use_reentrant=False)
+        return layer(x, next(modulations))
+
+    def modulations(self, embedding: Tensor) -> Iterator[Tensor]:
+        """Each block's ``affine`` of the embedding, in the order of `enc` and `dec`.
+
+        On a GPU one product for all, unless ZeRO-3 gathers weights module by module.
+        """
+        layers = [each.affine for each in (*self.enc.values(), *self.dec.values()) if isinstance(each, UNetBlock)]
+        if not folds_biases(embedding) or hasattr(layers[0].weight, "ds_id"):
+            return map(lambda layer: layer(embedding), layers)
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        return iter(F.linear(embedding.to(weight.dtype), weight, bias).split([len(layer.bias) for layer in layers], 1))
 
     def forward(
         self,
@@ -347,7 +360,8 @@ class UNet(nn.Module):
             embedding = embedding + self.map_condition(condition, c_noise)
         embedding = F.silu(embedding)
         h = x.to(embedding.dtype, memory_format=torch.channels_last)
-        return self.decode(*self.encode(h, embedding), embedding).to(x.dtype)
+        modulations = self.modulations(embedding)
+        return self.decode(*self.encode(h, modulations), modulations).to(x.dtype)
 
     def labels(self, class_labels: Tensor | None, features: Tensor) -> Tensor:
         """class_labels, zeros where there are none; in training some samples lose theirs (label_dropout)."""

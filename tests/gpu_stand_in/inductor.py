@@ -17,6 +17,7 @@ def install() -> None:
     """Prepare Inductor when something is compiled first: its import takes seconds."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build.CACHE / "inductor"))
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # other processes would have no stand-in
+    os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"  # its key leaves out how our operations are differentiated
     compile_ = torch.compile
 
     @functools.wraps(compile_)

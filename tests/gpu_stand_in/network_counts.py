@@ -1,6 +1,6 @@
 """Launches and bytes of a network's training pass, ours and plain, as written and under torch.compile.
 
-    python -m tests.gpu_stand_in.network_counts [--network songunet64 …] [--compile] [--top 20] [--json FILE]
+    python -m tests.gpu_stand_in.network_counts [--network songunet64 …] [--form ours] [--compile] [--top 20]
 
 Both forms are ``benchmarks/networks.py``'s. Counted on the stand-in, which leaves products and kernels uncomputed:
 launches, and the bytes that those outside of convolutions and matrix products read and write, each tensor whole.
@@ -12,12 +12,13 @@ import argparse
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from tests.gpu_stand_in import install
 
 NETWORKS = ("songunet64", "adm64", "digits")
 PRODUCTS = ("aten::convolution", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+FORMS = ("ours", "plain")
 COMPILED = {False: "written", True: "compiled"}
 
 
@@ -41,7 +42,7 @@ def count(step, top: int = 0) -> dict:
     return found
 
 
-def measure(network: str, batch: int, dtype: str, compile_: bool, top: int = 0) -> Iterator[dict]:
+def measure(network: str, batch: int, dtype: str, forms: Collection[str], compile_: bool, top: int) -> Iterator[dict]:
     """A row for each form and way of running it; bytes are an image's."""
     import torch
 
@@ -49,7 +50,9 @@ def measure(network: str, batch: int, dtype: str, compile_: bool, top: int = 0) 
     from tests.gpu_stand_in.device import without_values
 
     with without_values():
-        for name, step in zip(("ours", "plain"), steps(network, batch, dtype), strict=True):
+        for name, step in zip(FORMS, steps(network, batch, dtype), strict=True):
+            if name not in forms:
+                continue
             for compiled in (False, True) if compile_ else (False,):
                 if compiled:
                     torch._dynamo.reset()
@@ -66,7 +69,9 @@ def format_row(row: dict) -> str:
         f"{row['bytes'] / 2**20:9.1f} MiB an image outside products"
     )
     details = [f"  {size / 2**20:9.1f} MiB {number:5} {name}" for name, (size, number) in row.get("top", {}).items()]
-    return "\n".join([line, *details, *(f"  {number:5} {name}" for name, number in row.get("most launched", {}).items())])
+    return "\n".join(
+        [line, *details, *(f"  {number:5} {name}" for name, number in row.get("most launched", {}).items())]
+    )
 
 
 def main() -> None:
@@ -74,6 +79,7 @@ def main() -> None:
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=["songunet64"], help="(songunet64)")
     parser.add_argument("--batch", type=int, default=2, help="images (2)")
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["bf16"], help="(bf16)")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS, help="(both)")
     parser.add_argument("--compile", action="store_true", help="count both under torch.compile as well; takes minutes")
     parser.add_argument("--top", type=int, default=0, help="show so many operations (0)")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
@@ -83,7 +89,7 @@ def main() -> None:
     rows = []
     for network in arguments.network:
         for dtype in arguments.dtype:
-            for row in measure(network, arguments.batch, dtype, arguments.compile, arguments.top):
+            for row in measure(network, arguments.batch, dtype, arguments.form, arguments.compile, arguments.top):
                 rows.append(row)
                 print(format_row(row), flush=True)
     if arguments.json:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rdmd_fast.kernels import _group_norm_silu as norm_kernels
-from rdmd_fast.kernels import denoising_loss, ema_update, image_normalize, noise_forward, philox, rdmd_gradient
+from rdmd_fast.kernels import _merge, denoising_loss, ema_update, image_normalize, noise_forward, philox, rdmd_gradient
 from rdmd_fast.kernels import scaled_residual as residual
 from rdmd_fast.kernels.group_norm_silu import Plan, plan_chunks, plan_merge, plan_resident
 from rdmd_fast.kernels.noise_forward import chunk_count, tile_of
@@ -239,9 +239,9 @@ def scaled_residual_cases() -> Iterator[StaticCase]:
         kernel = residual._biased_rows_kernel
         yield case(f"scaled_residual/biases/{dtype}", kernel, types, constants, ("rows", "columns"))
         types = {"partials": "*fp32", "sums": f"*{dtype}"}
-        constants = {"TILE_P": residual.BLOCK // residual.MERGED, "TILE_C": residual.MERGED}
+        constants = {"TILE_P": _merge.TILE_PROGRAMS, "TILE_C": _merge.TILE_COLUMNS}
         launched = {"multiples": ("programs", "columns"), "vector_pointers": False}
-        yield case(f"scaled_residual/merge/{dtype}", residual._merge_kernel, types, constants, **launched)
+        yield case(f"merge/{dtype}", _merge.merge_kernel, types, constants, **launched)
     for dtype in DTYPES:
         for name, has_x in (("forward", True), ("backward", False)):
             types = {"h": f"*{dtype}", "x": f"*{dtype}" if has_x else None, "y": f"*{dtype}", "scale": "fp32"}
