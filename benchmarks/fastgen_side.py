@@ -29,7 +29,6 @@ from benchmarks.plain_kernels import over_samples
 from benchmarks.step_cases import network_options, sample_shape
 from rdmd_fast.config import Config
 from rdmd_fast.diffusion import DiffusionOptions
-from rdmd_fast.engine.fp32_masters import gather_parameters, master_shards
 from rdmd_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ MODULES = {
     "set_log_level": "fastgen.utils.logging_utils",
     "DictConfig": "omegaconf",
 }
+METHOD = "fastgen/methods/distribution_matching/dmd2.py"
 GET = "git clone https://github.com/NVlabs/FastGen"
 INSTALL = "pip install attrs boto3 diffusers einops ftfy imageio loguru omegaconf requests scipy 'wandb<0.20'"
 NETWORKS = ("generator", "fake_score", "teacher")
@@ -60,10 +60,8 @@ def load_fastgen(path: str | Path) -> SimpleNamespace:
         InputError: the folder is no checkout, or a package that FastGen imports is not installed.
     """
     folder = Path(path).resolve()
-    for module in MODULES.values():
-        file = Path(*module.split(".")).with_suffix(".py")
-        if module.startswith("fastgen.methods") and not (folder / file).is_file():
-            raise InputError(f"--fastgen {path}: no checkout of NVlabs/FastGen, {file} is missing: {GET}")
+    if not (folder / METHOD).is_file():
+        raise InputError(f"--fastgen {path}: no checkout of NVlabs/FastGen, {METHOD} is missing: {GET}")
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # last: it has folders named as some of ours
     try:
@@ -98,11 +96,10 @@ class FastGen:
     def __init__(self, path: str | Path, case: str, config: Config, dtype: str, weights=None, sources=None):
         fastgen, shape, self.config = load_fastgen(path), sample_shape(case), config
         self.model = fastgen.DMD2Model(model_config(fastgen, case, config, dtype))
-        start = build(case).state_dict() if weights is None else None
-        modules = {**self.networks(), "average": self.model.ema}
-        for name, network in modules.items():
-            source = "generator" if name == "average" else name
-            self._load(network.model, start if weights is None else weights[source], name)
+        weights = weights or dict.fromkeys(NETWORKS, build(case).state_dict())
+        for name, network in self.networks().items():
+            self._load(network.model, weights[name], name)
+        self._load(self.model.ema.model, weights["generator"], "average")
         self.model.on_train_begin()
         self.model.init_optimizers()
         self.clip, self.average = fastgen.GradClipCallback(grad_norm=10.0), fastgen.EMACallback()
@@ -113,21 +110,16 @@ class FastGen:
     @staticmethod
     def _load(network: nn.Module, weights: dict[str, Tensor], name: str) -> None:
         missing, unexpected = network.load_state_dict(weights, strict=False)
-        filters = {key for key in (*missing, *unexpected) if key.endswith("resample_filter")}  # constants of the case
-        if differing := {*missing, *unexpected} - UNUSED - filters:
+        # Filters are no weights, and alike where outputs are.
+        differing = {key for key in (*missing, *unexpected) if not key.endswith("resample_filter")} - UNUSED
+        if differing:
             raise RuntimeError(f"{name}: FastGen's network has other weights than ours: {sorted(differing)[:3]}")
 
     @classmethod
     def like(cls, ours: Ours, path: str | Path, case: str, dtype: str) -> FastGen:
         """Build one with ours's weights as they are now, and its sources."""
-        weights = {
-            name: gather_parameters(engine, [shard.clone() for shard in master_shards(engine)])
-            for name, engine in ours.state.engines.items()
-        }
-        weights["teacher"] = {name: tensor.float() for name, tensor in ours.stage.teacher.state_dict().items()}
-        batch = ours.config.train.global_batch_size
-        sources = [ours.stage.source.batch(torch.arange(start, start + batch)) for start in range(0, 8 * batch, batch)]
-        return cls(path, case, ours.config, dtype, weights, sources)
+        weights = {**ours.weights(), "teacher": ours.stage.teacher.state_dict()}
+        return cls(path, case, ours.config, dtype, weights, ours.sources())
 
     def networks(self) -> dict[str, nn.Module]:
         return dict(zip(NETWORKS, (self.model.net, self.model.fake_score, self.model.teacher), strict=True))

@@ -56,6 +56,18 @@ class Ours:
         teacher = self.stage.teacher
         return networks | ({"teacher": teacher} if isinstance(teacher, torch.nn.Module) else {})
 
+    def weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Give state dicts of the trained networks as they are now, in fp32."""
+        return {
+            name: gather_parameters(engine, [shard.clone() for shard in master_shards(engine)])
+            for name, engine in self.state.engines.items()
+        }
+
+    def sources(self) -> list[torch.Tensor]:
+        """Give eight batches, on the device."""
+        batch = self.config.train.global_batch_size
+        return [self.stage.source.batch(torch.arange(start, start + batch)) for start in range(0, 8 * batch, batch)]
+
     def on_device(self) -> list[torch.Tensor]:
         """List parameters, masters, averages: what a GPU run has on the device between iterations."""
         tensors = [*self.state.ema.shards, *(part for part in vars(self.stage).values() if torch.is_tensor(part))]
@@ -104,14 +116,8 @@ class Plain:
     @classmethod
     def like(cls, ours: Ours, case: str, dtype: str, compiled: str | None) -> Plain:
         """Build one with ours's weights as they are now, and its sources."""
-        weights = {
-            name: gather_parameters(engine, [shard.clone() for shard in master_shards(engine)])
-            for name, engine in ours.state.engines.items()
-        }
-        batch = ours.config.train.global_batch_size
-        sources = [ours.stage.source.batch(torch.arange(start, start + batch)) for start in range(0, 8 * batch, batch)]
         exact = ours.stage.teacher.denoiser if case == "toy" else None
-        return cls(case, ours.config, dtype, compiled, weights, sources, exact)
+        return cls(case, ours.config, dtype, compiled, ours.weights(), ours.sources(), exact)
 
     def networks(self) -> dict[str, torch.nn.Module]:
         """Give the networks by name; an exact teacher is none."""
