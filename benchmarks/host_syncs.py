@@ -23,6 +23,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.network_passes import count_passes, passes_of
+
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2", "_unique2")
 
 
@@ -47,6 +49,7 @@ class HostSyncs(TorchDispatchMode):
         counts: synchronisations by who waits: the name given to ``inside``, else "ours".
         places: (file:line of the innermost frame outside torch) of each, for messages.
         launches: operations that would launch a kernel: those that write a tensor on the device.
+        operations: all of ATen's, and registered ones, that PyTorch dispatches: views and the host's own too.
     """
 
     def __init__(self, on_device: Iterable[torch.Tensor]):
@@ -55,7 +58,7 @@ class HostSyncs(TorchDispatchMode):
         self._storages: dict[int, StorageWeakRef] = {}
         self.counts: Counter[str] = Counter()
         self.places: Counter[str] = Counter()
-        self.launches = 0
+        self.launches = self.operations = 0
         self._who = "ours"
         for tensor in on_device:
             self.mark(tensor)
@@ -106,6 +109,7 @@ class HostSyncs(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        self.operations += 1
         name = function.overloadpacket.__name__
         reads_device = any(self._is_marked(leaf) for leaf in tree_leaves((args, kwargs)))
         result = function(*args, **kwargs)
@@ -117,6 +121,11 @@ class HostSyncs(TorchDispatchMode):
                 self.mark(leaf)
             self.launches += bool(outputs) and not function.is_view and not name.startswith(("empty", "new_empty"))
         return result
+
+    def totals(self) -> dict[str, int]:
+        """Give what was counted, for the results."""
+        counts = {"host_syncs": sum(self.counts.values()), "launches": self.launches}
+        return {**counts, "operations": self.operations}
 
     def wait(self, *_) -> None:
         """The host waits here. DeepSpeed waits in its hooks too, around what is ours."""
@@ -180,13 +189,12 @@ def count_host(ours) -> dict:
             who = _deepspeeds(name)
             stack.enter_context(_stepping_inside(engine, lambda who=who: syncs.inside(who)))
         for owner, name in given:
-            stack.enter_context(_marked(syncs, owner, name))
+            stack.enter_context(returning_marked(syncs, owner, name))
+        passes = stack.enter_context(count_passes(ours.networks()))
         stack.enter_context(syncs)
         ours.iteration()
-    return {
-        "host_syncs": sum(syncs.counts.values()), "host_syncs_of": dict(syncs.counts), "places": dict(syncs.places),
-        "launches": syncs.launches,
-    }  # fmt: skip
+    of = {"host_syncs_of": dict(syncs.counts), "places": dict(syncs.places)}
+    return {**syncs.totals(), **of, "passes": passes_of(passes)}
 
 
 class Stream:
@@ -204,7 +212,7 @@ def _deepspeeds(engine: str) -> str:
 
 
 @contextlib.contextmanager
-def _marked(syncs: HostSyncs, owner, name: str):
+def returning_marked(syncs: HostSyncs, owner, name: str):
     """What the method gives would be on the device."""
     method = getattr(owner, name)
 

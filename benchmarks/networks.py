@@ -35,6 +35,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}
 
 CASES: dict[str, Callable[[], nn.Module]] = {
     "songunet64": lambda: SongUNet(64, 3, 3, channel_mult=[1, 2, 2, 2], dropout=0.0),
+    "songunet32": lambda: SongUNet(32, 3, 3, model_channels=64, channel_mult=[1, 2, 2], num_blocks=2, dropout=0.0),
     "adm64": lambda: DhariwalUNet(64, 3, 3, dropout=0.0),
     "digits": lambda: SongUNet(
         8, 3, 3, model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.0

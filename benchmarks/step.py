@@ -2,17 +2,20 @@
 
     python -m benchmarks.step --case digits|toy|songunet64|adm64 [--dtype fp32 bf16] [--stage 0] [--compile MODE]
                               [--sides ours plain …] [--set key=value …]
+                              [--fastgen CHECKOUT]          # ours beside the step of that checkout of NVlabs/FastGen
                               [--json FILE]                 # a list, an entry a dtype, and a picture beside it
     python -m benchmarks.step --draw PICTURE FILE [FILE …]  # one picture of several
 
 Ours is what ``train.py`` does in an iteration (data, engines, EMA, telemetry); the plain formulation is that of
-``benchmarks.plain_step``, on the same weights, batch and number of updates. Their losses are compared first. Then
+``benchmarks.plain_step``, on the same weights, batch and number of updates. Their losses are compared first; of
+FastGen, whose loss is another, the networks' outputs (``benchmarks.fastgen_side`` says what its side does). Then
 iterations of all sides are timed in turn and the best of each counts, since machines are shared. MFU is of the plain
 formulation's FLOPs without its second rollout, against a matrix product measured in the same run, so that all sides are
 credited with the same work. Bytes outside matrix products and convolutions are counted with the fused kernels as on a
 GPU (``benchmarks.traffic``). Memory is that of a process of its own for each side: its height above what it held once
 everything was imported. On a GPU it is the allocator's, beside what ``--dry-run`` predicts; there each compiled side is
-built when those before it have been timed, and FILE is written after each.
+built when those before it have been timed, and FILE is written after each. With --fastgen there are no phases and no
+picture.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.fastgen_side import commit_of, load_fastgen
 from benchmarks.networks import CUDA, DTYPES, matmul_peak
 from benchmarks.step_cases import BATCHES
 from benchmarks.step_measurements import (
@@ -39,13 +43,14 @@ from benchmarks.step_measurements import (
     processor,
 )
 from benchmarks.step_sides import build_side
-from benchmarks.step_tables import OUR_SIDES, PLAIN_SIDES, draw, print_table, record
+from benchmarks.step_tables import OTHER_SIDES, OUR_SIDES, draw, print_table, record
 from benchmarks.timing import LARGE, copy_bandwidth
+from rdmd_fast.errors import InputError
 from rdmd_fast.planning.dry_run import predicted_bytes
 from rdmd_fast.planning.planned_networks import planned_networks
 
-SIDES = ("ours", "plain", "plain_fp32", "ours_compiled", "plain_compiled")
-BURSTS = {"toy": 20, "digits": 5, "songunet64": 1, "adm64": 1}
+SIDES = ("ours", "plain", "plain_fp32", "fastgen", "ours_compiled", "plain_compiled")
+BURSTS = {"toy": 20, "digits": 5, "songunet32": 1, "songunet64": 1, "adm64": 1}
 
 
 def measure(dtype: str, arguments: argparse.Namespace, folder: Path) -> Iterator[dict]:
@@ -69,10 +74,10 @@ def measure(dtype: str, arguments: argparse.Namespace, folder: Path) -> Iterator
                 peaks[name] = allocated_peak(sides[name], before)
         built, burst = {name: sides[name] for name in group}, BURSTS[arguments.case] if LARGE or not CUDA else 1
         times = best_times({name: side.iteration for name, side in built.items()}, arguments.rounds, burst)
-        if group[0] in OUR_SIDES and "phases" not in entry:
+        if group[0] in OUR_SIDES and "phases" not in entry and not arguments.fastgen:
             entry["phases"] = phases(built[group[0]])  # before anything is counted: a dispatch mode ends compilation
         counted = counts(built)
-        rows |= {name: {"seconds": times[name], "peak_bytes": peaks[name], **counted.get(name, {})} for name in group}
+        rows |= {name: {**times[name], "peak_bytes": peaks[name], **counted.get(name, {})} for name in group}
         entry |= record(facts(dtype, arguments, sides, losses), rows, *floors(arguments.case, sides))
         yield entry
     for name in OUR_SIDES:
@@ -95,6 +100,7 @@ def facts(dtype: str, arguments: argparse.Namespace, sides: dict, losses: dict) 
         "batch": config.train.global_batch_size, "stage": arguments.stage, "compile": arguments.compile,
         "set": arguments.set, "fake_updates": config.rdmd.fake_updates, "torch": torch.__version__,
         "threads": torch.get_num_threads(), "losses": losses, **predicted,
+        **({"fastgen_commit": commit_of(arguments.fastgen)} if "fastgen" in sides else {}),
     }  # fmt: skip
 
 
@@ -116,7 +122,8 @@ def main() -> int:
         "--compile", choices=("default", "reduce-overhead", "max-autotune"),
         help="both sides under torch.compile in this mode, too; on a GPU the latter two modes use CUDA graphs",
     )  # fmt: skip
-    add("--sides", nargs="+", choices=(*OUR_SIDES, *PLAIN_SIDES), help="(all; compiled ones with --compile)")
+    add("--sides", nargs="+", choices=(*OUR_SIDES, *OTHER_SIDES), help="(all; compiled ones with --compile)")
+    add("--fastgen", metavar="CHECKOUT", help="folder of NVlabs/FastGen: sides are ours and its own")
     add(
         "--set",
         nargs="*",
@@ -126,8 +133,16 @@ def main() -> int:
     )
     add("--json", metavar="FILE", help="write the results there, and a picture beside it")
     add("--draw", nargs="+", metavar=("PICTURE", "FILE"), help="only draw the results of FILEs that --json wrote")
-    add("--memory-of", choices=("ours", "plain"), help=argparse.SUPPRESS)
+    add("--memory-of", choices=("ours", "plain", "fastgen"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.fastgen:
+        if arguments.case == "toy":
+            parser.error("--fastgen: it has no networks for points, choose a --case of images")
+        try:
+            load_fastgen(arguments.fastgen)
+            arguments.fastgen = str(Path(arguments.fastgen).resolve())  # processes that measure memory run elsewhere
+        except InputError as error:
+            parser.error(str(error))
     if arguments.memory_of:
         print_peak(arguments)
         return 0
@@ -135,10 +150,16 @@ def main() -> int:
         picture, *files = map(Path, arguments.draw)
         draw([entry for file in files for entry in json.loads(file.read_text())], picture)
         return 0
-    if arguments.sides is None:
-        arguments.sides = [side for side in SIDES if arguments.compile or not side.endswith("_compiled")]
+    if arguments.sides is None and arguments.fastgen:
+        arguments.sides = ["ours", "fastgen"]
+    elif arguments.sides is None:
+        arguments.sides = [
+            side for side in SIDES if side != "fastgen" and (arguments.compile or not side.endswith("_compiled"))
+        ]
     elif "ours" not in {side.removesuffix("_compiled") for side in arguments.sides}:
         parser.error("--sides: without ours or ours_compiled there is no configuration to run")
+    elif "fastgen" in arguments.sides and not arguments.fastgen:
+        parser.error("--sides fastgen: name a checkout of NVlabs/FastGen with --fastgen")
     entries = []
     for dtype in arguments.dtype:
         with tempfile.TemporaryDirectory(prefix="rdmd-step-") as folder:
@@ -146,7 +167,7 @@ def main() -> int:
                 keep([*entries, entry], arguments.json)
         entries.append(entry)
         print_table([entry])
-    if arguments.json:
+    if arguments.json and all("phases" in entry for entry in entries):
         draw(entries, Path(arguments.json).with_suffix(".png"))
     return 0
 

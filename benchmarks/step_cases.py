@@ -17,8 +17,11 @@ from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 64  # distinct sources
-SIZES = {"digits": 8, "songunet64": 64, "adm64": 64}
-BATCHES = {"toy": 512, "digits": 64, "songunet64": 64 if CUDA else 4, "adm64": 32 if CUDA else 2}
+SIZES = {"digits": 8, "songunet32": 32, "songunet64": 64, "adm64": 64}
+BATCHES = {
+    "toy": 512, "digits": 64, "songunet32": 128 if CUDA else 16, "songunet64": 64 if CUDA else 4,
+    "adm64": 32 if CUDA else 2,
+}  # fmt: skip
 
 
 def sample_shape(case: str) -> tuple[int, ...]:
@@ -77,6 +80,9 @@ def write_teacher(folder: Path, options, shape: tuple[int, ...], network: torch.
 def network_options(case: str):
     return {
         "songunet64": SongUNetOptions(kind="song_unet", channel_mult=[1, 2, 2, 2], dropout=0.0),
+        "songunet32": SongUNetOptions(
+            kind="song_unet", model_channels=64, channel_mult=[1, 2, 2], num_blocks=2, dropout=0.0
+        ),
         "adm64": DhariwalUNetOptions(kind="dhariwal_unet", dropout=0.0),
         "digits": SongUNetOptions(
             kind="song_unet", model_channels=32, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4], dropout=0.0

@@ -1,4 +1,4 @@
-"""What an iteration's benchmark measures on a side: time by phase, memory, FLOPs, host synchronisations, launches."""
+"""What an iteration's benchmark measures on a side: time by phase, memory, FLOPs, passes, host synchronisations."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.fastgen_side import FastGen, count_fastgen
 from benchmarks.host_syncs import HostSyncs, count_host, count_on_gpu
+from benchmarks.network_passes import count_passes, passes_of
 from benchmarks.networks import CUDA, DTYPES, matmul_peak, peak_of, seconds
 from benchmarks.plain_networks import PlainUNet
 from benchmarks.step_cases import BATCHES, ROOT, compile_as, network_options, run_config, sample_shape
@@ -27,15 +30,17 @@ from rdmd_fast.networks.flops import distillation_flops, forward_flops
 from rdmd_fast.processes.host_memory import LARGEST_MMAP_THRESHOLD, keep_freed_memory
 
 
-def best_times(sides: dict[str, Callable[[], None]], rounds: int, burst: int) -> dict[str, float]:
+def best_times(sides: dict[str, Callable[[], None]], rounds: int, burst: int) -> dict[str, dict[str, float]]:
     """Time iterations, the best of each side since machines are shared; ``burst`` of one side at a time.
+
+    Besides ``seconds`` there are ``cpu_seconds`` of all threads, which other processes of the machine lengthen less.
 
     The first one of several is not timed: it finds the memory and the caches as the other side has left them.
     """
     for iteration in sides.values():
         for _ in range(2):
             iteration()
-    columns: dict[str, list[float]] = {name: [] for name in sides}
+    columns: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for dtype in DTYPES:
             matmul_peak(dtype)  # when the machine is fast, it is for both
@@ -45,30 +50,35 @@ def best_times(sides: dict[str, Callable[[], None]], rounds: int, burst: int) ->
             if burst > 1:
                 iteration()
             timed = max(1, burst - 1)
-            columns[name].append(seconds(lambda run=iteration, timed=timed: [run() for _ in range(timed)]) / timed)
-    return {name: min(column) for name, column in columns.items()}
+            before = time.process_time()
+            wall = seconds(lambda run=iteration, timed=timed: [run() for _ in range(timed)])
+            columns[name].append((wall / timed, (time.process_time() - before) / timed))
+    best = {name: map(min, zip(*column, strict=True)) for name, column in columns.items()}
+    return {name: dict(zip(("seconds", "cpu_seconds"), both, strict=True)) for name, both in best.items()}
 
 
-def counts(sides: dict[str, Ours | Plain]) -> dict[str, dict]:
-    """Count host synchronisations and launches; on a CPU bytes outside matrix products too, of what is not compiled."""
+def counts(sides: dict[str, Ours | Plain | FastGen]) -> dict[str, dict]:
+    """Count host synchronisations and launches.
+
+    On a CPU, of what is not compiled, passes, operations and bytes outside matrix products too.
+    """
     if CUDA:
         return {name: count_on_gpu(side) for name, side in sides.items()}
-    counted = {
-        name: count(sides[name]) for name, count in (("ours", count_host), ("plain", count_plain)) if name in sides
-    }
+    counters = {"ours": count_host, "plain": count_plain, "fastgen": count_fastgen}
+    counted = {name: count(sides[name]) for name, count in counters.items() if name in sides}
     for name in counted:
         counted[name]["bytes_outside_matmuls"] = network_traffic(sides[name].iteration, MATMULS)
     return counted
 
 
 def count_plain(plain: Plain) -> dict:
-    """Count host synchronisations and launches of an iteration, without a GPU."""
+    """Count passes, operations, host synchronisations and launches of an iteration, without a GPU."""
     networks = (plain.rdmd.generator, plain.rdmd.fake_score, plain.rdmd.average, plain.rdmd.teacher)
     modules = [network for network in networks if isinstance(network, torch.nn.Module)]
     tensors = [tensor for module in modules for tensor in [*module.parameters(), *module.buffers()]]
-    with HostSyncs([*tensors, *plain.sources]) as syncs:
+    with count_passes(plain.networks()) as passes, HostSyncs([*tensors, *plain.sources]) as syncs:
         plain.iteration()
-    return {"host_syncs": sum(syncs.counts.values()), "launches": syncs.launches}
+    return {**syncs.totals(), "passes": passes_of(passes)}
 
 
 def iteration_flops(case: str, config: Config) -> float:
@@ -103,7 +113,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def allocated_peak(side: Ours | Plain, before: int) -> int:
+def allocated_peak(side: Ours | Plain | FastGen, before: int) -> int:
     """Measure the bytes that an iteration takes of a GPU's allocator at its height, above what it held ``before``."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -118,7 +128,8 @@ def peak_memory(side: str, dtype: str, arguments: argparse.Namespace) -> int:
         sys.executable, "-m", "benchmarks.step", "--case", arguments.case,
         "--memory-of", side.partition("_")[0], "--dtype", dtype, "--stage", str(arguments.stage),
         "--batch", str(arguments.batch or BATCHES[arguments.case]),
-        *(["--compile", arguments.compile] if side.endswith("_compiled") else []), "--set", *arguments.set,
+        *(["--compile", arguments.compile] if side.endswith("_compiled") else []),
+        *(["--fastgen", arguments.fastgen] if side == "fastgen" else []), "--set", *arguments.set,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
@@ -132,11 +143,13 @@ def print_peak(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="rdmd-step-") as name:
         overrides = [*compile_as(compiled), *arguments.set]
         config = run_config(arguments.case, dtype, Path(name), overrides, arguments.batch, arguments.stage)
-        load_libraries(Path(name), dtype)
+        load_libraries(Path(name), dtype, arguments.fastgen)
 
         def iterations() -> None:
             if arguments.memory_of == "ours":
                 run = Ours(config)
+            elif arguments.memory_of == "fastgen":
+                run = FastGen(arguments.fastgen, arguments.case, config, dtype)
             else:
                 run = Plain(arguments.case, config, dtype, compiled, exact_teacher=lambda state, sigma: state)
             for _ in range(2):  # optimizers have their states from the first one on
@@ -145,10 +158,12 @@ def print_peak(arguments: argparse.Namespace) -> None:
         print(peak_of(iterations))
 
 
-def load_libraries(folder: Path, dtype: str) -> None:
+def load_libraries(folder: Path, dtype: str, fastgen: str | None = None) -> None:
     """Run an iteration of each side on a few points: what they import and load on the way counts for neither."""
     config = run_config("toy", dtype, folder / "small", ["network.hidden=8", "generator.hidden=8"], 4)
     ours = Ours(config)
     ours.iteration()
     Plain("toy", config, dtype, exact_teacher=lambda state, sigma: state).iteration()
     ours.experiment.close()
+    if fastgen:
+        FastGen(fastgen, "digits", run_config("digits", dtype, folder / "smaller", batch=4), dtype).iteration()

@@ -1,4 +1,4 @@
-"""The two sides of an iteration's benchmark, ours and the plain formulation, and a check that they compute the same."""
+"""The sides of an iteration's benchmark, ours and the plain formulation, and a check that they compute the same."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.fastgen_side import FastGen, check_same_networks
 from benchmarks.networks import DEVICE, build, tf32
 from benchmarks.plain_networks import PlainUNet
 from benchmarks.plain_step import PlainRDMD
@@ -48,6 +49,24 @@ class Ours:
         means = {name: float(total) / telemetry._counts[name] for name, total in telemetry._sums.items()}
         telemetry._sums.clear(), telemetry._counts.clear()
         return means
+
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """Give the networks by name; an exact teacher is none."""
+        networks = {name: engine.module for name, engine in self.state.engines.items()}
+        teacher = self.stage.teacher
+        return networks | ({"teacher": teacher} if isinstance(teacher, torch.nn.Module) else {})
+
+    def weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Give state dicts of the trained networks as they are now, in fp32."""
+        return {
+            name: gather_parameters(engine, [shard.clone() for shard in master_shards(engine)])
+            for name, engine in self.state.engines.items()
+        }
+
+    def sources(self) -> list[torch.Tensor]:
+        """Give eight batches, on the device."""
+        batch = self.config.train.global_batch_size
+        return [self.stage.source.batch(torch.arange(start, start + batch)) for start in range(0, 8 * batch, batch)]
 
     def on_device(self) -> list[torch.Tensor]:
         """List parameters, masters, averages: what a GPU run has on the device between iterations."""
@@ -97,14 +116,13 @@ class Plain:
     @classmethod
     def like(cls, ours: Ours, case: str, dtype: str, compiled: str | None) -> Plain:
         """Build one with ours's weights as they are now, and its sources."""
-        weights = {
-            name: gather_parameters(engine, [shard.clone() for shard in master_shards(engine)])
-            for name, engine in ours.state.engines.items()
-        }
-        batch = ours.config.train.global_batch_size
-        sources = [ours.stage.source.batch(torch.arange(start, start + batch)) for start in range(0, 8 * batch, batch)]
         exact = ours.stage.teacher.denoiser if case == "toy" else None
-        return cls(case, ours.config, dtype, compiled, weights, sources, exact)
+        return cls(case, ours.config, dtype, compiled, ours.weights(), ours.sources(), exact)
+
+    def networks(self) -> dict[str, torch.nn.Module]:
+        """Give the networks by name; an exact teacher is none."""
+        networks = {name: getattr(self.rdmd, name) for name in ("generator", "fake_score", "teacher")}
+        return {name: network for name, network in networks.items() if isinstance(network, torch.nn.Module)}
 
     def draw(self) -> torch.Tensor:
         self.drawn += 1
@@ -146,10 +164,12 @@ def check_equal(ours: Ours, plain: Plain, dtype: str) -> dict[str, tuple[float, 
     return pairs
 
 
-def build_side(name: str, sides: dict[str, Ours | Plain], dtype: str, arguments, folder: Path) -> dict[str, tuple]:
+def build_side(
+    name: str, sides: dict[str, Ours | Plain | FastGen], dtype: str, arguments, folder: Path
+) -> dict[str, tuple]:
     """Add a side to ``sides``; returns the losses of ``check_equal``, {} where there was nothing to compare.
 
-    Ours come before the plain ones, which begin with the weights of the last of ours.
+    Ours come before the other ones, which begin with the weights of the last of ours.
     """
     case, ours = arguments.case, next((side for side in reversed(sides.values()) if isinstance(side, Ours)), None)
     mode = arguments.compile if name.endswith("_compiled") else None
@@ -161,5 +181,9 @@ def build_side(name: str, sides: dict[str, Ours | Plain], dtype: str, arguments,
             ours.iteration()  # so that fake score and teacher differ
         compared = mode and any(each.startswith("plain") for each in arguments.sides)
         return check_equal(ours, Plain.like(ours, case, dtype, None), dtype) if compared else {}
+    if name == "fastgen":
+        sides[name] = FastGen.like(ours, arguments.fastgen, case, dtype)
+        check_same_networks(ours, sides[name], dtype)
+        return {}
     sides[name] = Plain.like(ours, case, "fp32" if name == "plain_fp32" else dtype, mode)
     return check_equal(ours, sides[name], dtype) if name != "plain_fp32" else {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 MIB = 2**20
 OUR_SIDES, PLAIN_SIDES = ("ours", "ours_compiled"), ("plain", "plain_compiled", "plain_fp32")
+OTHER_SIDES = (*PLAIN_SIDES, "fastgen")
 
 
 def record(facts: dict, sides: dict[str, dict], flops: float, matmul_rates: dict[str, float], bandwidth: float) -> dict:
@@ -27,17 +28,25 @@ def record(facts: dict, sides: dict[str, dict], flops: float, matmul_rates: dict
     if "ours" in entry and "plain" in entry:
         entry["ratio"] = entry["plain"]["seconds"] / entry["ours"]["seconds"]
     entry["ratios"] = {
-        our: {plain: entry[plain]["seconds"] / entry[our]["seconds"] for plain in PLAIN_SIDES if plain in entry}
+        our: {other: entry[other]["seconds"] / entry[our]["seconds"] for other in OTHER_SIDES if other in entry}
         for our in OUR_SIDES if our in entry
     }  # fmt: skip
+    if "ours" in entry and "fastgen" in entry:
+        entry["fastgen_ratios"] = fastgen_ratios(entry["ours"], entry["fastgen"])
     return entry
+
+
+def fastgen_ratios(ours: dict, fastgen: dict) -> dict[str, float]:
+    """Divide what FastGen's iteration takes by what ours takes."""
+    both = ("seconds", "cpu_seconds", "operations", "launches", "bytes_outside_matmuls", "peak_bytes")
+    return {name: fastgen[name] / ours[name] for name in both if name in ours and name in fastgen}
 
 
 def print_table(entries: list[dict]) -> None:
     """Print an entry a dtype: a line for each side, ratios, and the floor."""
     for entry in entries:
         print(f"{entry['case']}, {entry['dtype']}, batch {entry['batch']}, ZeRO {entry['stage']}, on {entry['device']}")
-        for side in (*OUR_SIDES, *PLAIN_SIDES):
+        for side in (*OUR_SIDES, *OTHER_SIDES):
             if side in entry:
                 row = entry[side]
                 moved = f"{row['bytes_outside_matmuls'] / MIB:.0f}" if "bytes_outside_matmuls" in row else "-"
@@ -48,6 +57,13 @@ def print_table(entries: list[dict]) -> None:
                 )
         for our, ratios in entry["ratios"].items():
             print(f"  {our} {', '.join(f'{ratio:.2f} times {plain}' for plain, ratio in ratios.items()) or 'alone'}")
+        for side in (*OUR_SIDES, *OTHER_SIDES):
+            if "passes" in entry.get(side, {}):
+                passes = ", ".join(f"{kind} {count}" for kind, count in entry[side]["passes"]["all"].items())
+                print(f"  {side}: passes {passes}; operations {entry[side]['operations']}")
+        if "fastgen_ratios" in entry:
+            ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in entry["fastgen_ratios"].items())
+            print(f"  FastGen over ours: {ratios}")
         print(
             f"  {entry['flops'] / 1e9:.2f} GFLOP; matrix products reach {entry['matmul_peak'] / 1e9:.0f} GFLOP/s, "
             f"copies {entry['copy_bandwidth'] / 1e9:.1f} GB/s",
