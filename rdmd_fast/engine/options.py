@@ -69,8 +69,8 @@ class TrainOptions(Options):
     )
     cudnn_benchmark: bool | None = Field(
         None,
-        description="cuDNN times its algorithms for each convolution's shape, at its first call, and takes the fastest; "
-        "may differ between runs, and with it the last bits. Unset: true unless train.deterministic (EDM: true)",
+        description="cuDNN times its algorithms at each convolution's first call and takes the fastest, which may be "
+        "another in the next run, with other last bits. Unset: true unless train.deterministic (EDM: true)",
     )
     deterministic: bool = Field(
         False,

@@ -67,7 +67,9 @@ def test_convolutions_are_timed_unless_a_run_is_deterministic(monkeypatch, train
 
 
 def test_a_deterministic_run_times_nothing():
-    with pytest.raises(InputError, match=r"train\.cudnn_benchmark: chooses convolutions by timing, remove it or train\.d"):
+    with pytest.raises(
+        InputError, match=r"train\.cudnn_benchmark: chooses convolutions by timing, remove it or train\.d"
+    ):
         config(deterministic=True, cudnn_benchmark=True)
 
 
