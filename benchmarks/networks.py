@@ -159,8 +159,8 @@ _best_matmul: dict[tuple[str, bool], float] = {}
 def matmul_peak(dtype: str, in_tf32: bool = True) -> float:
     """FLOP/s of the best large square matrix product of this process so far, also as 1×1 convolution.
 
-    In fp32 a GPU's is TF32's unless told otherwise, as with ``train.tf32``. Each call tries a few: what a machine can do
-    is seen when others leave it alone.
+    In fp32 a GPU's is TF32's unless told otherwise, as with ``train.tf32``. Each call tries a few: what a machine can
+    do is seen when others leave it alone.
     """
     for size in (8192,) if LARGE else (512, 2048):
         a, b = (torch.randn(size, size, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
