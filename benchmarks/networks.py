@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.plain_networks import PlainUNet
 from benchmarks.timing import CUDA, DEVICE, LARGE
 from benchmarks.traffic import network_traffic
+from rdmd_fast.engine.gpu_arithmetic import allow_tf32, tf32_allowed
 from rdmd_fast.networks.dhariwal_unet import DhariwalUNet
 from rdmd_fast.networks.song_unet import SongUNet
 
@@ -103,16 +104,13 @@ def check_equal(case: str, dtype: str) -> None:
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether a GPU may round factors in fp32 to eleven bits; PyTorch lets its convolutions, and not its products."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
+    """Whether a GPU may round factors in fp32 to eleven bits, for the time of a block."""
+    before = tf32_allowed()
+    allow_tf32(allowed, allowed)
     try:
-        for backend in backends:
-            backend.allow_tf32 = allowed
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+        allow_tf32(*before)
 
 
 def seconds(step: Callable[[], object]) -> float:
@@ -156,13 +154,14 @@ def resident(field: str) -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
 
 
-_best_matmul: dict[str, float] = {}
+_best_matmul: dict[tuple[str, bool], float] = {}
 
 
-def matmul_peak(dtype: str) -> float:
+def matmul_peak(dtype: str, in_tf32: bool = True) -> float:
     """FLOP/s of the best large square matrix product of this process so far, also as 1×1 convolution.
 
-    Each call tries a few: what a machine can do is seen when others leave it alone.
+    In fp32 a GPU's is TF32's unless told otherwise, as with ``train.tf32``. Each call tries a few: what a machine can
+    do is seen when others leave it alone.
     """
     for size in (8192,) if LARGE else (512, 2048):
         a, b = (torch.randn(size, size, device=DEVICE).to(DTYPES[dtype]) for _ in range(2))
@@ -170,12 +169,13 @@ def matmul_peak(dtype: str) -> float:
         if not CUDA:  # there products come from another library than convolutions, which may be the faster one
             image, kernel = a.T[None, :, :, None].contiguous(memory_format=torch.channels_last), b[:, :, None, None]
             ways.append(functools.partial(torch.nn.functional.conv2d, image, kernel))
-        with tf32(True):  # as convolutions may
+        with tf32(in_tf32):
             best = min(seconds(way) for _ in range(3) for way in ways)
-        _best_matmul[dtype] = max(_best_matmul.get(dtype, 0.0), 2 * size**3 / best)
+        key = dtype, in_tf32
+        _best_matmul[key] = max(_best_matmul.get(key, 0.0), 2 * size**3 / best)
         if best > 0.01:  # a CPU without 16-bit products: larger ones would take seconds and tell the same
             break
-    return _best_matmul[dtype]
+    return _best_matmul[dtype, in_tf32]
 
 
 @functools.cache

@@ -56,6 +56,9 @@ class PlainRDMD:
         ]
         self.step, self.logged = 0, {}
 
+    def begin_update(self) -> None:
+        """Nothing; CUDA graphs would want to know."""
+
     def iteration(self, draw: Callable[[], Tensor]) -> None:
         """One generator update and ``fake_updates`` of the fake score; ``draw`` gives the next sources."""
         self.generator_update(draw())
@@ -65,6 +68,7 @@ class PlainRDMD:
         self.step += 1
 
     def generator_update(self, x: Tensor, sigma: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        self.begin_update()
         y = self.translate(x)
         gradient = self.score_gradient(y, sigma, noise)
         # Half the squared distance to a constant has the score gradient as its own.
@@ -93,6 +97,7 @@ class PlainRDMD:
     def fake_update(
         self, x: Tensor, sigma: Tensor | None = None, noise: Tensor | None = None, y: Tensor | None = None
     ) -> None:
+        self.begin_update()
         if y is None:
             with torch.no_grad():
                 y = self.translate(x)

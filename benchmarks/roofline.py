@@ -1,13 +1,13 @@
 """The two numbers of an iteration, FLOPs and bytes, of each configuration of the distillation, and the floor they give.
 
-    python -m benchmarks.roofline [CONFIG.yaml ...] [--tflops 494 989 --tbps 3.35] [--json FILE]
+    python -m benchmarks.roofline [CONFIG.yaml ...] [--tflops 67 494 989 --tbps 3.35] [--json FILE]
 
 FLOPs are those of matrix products and convolutions. Bytes are what moves outside them, counted operation by operation
 with the fused kernels as a GPU launches them (``benchmarks.traffic``): of the networks by sample, by running each
 forward and backward at two and at four samples; of optimizers and EMA by parameter, by running digits' iterations. The
 arithmetic between the networks, a thousandth of theirs, and the embedding of λ are left out. The floor takes matrix
 products at the one rate and all other bytes at the other, neither hidden by the other: rates of this machine, measured,
-unless given.
+unless given. Products in fp32 go at TF32's rate where the configuration allows it (``train.tf32``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import functools
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from benchmarks.step_tables import MIB
 from benchmarks.timing import copy_bandwidth
 from benchmarks.traffic import MATMULS, network_traffic
 from rdmd_fast.config import load_config
+from rdmd_fast.engine.options import TrainOptions
 from rdmd_fast.networks import build_network
 from rdmd_fast.networks.flops import distillation_flops, forward_flops
 
@@ -147,10 +149,18 @@ def roofline(config, shape: tuple[int, ...]) -> Roofline:
     )
 
 
+def product_rate(train: TrainOptions, tflops: Sequence[float] | None) -> float:
+    """FLOP/s of matrix products as ``train`` computes them; ``tflops`` are of fp32, TF32 and bf16, or are measured."""
+    if tflops is None:
+        return matmul_peak(train.dtype, train.tf32)
+    fp32, tf32, bf16 = tflops
+    return 1e12 * (bf16 if train.dtype != "fp32" else tf32 if train.tf32 else fp32)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="*", type=Path, help="(all of the distillation)")
-    rates = {"type": float, "nargs": 2, "metavar": ("FP32", "BF16")}
+    rates = {"type": float, "nargs": 3, "metavar": ("FP32", "TF32", "BF16")}
     parser.add_argument("--tflops", **rates, help="10^12 FLOP/s of products (this machine's)")
     parser.add_argument("--tbps", type=float, help="10^12 bytes/s of the memory (this machine's)")
     parser.add_argument("--json", metavar="FILE", help="write the results there")
@@ -165,8 +175,7 @@ def main() -> int:
         if config.stage != "rdmd":
             continue
         counted, batch = roofline(config, sample_shape(path.resolve())), config.train.global_batch_size
-        tflops = arguments.tflops and arguments.tflops[config.train.dtype != "fp32"]
-        flops_rate = 1e12 * tflops if arguments.tflops else matmul_peak(config.train.dtype)
+        flops_rate = product_rate(config.train, arguments.tflops)
         bytes_rate = 1e12 * arguments.tbps if arguments.tbps else copy_bandwidth()
         entry = {
             "config": "/".join(path.parts[-2:]), "dtype": config.train.dtype, "batch": batch,

@@ -112,6 +112,8 @@ class Plain:
         )  # fmt: skip
         self.sources = sources or [torch.randn(batch, *shape, device=DEVICE).clamp(-1, 1) for _ in range(8)]
         self.compiled, self.drawn = compiled, 0
+        if compiled:
+            self.rdmd.begin_update = torch.compiler.cudagraph_mark_step_begin  # as ours
 
     @classmethod
     def like(cls, ours: Ours, case: str, dtype: str, compiled: str | None) -> Plain:
@@ -129,8 +131,6 @@ class Plain:
         return self.sources[self.drawn % len(self.sources)]
 
     def iteration(self) -> None:
-        if self.compiled:
-            torch.compiler.cudagraph_mark_step_begin()
         self.rdmd.iteration(self.draw)
 
 

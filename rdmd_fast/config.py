@@ -129,6 +129,8 @@ def _precision_problems(config: Config):
     stage = zero_stage(config.deepspeed)
     if config.train.compile and stage == 3:
         yield "train.compile: ZeRO 3 gathers weights inside networks, use a lower stage or remove the key"
+    if config.train.deterministic and config.train.cudnn_benchmark:
+        yield "train.cudnn_benchmark: chooses convolutions by timing, remove it or train.deterministic"
     types_given = config.deepspeed.get("data_types") or {}
     accumulates = (isinstance(types_given, dict) and types_given.get("grad_accum_dtype")) or "bf16"
     if config.train.dtype == "bf16" and not stage and accumulates not in ("bf16", "bfloat16"):
@@ -169,7 +171,7 @@ _FREE = {"run_dir", "license", "telemetry", "checkpoint", "validation", "deepspe
 # How data come, not which; how a batch is split; how long; and what a run that broke off wants changed.
 _FREE_KEYS = {
     *(f"train.{key}" for key in ("steps", "micro_batch_size", "collective_timeout")),
-    *(f"train.{key}" for key in ("activation_checkpointing", "compile", "deterministic")),
+    *(f"train.{key}" for key in ("activation_checkpointing", "compile", "cudnn_benchmark", "deterministic")),
     *(f"train.guard.{key}" for key in GuardOptions.model_fields),
     *(f"data.{key}" for key in ("cache_gib", "cache_dir", "workers", "prefetch", "max_dropped")),
     *(f"data.{key}" for key in ("source_holdout", "target_holdout")),

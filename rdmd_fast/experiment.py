@@ -14,9 +14,9 @@ from rdmd_fast.data.stream_report import StreamReport
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.diffusion import DiffusionOptions, Reading
 from rdmd_fast.engine.batch_layout import BatchLayout
-from rdmd_fast.engine.determinism import make_deterministic
 from rdmd_fast.engine.ema import ShardedEMA
 from rdmd_fast.engine.engine import freeze_teacher, initialize_engine, set_learning_rate
+from rdmd_fast.engine.gpu_arithmetic import set_arithmetic
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions
 from rdmd_fast.engine.stage_context import StageContext
 from rdmd_fast.errors import InputError
@@ -50,7 +50,6 @@ class Experiment:
         picture: draws a picture from EMA weights; a collective call, the main rank writes.
         measure: validation metrics from EMA weights, on the main rank; None without held-out data.
         best_by: the metric whose lowest value is kept.
-        compiled: whether networks run under torch.compile.
         made_of: hashes of each shard of the data and of the teacher, whatever their paths, by config key.
     """
 
@@ -61,7 +60,6 @@ class Experiment:
     picture: Picture
     measure: Callable[[dict[str, torch.Tensor]], dict[str, float]] | None = None
     best_by: str | None = None
-    compiled: bool = False
     made_of: dict[str, list[str | None]] = field(default_factory=dict)
 
     def set_learning_rates(self, step: int, total: int) -> dict[str, float]:
@@ -73,8 +71,6 @@ class Experiment:
 
     def update_networks(self, step: int) -> None:
         """Run the stage's iteration number ``step``."""
-        if self.compiled:  # what CUDA graphs have put out until now may be overwritten
-            torch.compiler.cudagraph_mark_step_begin()
         self.stage.iteration(step)
 
     def update_ema(self, step: int) -> None:
@@ -90,15 +86,16 @@ class Experiment:
 
 def build_experiment(config: Config, world: World, telemetry: Telemetry) -> Experiment:
     """Everything that a run needs, freshly initialised."""
-    if config.train.deterministic:
-        make_deterministic()
+    set_arithmetic(config.train)
     torch.manual_seed(config.seed)
     build = _build_teacher_stage if config.stage == "teacher" else _build_rdmd_stage
     layout, dtype = BatchLayout.of(config.train, world), DTYPES[config.train.dtype]
-    experiment = build(config, world, StageContext(Philox(config.seed), layout, world.device, dtype, telemetry))
+    compiled = config.train.compile is not None
+    experiment = build(
+        config, world, StageContext(Philox(config.seed), layout, world.device, dtype, telemetry, compiled)
+    )
     # Dropout is the one use of torch's own generator; ranks must not drop the same units.
     torch.manual_seed((config.seed + 1 + world.rank) % 2**63)
-    experiment.compiled = config.train.compile is not None
     telemetry.flops_per_sample = _flops_per_sample(config, experiment)
     streams = _shard_streams(experiment.stage)
     hashes = on_main(world, lambda: {role: stream.shards.shard_hashes() for role, stream in streams.items()})

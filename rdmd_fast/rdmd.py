@@ -145,6 +145,7 @@ class RDMD:
 
     def update_generator(self, step: int) -> list[Generated]:
         """Descend L(θ); returns what G made, by micro-batch."""
+        self.context.begin_update()
         generated = []
         for micro in range(self.context.layout.accumulation):
             x, weight, table, noise = self._draw(step, micro)
@@ -170,6 +171,7 @@ class RDMD:
 
     def update_fake_score(self, generated: list[Generated] | None = None) -> None:
         """Denoise what G made, at fresh t and ε; None lets it make more, from fresh sources."""
+        self.context.begin_update()
         for micro in range(self.context.layout.accumulation):
             table, noise = self._draw_fake_noise(micro)
             if generated is None:

@@ -56,6 +56,7 @@ class TeacherStage:
 
     def iteration(self, step: int) -> None:
         """Denoise the targets at positions step · batch …; ``step`` counts from 0."""
+        self.context.begin_update()
         for micro in range(self.context.layout.accumulation):
             y, class_labels, table, noise = self._draw(step, micro)
             with self.context.phase("losses"):

@@ -1,6 +1,6 @@
 """train.deterministic: a run on GPUs that gives the same bits each time it is run on as many of the same kind.
 
-Without it cuDNN may choose convolutions by trial and add in any order, and so do backward passes of attention. With it
+Without it cuDNN chooses convolutions by trial and may add in any order, as backward passes of attention do. With it
 PyTorch (notes/randomness) takes what adds in one order, or refuses an operation that has no such form. CPUs give the
 same bits either way.
 """

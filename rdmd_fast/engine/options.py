@@ -61,6 +61,17 @@ class TrainOptions(Options):
         description="torch.compile of the networks, its mode; reduce-overhead and max-autotune replay passes as CUDA "
         "graphs on a GPU; null runs them as written. Below ZeRO 3 (ours)",
     )
+    tf32: bool = Field(
+        True,
+        description="matrix products and convolutions of fp32 on a GPU round their factors to TF32's 11 bits, several "
+        "times as fast; bf16, which most train in, has 8. false: fp32 throughout. PyTorch has convolutions alone do it "
+        "(DMD2: true; EDM: false)",
+    )
+    cudnn_benchmark: bool | None = Field(
+        None,
+        description="cuDNN times its algorithms at each convolution's first call and takes the fastest, which may be "
+        "another in the next run, with other last bits. Unset: true unless train.deterministic (EDM: true)",
+    )
     deterministic: bool = Field(
         False,
         description="the same bits from run to run on GPUs too, so that a resumed run ends as one never stopped: "
@@ -73,6 +84,11 @@ class TrainOptions(Options):
         description="seconds that a rank waits for the others before the job ends; must exceed what the main rank does "
         "alone, such as validation and pictures (ours)",
     )
+
+    @property
+    def times_convolutions(self) -> bool:
+        """Whether cuDNN chooses by timing."""
+        return not self.deterministic if self.cudnn_benchmark is None else self.cudnn_benchmark
 
 
 # DeepSpeed allocates its bucket whole, 5e8 elements unless told: more than most networks here and all their optimizers.

@@ -37,6 +37,7 @@ class StageContext:
         device: of networks and samples.
         dtype: of weights and activations.
         telemetry: takes times and per-sample values.
+        compiled: whether networks run under torch.compile.
     """
 
     philox: Philox
@@ -44,11 +45,21 @@ class StageContext:
     device: torch.device
     dtype: torch.dtype
     telemetry: Recorder
+    compiled: bool = False
 
     @property
     def rank_batch(self) -> int:
         """The samples that this rank's loss is the mean of."""
         return self.layout.micro_batch * self.layout.accumulation
+
+    def begin_update(self) -> None:
+        """Tell CUDA graphs that an update begins: they replay its passes from the first, over what earlier ones gave.
+
+        Outputs of compiled networks and their parameters' gradients end here, so it is no place between micro-batches,
+        whose gradients add up.
+        """
+        if self.compiled:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def phase(self, name: str) -> AbstractContextManager:
         return self.telemetry.phase(name)

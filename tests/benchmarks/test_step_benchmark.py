@@ -10,7 +10,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is no part of the package
 
 from benchmarks import step
-from benchmarks.roofline import roofline
+from benchmarks.roofline import product_rate, roofline
 from benchmarks.step_sides import Plain, check_equal
 from benchmarks.traffic import MATMULS, network_traffic
 from rdmd_fast.config import load_config
@@ -55,6 +55,15 @@ def test_a_roofline_is_what_an_iteration_moves(step_run):
     moved = 8 * counted.bytes_a_sample + counted.fixed
     assert network_traffic(run.iteration, MATMULS) == pytest.approx(moved, rel=0.01)
     assert counted.floor(8, 2e9, 4e6) == pytest.approx(8 * counted.flops_a_sample / 2e9 + moved / 4e6)
+
+
+@pytest.mark.parametrize(
+    ("train", "rate"), [([], 494e12), (["train.tf32=false"], 67e12), (["train.dtype=bf16", "train.tf32=false"], 989e12)]
+)
+def test_a_floor_has_the_rate_of_the_products_that_a_run_computes(train, rate):
+    config = load_config("configs/digits/rdmd_2to3.yaml", train)
+    assert config.train.dtype == ("bf16" if "train.dtype=bf16" in train else "fp32")
+    assert product_rate(config.train, (67, 494, 989)) == rate
 
 
 def test_results_have_both_sides_and_a_picture(tmp_path, monkeypatch, capsys):

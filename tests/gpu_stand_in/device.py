@@ -250,6 +250,7 @@ def _replace_functions_of_c() -> None:
         torch._C, _cuda_getCurrentRawStream=_always(0), _cuda_getDevice=library().current_device,
         _cuda_setDevice=exchange, _cuda_exchangeDevice=exchange, _cuda_maybeExchangeDevice=exchange,
         _cuda_isCurrentStreamCapturing=_always(False), _cuda_canDeviceAccessPeer=_always(True),
+        _cuda_cudaCachingAllocator_is_enabled=_always(True),
     )  # fmt: skip
 
 

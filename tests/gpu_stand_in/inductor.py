@@ -13,6 +13,7 @@ import torch
 
 from tests.gpu_stand_in import build
 from tests.gpu_stand_in.log import ROOT
+from tests.gpu_stand_in.recordings import recordings
 
 
 def install() -> None:
@@ -38,11 +39,13 @@ def _digest_of_operations() -> str:
 @functools.cache
 def _prepare() -> None:
     from torch._dynamo.device_interface import CudaInterface
-    from torch._inductor import config
+    from torch._inductor import compile_fx, config
     from torch._inductor.runtime import benchmarking, triton_heuristics
 
     CudaInterface.get_raw_stream = staticmethod(torch._C._cuda_getCurrentRawStream)
     torch._C._dynamo.guards._empty_strided_cuda = functools.partial(_empty_strided, device="cuda")
+    compile_fx.cudagraphify = recordings.cudagraphify
+    config.triton.cudagraph_or_error = True  # a pass that could not be recorded would only run slowly
     config.shape_padding = False  # of matrix products, which is decided by timing
     triton_heuristics.check_autotune_cache = _choose_configuration
     benchmarking.benchmarker.benchmark = benchmarking.benchmarker.benchmark_gpu = _refuse_to_time

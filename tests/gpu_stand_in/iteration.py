@@ -60,6 +60,7 @@ def record(arguments: argparse.Namespace, folder: Path) -> dict:
     from rdmd_fast.engine.engine import LOSS_SCALING
     from tests.gpu_stand_in.device import recording
     from tests.gpu_stand_in.log import KINDS
+    from tests.gpu_stand_in.recordings import recordings
 
     LOSS_SCALING["initial_scale_power"] = 4  # no update in fp16 overflows
     ours = Ours(build_config(arguments, folder))
@@ -67,12 +68,14 @@ def record(arguments: argparse.Namespace, folder: Path) -> dict:
         pass
     for _ in range(arguments.before):
         ours.iteration()
+    recorded_before = recordings.count
     with recording() as log:
         ours.iteration()
     if arguments.lines:
         print(*(f"{kind}: {line}" for kind in KINDS for line in log.lines(kind)), sep="\n", file=sys.stderr)
     norms = {name: float(engine.guard.norm) for name, engine in ours.state.engines.items()}
     result = {"losses": ours.means(), "norms": norms, "peak": torch.cuda.max_memory_allocated()}
+    result["recorded"] = {"before": recorded_before, "within": recordings.count - recorded_before}
     ours.experiment.close()
     return result | {kind: log.table(kind) for kind in KINDS}
 

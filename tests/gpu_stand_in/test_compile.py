@@ -19,10 +19,24 @@ def test_a_compiled_iteration_equals_the_written_one(dtype):
     command = ["-m", "tests.gpu_stand_in.iteration", "--stage", "0", "--dtype", dtype, "--before", "1"]
     written, compiled = (json.loads(run(*command, *more).splitlines()[-1]) for more in ([], ["train.compile=default"]))
     assert compiled["launch"] != written["launch"] and not compiled["wait"]
+    check_alike(written, compiled, TOLERANCE[dtype])
+
+
+def check_alike(written: dict, compiled: dict, tolerance: float) -> None:
     assert set(written["losses"]) == set(compiled["losses"])
     for what in ("losses", "norms"):
         for name, expected in written[what].items():
-            assert expected and compiled[what][name] == pytest.approx(expected, rel=TOLERANCE[dtype]), name
+            assert expected and compiled[what][name] == pytest.approx(expected, rel=tolerance), name
+
+
+def test_an_iteration_that_replays_graphs_equals_the_written_one_and_records_nothing_twice():
+    """Of two fake updates; what an update would read of one before it is NaN."""
+    command = ["-m", "tests.gpu_stand_in.iteration", "--dtype", "fp32", "--before", "1", "rdmd.fake_updates=2"]
+    written, replayed = (
+        json.loads(run(*command, *more).splitlines()[-1]) for more in ([], ["train.compile=reduce-overhead"])
+    )
+    check_alike(written, replayed, TOLERANCE["fp32"])
+    assert replayed["recorded"] == {"before": 7, "within": 0}
 
 
 def compiled_pass(*arguments: str) -> dict:
