@@ -6,8 +6,10 @@ and computes nothing, which plans memory on the meta device.
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,6 +36,12 @@ def jit(function=None, **options):
     if function is None:
         return lambda decorated: jit(decorated, **options)
     return function if triton is None else triton.jit(function, **options)
+
+
+def source_digest() -> str:
+    """Of this package's files: for caches of compiled graphs, whose own keys leave out what our operations do."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 _used: str | None = None  # what ``using`` asks for

@@ -16,7 +16,7 @@ from rdmd_fast.engine.master_adam import MasterAdam
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions, TrainOptions, reduce_bucket_size, zero_stage
 from rdmd_fast.engine.update_guard import UpdateGuard
 from rdmd_fast.errors import InputError
-from rdmd_fast.kernels._dispatch import backend
+from rdmd_fast.kernels._dispatch import backend, source_digest
 from rdmd_fast.options import explain
 
 # DeepSpeed's defaults, but for a hysteresis of 1: its ZeRO 0 has none, and all stages shall do the same.
@@ -104,6 +104,8 @@ def initialize_engine(
 def _compile(network: torch.nn.Module, train: TrainOptions) -> None:
     """In place: names of parameters and modules stay. Not at ZeRO 3, see ``config``."""
     if train.compile is not None:
+        # Else a graph of an earlier version's backward passes would be taken from PyTorch's cache.
+        torch.compiler.config.cache_key_tag = f"rdmd_fast {source_digest()}"
         network.compile(mode=train.compile)
 
 

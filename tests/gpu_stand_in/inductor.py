@@ -6,19 +6,19 @@ Nothing is timed: where Inductor would try several configurations of a kernel on
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 
 import torch
 
+from rdmd_fast.kernels._dispatch import source_digest
 from tests.gpu_stand_in import build
-from tests.gpu_stand_in.log import ROOT
 from tests.gpu_stand_in.recordings import recordings
 
 
 def install() -> None:
     """Prepare Inductor when something is compiled first: its import takes seconds."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build.CACHE / f"inductor_{_digest_of_operations()}"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(build.CACHE / "inductor"))
+    torch.compiler.config.cache_key_tag = source_digest()
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # other processes would have no stand-in
     compile_ = torch.compile
 
@@ -28,12 +28,6 @@ def install() -> None:
         return compile_(*arguments, **options)
 
     torch.compile = prepare_and_compile
-
-
-def _digest_of_operations() -> str:
-    """Of what Inductor's own keys leave out: how our operations are differentiated, their tags and shapes."""
-    files = sorted((ROOT / "kernels").glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 @functools.cache

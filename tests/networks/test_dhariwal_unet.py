@@ -106,7 +106,7 @@ def test_initial_output_is_zero_and_residual_branches_are_closed():
     assert torch.equal(network(x, torch.zeros(2)), torch.zeros_like(x))
     h, embedding = torch.randn(2, 64, 16, 16), torch.randn(2, 256)
     block = network.enc["16x16_block0"]
-    assert torch.equal(block(h, embedding), h)
+    assert torch.equal(block(h, block.affine(embedding)), h)
     wide = torch.randn(2, 128, 8, 8)
     assert network.dec["8x8_in0"].heads and torch.equal(network.dec["8x8_in0"](wide, embedding), wide)
     assert not network.map_augment.weight.any()

@@ -166,7 +166,7 @@ def test_initial_output_is_near_zero_and_residual_branches_are_almost_closed():
     assert network(x, torch.zeros(2)).abs().max() < 1e-3
     block = next(layer for layer in network.enc.values() if isinstance(layer, UNetBlock))
     h = torch.randn(2, 32, 16, 16)
-    torch.testing.assert_close(block(h, torch.randn(2, 128)), h * math.sqrt(0.5), rtol=0, atol=1e-3)
+    torch.testing.assert_close(block(h, block.affine(torch.randn(2, 128))), h * math.sqrt(0.5), rtol=0, atol=1e-3)
     qkv = network.dec["8x8_in0"].qkv.weight.detach()
     assert qkv.abs().max().item() == pytest.approx(math.sqrt(0.2 * 6 / (64 + 192)), rel=1e-2)
 
