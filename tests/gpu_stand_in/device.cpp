@@ -358,7 +358,7 @@ class Call {
       for_each_tensor(argument(i), [&](const Tensor& tensor) {
         if (!tensor.is_cuda()) return void(hosts_.insert(tensor.unsafeGetTensorImpl()));
         originals_.push_back(tensor);
-        if (i > 0 || name_ != "aten::copy_") bytes_ += bytes_of(tensor);
+        bytes_ += bytes_of(tensor) * accesses(i);
       });
     on_device_ = !originals_.empty();
     valueless_ = on_device_ && !products_have_values && is_product(name_);
@@ -411,6 +411,14 @@ class Call {
 
  private:
   const IValue& argument(size_t i) const { return (*stack_)[first_ + i]; }
+
+  // How often an argument's memory is read, and written if no result says so.
+  size_t accesses(size_t i) const {
+    const c10::Argument& about = schema_.arguments()[i];
+    const bool reads = !about.is_out() && !(name_ == "aten::copy_" && i == 0);
+    const bool writes = schema_.returns().empty() && about.alias_info() && about.alias_info()->isWrite();
+    return reads + writes;
+  }
 
   void report_masks() const {
     const bool fills = argument(2).toTensor().numel() == 1 && !argument(3).toBool();  // PyTorch makes it masked_fill_

@@ -5,13 +5,14 @@ Not collected by itself: test_device.py runs it in a process of its own, where t
 
 import copy
 import io
+from collections import Counter
 
 import pytest
 import torch
 from torch.nn import functional
 
-from tests.gpu_stand_in.device import H200, recording
-from tests.gpu_stand_in.log import AUTOGRAD, COPY, KINDS, LAUNCH, WAIT
+from tests.gpu_stand_in.device import H200, recording, without_values
+from tests.gpu_stand_in.log import AUTOGRAD, BYTE, COPY, KINDS, LAUNCH, WAIT
 
 HERE = "tests/gpu_stand_in/device_cases.py"
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -215,6 +216,63 @@ def test_launches_are_counted(name):
     expected, function = LAUNCHES[name]
     x = ones(4)
     assert asked(lambda: function(x))[2] == expected
+
+
+BYTES = {
+    "add": (3 * 16, lambda x: x + x),
+    "in place": (2 * 16, lambda x: x.add_(1)),
+    "copy": (2 * 16, lambda x: x.clone()),
+    "cast": (16 + 8, lambda x: x.to(torch.bfloat16)),
+    "sum": (16 + 4, lambda x: x.sum()),
+    "view": (0, lambda x: x.view(2, 2).t()),
+    "foreach": (2 * 32, lambda x: torch._foreach_mul_([x, x.detach()], 2.0)),
+}
+
+
+@pytest.mark.parametrize("name", BYTES)
+def test_bytes_are_what_an_operation_reads_and_writes(name):
+    expected, function = BYTES[name]
+    x = ones(4)
+    assert asked(lambda: function(x))[3] == expected
+
+
+def convolve(last, bias):
+    """Output and gradients of a convolution [2, 4, 8, 8] -> [2, 6, 8, 8] in fp32, and the log."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, shift = (torch.randn(size, generator=generator).cuda() for size in ((2, 4, 8, 8), (6, 4, 3, 3), (6,)))
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    parameters = [each.requires_grad_() for each in ((x, weight, shift) if bias else (x, weight))]
+    with recording() as log:
+        y = functional.conv2d(*parameters, padding=1)
+        gradients = torch.autograd.grad(y, parameters, torch.empty_like(y).fill_(1))
+    return [y.detach(), *gradients], log
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_cudnn_adds_to_a_convolution(last, bias):
+    _, log = convolve(last, bias)
+    passes = Counter()
+    for (kind, what, _), size in log.operations.items():
+        if kind == BYTE and what.startswith("cudnn"):
+            passes[what] += size
+    output, weight = 4 * 2 * 6 * 64, 4 * 6 * 4 * 9
+    expected = {"cudnn::add bias": 2 * output, "cudnn::sum bias gradient": output} if bias else {}
+    if last:  # to its layout and back; read and written, once for each pass
+        expected |= {"cudnn::weight to channels_last": 4 * weight, "cudnn::gradient to the weight's layout": 2 * weight}
+    assert passes == expected
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_without_values_shapes_and_counts_are_the_same(last):
+    with_values, expected = convolve(last, True)
+    with without_values():
+        found, log = convolve(last, True)
+    assert log.counts == expected.counts
+    for a, b in zip(found, with_values, strict=True):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+    assert not any(each.isnan().any() for each in with_values) and found[0].isnan().all()
 
 
 def test_launches_of_the_backward_pass_are_autograd_s():

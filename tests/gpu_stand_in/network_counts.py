@@ -1,24 +1,29 @@
 """Launches and bytes of a network's training pass, ours and plain, as written and under torch.compile.
 
-    python -m tests.gpu_stand_in.network_counts [--network songunet64 …] [--form ours] [--compile] [--top 20]
+    python -m tests.gpu_stand_in.network_counts [--network songunet64 …] [--form ours] [--compile] [--top 20] [--table]
 
 Both forms are ``benchmarks/networks.py``'s. Counted on the stand-in, which leaves products and kernels uncomputed:
 launches, and the bytes that those outside of convolutions and matrix products read and write, each tensor whole.
+``--table`` writes what it counts to network_counts.csv, which tests compare.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
+from pathlib import Path
 
 from tests.gpu_stand_in import install
 
 NETWORKS = ("songunet64", "adm64", "digits")
 PRODUCTS = ("aten::convolution", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 FORMS = ("ours", "plain")
+FILE = Path(__file__).with_name("network_counts.csv")
+KEY, COUNTED = ("network", "dtype", "form", "run"), ("launches", "bytes")
 COMPILED = {False: "written", True: "compiled"}
 
 
@@ -63,6 +68,23 @@ def measure(network: str, batch: int, dtype: str, forms: Collection[str], compil
                 yield {"network": network, "dtype": dtype, "form": name, "run": COMPILED[compiled], **found}
 
 
+def read_table() -> dict[tuple[str, ...], dict[str, int]]:
+    """Launches and bytes by network, dtype, form and way of running it."""
+    with FILE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {tuple(row[name] for name in KEY): {name: int(row[name]) for name in COUNTED} for row in rows}
+
+
+def write_table(rows: list[dict]) -> None:
+    """Put the rows in the place of those of the same key."""
+    table = read_table() if FILE.exists() else {}
+    table |= {tuple(row[name] for name in KEY): {name: row[name] for name in COUNTED} for row in rows}
+    with FILE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*KEY, *COUNTED])
+        writer.writerows([*key, *table[key].values()] for key in sorted(table))
+
+
 def format_row(row: dict) -> str:
     line = (
         f"{row['network']:<11}{row['dtype']:<5}{row['form']:<6}{row['run']:<9}{row['launches']:6} launches"
@@ -82,6 +104,7 @@ def main() -> None:
     parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS, help="(both)")
     parser.add_argument("--compile", action="store_true", help="count both under torch.compile as well; takes minutes")
     parser.add_argument("--top", type=int, default=0, help="show so many operations (0)")
+    parser.add_argument("--table", action="store_true", help="write network_counts.csv")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -92,6 +115,8 @@ def main() -> None:
             for row in measure(network, arguments.batch, dtype, arguments.form, arguments.compile, arguments.top):
                 rows.append(row)
                 print(format_row(row), flush=True)
+    if arguments.table:
+        write_table(rows)
     if arguments.json:
         with open(arguments.json, "w") as file:
             json.dump(rows, file, indent=1)
