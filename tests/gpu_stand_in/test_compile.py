@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.gpu_stand_in.child import run
+from tests.gpu_stand_in.child import run, run_cases
 from tests.gpu_stand_in.instructions_used import instructions_in_tests
 
 pytestmark = [pytest.mark.gpu_stand_in, pytest.mark.timeout(900)]
@@ -37,6 +37,10 @@ def test_an_iteration_that_replays_graphs_equals_the_written_one_and_records_not
     )
     check_alike(written, replayed, TOLERANCE["fp32"])
     assert replayed["recorded"] == {"before": 7, "within": 0}
+
+
+def test_compiled_operations_equal_the_written_ones():
+    assert "passed" in run_cases("compile_cases.py")
 
 
 def compiled_pass(*arguments: str) -> dict:

@@ -36,6 +36,6 @@ def test_a_compiled_network_asks_what_the_table_says(tmp_path):
 def test_ours_asks_less_than_the_plain_form():
     """At batch 2 in bf16; at batch 8, which shares copies of weights, the last ratio is 0.61."""
     table = read_table()
-    for run_, launches, bytes_ in (("written", 0.61, 0.54), ("compiled", 0.79, 0.636)):
+    for run_, launches, bytes_ in (("written", 0.61, 0.61), ("compiled", 0.79, 0.636)):
         ours, plain = (table["songunet64", "bf16", form, run_] for form in ("ours", "plain"))
         assert ours["launches"] <= launches * plain["launches"] and ours["bytes"] <= bytes_ * plain["bytes"]
