@@ -35,6 +35,10 @@ EXTRAS = {
     "toy": ["POT>=0.9.5"],  # exact optimal transport in 2-D
     "lpips": ["lpips>=0.1.4"],  # only for the LPIPS metric and cost; it needs a torchvision that fits torch
     "diffusers": ["diffusers>=0.30"],  # only for the autoencoder of latents (its networks are read without it)
+    "text": [  # only for text-to-image pipelines as teachers
+        "diffusers>=0.42",  # their U-Nets and prompt encoding
+        "transformers>=5.24",  # their tokenizers and text encoders
+    ],
     "onnx": [  # only for `rdmd export --format onnx`
         "onnx>=1.18",  # the format
         "onnxscript>=0.5",  # torch.onnx writes with it

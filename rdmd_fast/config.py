@@ -53,8 +53,26 @@ class Config(Options):
     data: DataOptions = Field(default_factory=DataOptions)
     teacher: str | None = Field(
         None,
-        description="rdmd: a teacher's export folder, an NVIDIA EDM .pkl, a diffusers folder, `analytic` for the toys; "
-        "teacher: the same, where to start from (fine-tuning)",
+        description="rdmd: a teacher's export folder, an NVIDIA EDM .pkl, a diffusers folder or text-to-image "
+        "pipeline, `analytic` for the toys; teacher: the same, where to start from (fine-tuning)",
+    )
+    teacher_prompt: str | None = Field(
+        None,
+        max_length=10_000,
+        description="rdmd with a text-to-image pipeline as teacher: what the target domain shows, as "
+        "'a photo of a lion' (ours)",
+    )
+    teacher_negative_prompt: str | None = Field(
+        None,
+        max_length=10_000,
+        description="what guidance leads away from; unset: what the pipeline takes without one, an empty text or zeros",
+    )
+    teacher_guidance: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="s of the teacher's F_negative + s (F_prompt - F_negative), w = s - 1 in other texts: 1 is off, "
+        "more moves the target distribution, which is outside the theorem; unset: 1.5 (near DMD2's 1.75)",
     )
     network: NetworkOptions | None = Field(
         None, description="network of teacher and fake score; with an export as teacher it comes from there"
@@ -91,8 +109,19 @@ class Config(Options):
             raise ValueError(problem)
         return self
 
+    @property
+    def guidance(self) -> float:
+        """s of ``teacher_guidance``."""
+        return 1.5 if self.teacher_guidance is None else self.teacher_guidance
+
 
 def _stage_problems(config: Config):
+    if config.teacher_prompt is None:
+        for key in ("teacher_negative_prompt", "teacher_guidance"):
+            if getattr(config, key) is not None:
+                yield f"{key}: belongs to a teacher_prompt, name one or remove the key"
+    elif config.stage == "teacher" or config.teacher == "analytic":
+        yield "teacher_prompt: is for stage rdmd with a text-to-image pipeline as teacher, remove the key"
     if config.stage == "teacher":
         if config.data.target is None:
             yield "data.target: missing, the teacher stage trains on it"

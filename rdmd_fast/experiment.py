@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -21,7 +22,10 @@ from rdmd_fast.engine.options import DTYPES, OptimizerOptions
 from rdmd_fast.engine.stage_context import StageContext
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.export_format import ExportConfig
+from rdmd_fast.model_files.prompts import FILE as PROMPTS
+from rdmd_fast.model_files.prompts import store_prompts, stored_prompts
 from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config, teacher_sha256
+from rdmd_fast.model_files.text_pipeline import guided, with_prompts
 from rdmd_fast.model_files.weights import check_weights, expected_weights, load_teacher_weights, load_weights
 from rdmd_fast.monitoring.run_pictures import Picture, no_picture, rdmd_picture, teacher_picture
 from rdmd_fast.monitoring.telemetry import Telemetry
@@ -30,6 +34,7 @@ from rdmd_fast.networks import build_network
 from rdmd_fast.networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
 from rdmd_fast.networks.analytic_score import AnalyticScore
 from rdmd_fast.networks.class_labels import target_class_row, training_labels
+from rdmd_fast.networks.diffusers_unet import nearest_level
 from rdmd_fast.networks.flops import distillation_flops, forward_flops
 from rdmd_fast.processes.world import World, on_main
 from rdmd_fast.randomness import Philox
@@ -129,6 +134,8 @@ def _build_teacher_stage(config: Config, world: World, context: StageContext) ->
     target = open_domain(config.data, "target", context.philox, world.device)
     if config.teacher is not None:
         start, weights = read_teacher(config.teacher)
+        if start.network.kind == "text_unet":
+            raise InputError(f"teacher {config.teacher}: text-to-image pipelines are not fine-tuned, use stage rdmd")
         _check_teacher(config.teacher, start, target.shape, "data.target")
         network_options, diffusion = start.network, start.diffusion
         made_of = {"teacher": [teacher_sha256(start, weights)]}
@@ -181,7 +188,7 @@ def _build_rdmd_stage(config: Config, world: World, context: StageContext) -> Ex
     if config.teacher == "analytic":
         networks, export = _analytic_networks(config, source, world)
     else:
-        networks, export, sha256 = _distilled_networks(config, source, context.layout, world)
+        networks, export, sha256 = _distilled_networks(config, source, context, world)
         made_of["teacher"] = [sha256]
     generator = _engine(networks.generator, options.generator_optimizer, config, context)
     engines, optimizers = {"generator": generator}, {"generator": options.generator_optimizer}
@@ -192,7 +199,7 @@ def _build_rdmd_stage(config: Config, world: World, context: StageContext) -> Ex
         fake_score = _closed_form_fake_score(generator.module, config.data.source, export.diffusion)
     class_label = target_class_row(export.classes, config.data.target_class, world.device)
     stage = RDMD(
-        options, export.diffusion, Reading.of(export.reading, export.diffusion, options.generator_sigma),
+        options, export.diffusion, Reading.of(export.reading, export.diffusion, export.generator_sigma),
         Networks(generator, fake_score, networks.teacher), source, context,
         class_label=class_label, feature_cost=feature_cost,
     )  # fmt: skip
@@ -233,9 +240,16 @@ def _analytic_networks(config: Config, source, world: World) -> tuple[Networks, 
     return Networks(generator, fake, teacher), export
 
 
-def _distilled_networks(config: Config, source, layout, world: World) -> tuple[Networks, ExportConfig, str]:
+def _distilled_networks(
+    config: Config, source, context: StageContext, world: World
+) -> tuple[Networks, ExportConfig, str]:
     """Teacher from its export, whose SHA-256 comes last; G and fake score start from its weights."""
     start, weights = read_teacher(config.teacher)
+    sha256 = teacher_sha256(start, weights)
+    if start.network.kind == "text_unet":
+        return *_prompted_networks(config, start, weights, source, context, world), sha256
+    if config.teacher_prompt is not None:
+        raise InputError(f"teacher_prompt: teacher {config.teacher} is no text-to-image pipeline, remove the key")
     _check_teacher(config.teacher, start, source.shape, "data.source")
     network_options = start.network if config.generator.kind == "teacher" else config.generator
     target_class_row(getattr(network_options, "label_dim", 0), config.data.target_class, world.device)  # names the key
@@ -253,8 +267,44 @@ def _distilled_networks(config: Config, source, layout, world: World) -> tuple[N
         reading=config.generator.kind, generator_sigma=config.rdmd.generator_sigma,
         target_class=config.data.target_class, transport_weights=bounds_of(config.rdmd.transport_weight),
     )  # fmt: skip
-    teacher = freeze_teacher(teacher, layout, config.train, config.deepspeed, world.device)
-    return Networks(generator, fake, teacher), export, teacher_sha256(start, weights)
+    teacher = freeze_teacher(teacher, context.layout, config.train, config.deepspeed, world.device)
+    return Networks(generator, fake, teacher), export, sha256
+
+
+def _prompted_networks(
+    config: Config, start: ExportConfig, weights: dict[str, torch.Tensor], source, context: StageContext, world: World
+) -> tuple[Networks, ExportConfig]:
+    """The networks of a text-to-image pipeline, told the prompt: the teacher guided, G and fake score its copies.
+
+    The main rank embeds the prompts into RUN/prompts.safetensors, where all ranks read them.
+    """
+    if config.teacher_prompt is None:
+        raise InputError(f"teacher_prompt: missing, teacher {config.teacher} is a text-to-image pipeline")
+    if config.generator.kind != "teacher":
+        raise InputError("generator.kind: a text-to-image pipeline's generator is its copy, use teacher")
+    target_class_row(0, config.data.target_class, world.device)  # names the key
+    folder, path = Path(config.teacher), Path(config.run_dir) / PROMPTS
+    on_main(
+        world,
+        lambda: store_prompts(
+            path, folder, config.teacher_prompt, config.teacher_negative_prompt, start.network.tokens,
+            context.telemetry.say,
+        ),
+    )  # fmt: skip
+    prompts, networks = stored_prompts(path), []
+    for guidance in (1.0, 1.0, config.guidance):
+        told, told_weights = with_prompts(start, weights, prompts, source.shape, folder, guidance)
+        check_weights(expected_weights(told, len(weights), config.teacher), told_weights, config.teacher)
+        conditioned = bounds_of(config.rdmd.transport_weight) is not None
+        networks.append(build_network(told.network, source.shape, dropout=False, conditioned=conditioned))
+        load_weights(networks[-1], told_weights, config.teacher)
+    generator, fake, teacher = networks
+    export = ExportConfig(
+        role="generator", network=start.network, sample_shape=list(source.shape), diffusion=start.diffusion,
+        reading="teacher", generator_sigma=nearest_level(start.network.schedule, config.rdmd.generator_sigma),
+    )  # fmt: skip
+    teacher = freeze_teacher(teacher, context.layout, config.train, config.deepspeed, world.device)
+    return Networks(generator, fake, teacher), export
 
 
 def _closed_form_fake_score(generator: torch.nn.Module, source: ToyDistribution, diffusion) -> AnalyticScore:
@@ -300,6 +350,7 @@ def _flops_per_sample(config: Config, experiment: Experiment) -> float:
     else:
         copied = config.generator.kind == "teacher"
         network = experiment.export.network if copied else read_teacher_config(config.teacher).network
-        teacher, score = forward_flops(network, shape), forward_flops(network, shape, conditioned)
+        teacher = forward_flops(guided(network, config.guidance), shape)
+        score = forward_flops(network, shape, conditioned)
     updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0
     return distillation_flops(main, teacher, score, updates)

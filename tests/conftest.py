@@ -34,6 +34,14 @@ def idle_machine(monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="session")
+def other_kernels():
+    """Tests run in the repository's root, and those that compare with diffusers import it themselves."""
+    from rdmd_fast.extras import hide_own_kernels
+
+    hide_own_kernels()
+
+
+@pytest.fixture(autouse=True, scope="session")
 def torch_linear():
     import torch
 

@@ -229,7 +229,10 @@ def _frozen_teacher(checkpoint: Path, source: str) -> tuple[ExportConfig, dict[s
 
     if source == "analytic":
         raise InputError(f"{checkpoint}: its teacher is a closed form, there is no network to export")
-    return read_teacher(source)
+    config, weights = read_teacher(source)
+    if config.network.kind == "text_unet":
+        raise InputError(f"{checkpoint}: its teacher is the pipeline {source}, which is whole as it is: use that")
+    return config, weights
 
 
 def _fake_score_config(config: dict, generator: ExportConfig) -> ExportConfig:
@@ -239,6 +242,8 @@ def _fake_score_config(config: dict, generator: ExportConfig) -> ExportConfig:
     values = generator.model_dump(mode="json") | {"role": "teacher", "reading": None, "generator_sigma": None}
     if config["teacher"] == "analytic":
         return ExportConfig.model_validate(values | {"network": config["network"]})
+    if generator.network.kind == "text_unet":  # of the size of the data, not of the pipeline's own
+        return ExportConfig.model_validate(values)
     teacher = read_teacher_config(config["teacher"])
     own = {name: getattr(generator, name) for name in ("step", "target_class", "transport_weights")}
     return teacher.model_copy(update=own)

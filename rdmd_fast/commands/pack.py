@@ -145,7 +145,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("extension", "files: those that end in .EXT alone, such as jpg where each has a mask.png", metavar="EXT")
     add("attribute", "CelebA: the attribute that divides the images, as in list_attr_celeba.txt", metavar="NAME")
     add("digits", "MNIST: the digits to pack (default: all)", type=int, nargs="+", metavar="D")
-    add("encoder", "images: folder of a diffusers AutoencoderKL; packs its latents instead", metavar="DIR")
+    add("encoder", "images: folder of a diffusers AutoencoderKL or pipeline; packs its latents instead", metavar="DIR")
     add("device", "where the encoder runs: auto, cpu, cuda or cuda:N (default: auto)")
     add("hues", "digits: coloured copies of each image (default: %(default)s)", type=int, metavar="N")
     add("count", "toys: points to draw (default: %(default)s)", type=int, metavar="N")

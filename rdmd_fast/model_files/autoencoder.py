@@ -15,7 +15,7 @@ class Autoencoder(torch.nn.Module):
     """``encode`` and ``decode`` between images and latents of about unit variance, in float32, without gradients.
 
     Args:
-        folder: config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL.
+        folder: config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL, or a pipeline with one in vae/.
 
     Attributes:
         channels: of a latent.
@@ -29,7 +29,7 @@ class Autoencoder(torch.nn.Module):
 
     def __init__(self, folder: str | Path):
         super().__init__()
-        path = Path(folder) / "config.json"
+        path = autoencoder_folder(folder) / "config.json"
         if not path.is_file():
             raise InputError(f"{path}: missing, name the folder of a diffusers AutoencoderKL")
         config = read_json(path)
@@ -86,6 +86,12 @@ class Autoencoder(torch.nn.Module):
         device = next(self.model.parameters()).device
         parts = [function(part.to(device, torch.float32)).to(batch.device) for part in batch.split(self.CHUNK)]
         return torch.cat(parts)
+
+
+def autoencoder_folder(folder: str | Path) -> Path:
+    """The folder of an autoencoder's own files: of a pipeline that in it."""
+    folder = Path(folder)
+    return folder / "vae" if (folder / "model_index.json").is_file() else folder
 
 
 def _build(path: Path, config: dict) -> torch.nn.Module:

@@ -70,10 +70,10 @@ def _weight_files(folder: Path) -> list[Path]:
         raise InputError(f"{folder}: has weights of variants {', '.join(variants)}, keep one and move the others away")
     if variants:
         return _listed(*variants.values())
-    if (folder / "diffusion_pytorch_model.bin").is_file():
+    if pickled := next(folder.glob("diffusion_pytorch_model*.bin"), None):
         raise InputError(
-            f"{folder}/diffusion_pytorch_model.bin: a pickle, which is not loaded: save the model as safetensors "
-            "(save_pretrained with safe_serialization=True)"
+            f"{pickled}: a pickle, which is not loaded: save the model as safetensors (in Python, for a pipeline: "
+            "diffusers.DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER))"
         )
     raise InputError(f"{folder / WEIGHTS}: missing, copy the model's weights there")
 

@@ -57,7 +57,7 @@ def read_diffusers_config(folder: str | Path) -> ExportConfig:
     if "sample_size" not in values or values["sample_size"] is None:
         raise InputError(f"{path}: sample_size: missing, write the resolution that the network was trained at")
     unet = _validate(path, {key: value for key, value in values.items() if key not in EMA_STATE}, UNet2DOptions)
-    schedule, diffusion = _read_scheduler(_scheduler_file(path.parent))
+    schedule, diffusion = read_scheduler(_scheduler_file(path.parent))
     return ExportConfig(
         role="teacher",
         network=DiffusersUNetOptions(unet=unet, schedule=schedule),
@@ -106,7 +106,8 @@ def _scheduler_file(model_folder: Path) -> Path:
     return found
 
 
-def _read_scheduler(path: Path) -> tuple[VPSchedule | FlowSchedule, DiffusionOptions]:
+def read_scheduler(path: Path) -> tuple[VPSchedule | FlowSchedule, DiffusionOptions]:
+    """Noise levels and parameterisation that a scheduler_config.json tells; InputError as ``read_diffusers``."""
     values = read_json(path)
     name = values.get("_class_name")
     if name in FLOW_SCHEDULERS:

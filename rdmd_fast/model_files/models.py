@@ -101,16 +101,33 @@ def load_generator(folder: str | Path) -> Generator:
     return Generator(rebuild(config, weights, str(folder)), config).eval()
 
 
-def load_denoiser(source: str | Path) -> Denoiser:
+def load_denoiser(
+    source: str | Path, prompt: str | None = None, negative_prompt: str | None = None, guidance: float = 1.0
+) -> Denoiser:
     """A teacher as a denoiser, on the CPU, in evaluation mode.
 
     Args:
         source: a RUN/export folder of the teacher stage, an NVIDIA EDM pickle, or a diffusers folder.
+        prompt, negative_prompt, guidance: of a text-to-image pipeline, as ``TextUNetOptions`` describes them; without
+            them it is told an empty prompt.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or a prompt is given for a network that takes none.
     """
     from rdmd_fast.model_files.teachers import read_teacher
 
     config, weights = read_teacher(str(source))
+    if config.role == "teacher" and config.network.kind == "text_unet" and Path(source, "model_index.json").is_file():
+        config, weights = _told(config, weights, source, prompt, negative_prompt, guidance)
+    elif (prompt, negative_prompt, guidance) != (None, None, 1.0):
+        raise InputError(f"{source}: is no text-to-image pipeline, leave out prompt, negative_prompt and guidance")
     return Denoiser(rebuild(config, weights, str(source)), config).eval()
+
+
+def _told(config, weights, folder, prompt: str | None, negative_prompt: str | None, guidance: float):
+    """A pipeline's configuration and weights with its prompts."""
+    from rdmd_fast.model_files.prompts import embed_prompts
+    from rdmd_fast.model_files.text_pipeline import with_prompts
+
+    prompts = embed_prompts(folder, prompt or "", negative_prompt, config.network.tokens, print)
+    return with_prompts(config, weights, prompts, tuple(config.sample_shape), folder, guidance)

@@ -52,6 +52,8 @@ def expected_weights(config: ExportConfig, count: int, origin: str) -> dict[str,
     )
     if options.kind == "diffusers_unet":
         layers = len(options.unet.block_out_channels) * options.unet.layers_per_block
+    elif options.kind == "text_unet":
+        layers = options.layers
     if layers > count:
         raise InputError(f"{origin}: has {count} weights, too few for the layers that its configuration names")
     try:

@@ -38,27 +38,33 @@ def log_sigma_table(schedule: VPSchedule) -> np.ndarray:
     return np.log((1 - alpha**2) / alpha**2) / 2
 
 
-class TimestepFeatures(ExactTables):
-    """c_noise [N] -> cosines and sines [N, channels], float32, of the timestep that the network was trained with.
+def nearest_level(schedule: VPSchedule | FlowSchedule, sigma: float) -> float:
+    """σ̃ of the schedule's level that is nearest to ``sigma``; on the straight path every level is one."""
+    if isinstance(schedule, FlowSchedule):
+        return sigma
+    levels = np.exp(log_sigma_table(schedule))
+    return float(levels[np.abs(levels - sigma).argmin()])
 
-    On a VP process the timestep is interpolated in ln σ̃ between the schedule's levels, exact at each of them, and
-    clamped to their range.
+
+class Timestep(ExactTables):
+    """c_noise [N] -> the timestep that the network was trained with, float64 [N].
+
+    On a VP process it is interpolated in ln σ̃ between the schedule's levels, exact at each of them, and clamped to
+    their range.
     """
 
     # A float32 c_noise tells timesteps apart to some 1e-4; what lies nearer to a level is that level.
     SNAP = 1e-3
-    tables = ("frequencies", "log_sigma")
+    tables = ("log_sigma",)
 
-    def __init__(self, schedule: VPSchedule | FlowSchedule, channels: int, freq_shift: int, cosine_first: bool):
+    def __init__(self, schedule: VPSchedule | FlowSchedule):
         super().__init__()
-        half = channels // 2
-        # In float32, as the network was trained: at t = 1000 one rounding of a frequency turns its phase by 6e-5.
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - freq_shift))
-        self.cosine_first = cosine_first
-        self.register_buffer("frequencies", frequencies, persistent=False)
         self.flow_scale = schedule.num_train_timesteps if isinstance(schedule, FlowSchedule) else None
         table = [] if self.flow_scale else log_sigma_table(schedule).tolist()
         self.register_buffer("log_sigma", torch.tensor(table, dtype=torch.float64), persistent=False)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        return self.timestep(c_noise)
 
     def timestep(self, c_noise: Tensor) -> Tensor:
         """c_noise = ln(σ̃)/4, [N] -> fractional timestep, float64 [N]."""
@@ -70,6 +76,20 @@ class TimestepFeatures(ExactTables):
         timestep = upper - 1 + ((level - below) / (above - below)).clamp(0, 1)
         nearest = timestep.round()
         return torch.where((timestep - nearest).abs() < self.SNAP, nearest, timestep)
+
+
+class TimestepFeatures(Timestep):
+    """c_noise [N] -> cosines and sines [N, channels], float32, of the timestep."""
+
+    tables = ("frequencies", "log_sigma")
+
+    def __init__(self, schedule: VPSchedule | FlowSchedule, channels: int, freq_shift: int, cosine_first: bool):
+        super().__init__(schedule)
+        half = channels // 2
+        # In float32, as the network was trained: at t = 1000 one rounding of a frequency turns its phase by 6e-5.
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - freq_shift))
+        self.cosine_first = cosine_first
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, c_noise: Tensor) -> Tensor:
         phase = self.timestep(c_noise).float().outer(self.frequencies)

@@ -12,6 +12,7 @@ from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.data.stream import channels_first
 from rdmd_fast.data.toys import ToyDistribution
 from rdmd_fast.model_files.teachers import read_teacher_config
+from rdmd_fast.model_files.text_pipeline import guided
 from rdmd_fast.networks import build_network
 from rdmd_fast.options import Options
 from rdmd_fast.transport_weight import WeightRange
@@ -91,7 +92,9 @@ def planned_networks(config: Config) -> PlannedNetworks:
     trained = {"generator": score if copied else PlannedNetwork.of(config.generator, shape, False, conditioned)}
     if config.rdmd.fake_score == "learned":
         trained["fake_score"] = score
-    teacher = None if config.teacher == "analytic" else PlannedNetwork.of(options, shape, False)
+    teacher = None
+    if config.teacher != "analytic":
+        teacher = PlannedNetwork.of(guided(options, config.guidance), shape, False)
     return PlannedNetworks(trained, teacher, "generator")
 
 

@@ -22,7 +22,9 @@ def encoded(sets: list[SampleSet], folder: str, device: str) -> list[SampleSet]:
     Raises:
         InputError: no autoencoder in ``folder``.
     """
-    digest = _digest(Path(folder))
+    from rdmd_fast.model_files.autoencoder import autoencoder_folder
+
+    digest = _digest(autoencoder_folder(folder))
 
     @cache
     def encoder() -> Callable[[torch.Tensor], np.ndarray]:

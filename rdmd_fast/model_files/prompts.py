@@ -1,0 +1,158 @@
+"""Prompts embedded by a pipeline's own tokenizers and text encoders, once, and kept as safetensors."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from rdmd_fast.errors import InputError
+from rdmd_fast.extras import quiet, require
+from rdmd_fast.files import make_folder, sha256_of, write_atomically
+from rdmd_fast.model_files.diffusers_files import read_json
+from rdmd_fast.model_files.export_format import read_tensors
+from rdmd_fast.model_files.text_pipeline import INDEX, NEGATIVE, PROMPT
+
+FILE = "prompts.safetensors"  # in a run folder
+ENCODERS = {"CLIPTextModel", "CLIPTextModelWithProjection"}
+TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast"}
+
+
+def store_prompts(
+    path: Path, folder: Path, prompt: str, negative_prompt: str | None, tokens: int, say: Callable[[str], object]
+) -> None:
+    """``embed_prompts`` into the safetensors file ``path``, unless it holds just those; errors as there."""
+    made_of = _digest(folder, prompt, negative_prompt, tokens)
+    if _made_of(path) == made_of:
+        return
+    tensors = embed_prompts(folder, prompt, negative_prompt, tokens, say)
+    make_folder(path.parent)
+    write_atomically(path, save(tensors, metadata={"made_of": made_of}))
+
+
+def stored_prompts(path: Path) -> dict[str, torch.Tensor]:
+    """What ``store_prompts`` has written; InputError if that is damaged."""
+    return read_tensors(path, "remove it, it is made again")
+
+
+@torch.no_grad()
+def embed_prompts(
+    folder: str | Path, prompt: str, negative_prompt: str | None, tokens: int, say: Callable[[str], object]
+) -> dict[str, torch.Tensor]:
+    """Embed a prompt and a negative one by the pipeline class's own method, in float32 on the CPU.
+
+    The text encoders are loaded for it, from safetensors alone, and nothing keeps them in memory.
+
+    Args:
+        folder: of the pipeline.
+        negative_prompt: None for what the pipeline takes without one: an empty text, or for SDXL zeros.
+        tokens: length of an embedded prompt; a longer one is cut.
+        say: is told of a prompt that is cut.
+
+    Returns:
+        prompt.embeds [1, tokens, D] and negative.embeds; with a pooled embedding also prompt.pooled [1, P] and
+        negative.pooled.
+
+    Raises:
+        InputError: diffusers or transformers is not installed, a tokenizer or text encoder is missing, pickled or of
+            a class that is not known.
+    """
+    folder = Path(folder)
+    values = read_json(folder / INDEX)
+    diffusers, transformers = require("diffusers", "text"), require("transformers", "text")
+    with quiet(diffusers, transformers):
+        pipeline = _encoding_pipeline(diffusers, transformers, folder, values, tokens)
+        for text in filter(None, (prompt, negative_prompt)):
+            _tell_if_cut(pipeline.tokenizer, text, tokens, say)
+        try:
+            embedded = pipeline.encode_prompt(
+                prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True,
+                negative_prompt=negative_prompt,
+            )  # fmt: skip
+        except (RuntimeError, ValueError, IndexError) as error:  # of an encoder that does not fit its tokenizer
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{folder}: its text encoder embeds no prompt ({reason}), copy the folder again") from None
+    names = [f"{role}{kind}" for kind in ("embeds", "pooled") for role in (PROMPT, NEGATIVE)]
+    return {name: tensor.float().contiguous() for name, tensor in zip(names, embedded, strict=False)}
+
+
+def _encoding_pipeline(diffusers, transformers, folder: Path, values: dict, tokens: int):
+    """The library's pipeline with tokenizers and text encoders alone."""
+    is_xl = values["_class_name"] == "StableDiffusionXLPipeline"
+    parts = {}
+    for suffix in ("", "_2") if is_xl else ("",):
+        for name, classes in ((f"tokenizer{suffix}", TOKENIZERS), (f"text_encoder{suffix}", ENCODERS)):
+            parts[name] = _load(transformers, folder, values, name, classes)
+        parts[f"tokenizer{suffix}"].model_max_length = tokens
+    parts |= dict.fromkeys(("vae", "unet", "scheduler"))
+    if is_xl:
+        zeros = bool(values.get("force_zeros_for_empty_prompt", True))
+        parts |= {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return getattr(diffusers, values["_class_name"])(**parts)
+
+
+def _tell_if_cut(tokenizer, text: str, tokens: int, say: Callable[[str], object]) -> None:
+    count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+    if count > tokens:
+        say(f"warning: prompt {text[:40]!r} is of {count} tokens, the text encoder takes {tokens}: the rest is cut")
+
+
+def _load(transformers, folder: Path, values: dict, name: str, classes: set[str]):
+    """A tokenizer or text encoder of the pipeline."""
+    entry, path = values.get(name), folder / name
+    if not path.is_dir() or not isinstance(entry, list) or len(entry) != 2 or None in entry:
+        raise InputError(f"{path}: missing, prompts are embedded by it: copy the folder again")
+    if entry[0] != "transformers" or entry[1] not in list(classes):
+        raise InputError(
+            f"{folder / INDEX}: {name} is {entry}, supported of transformers: {', '.join(sorted(classes))}"
+        )
+    options = {"local_files_only": True, "trust_remote_code": False}
+    if classes is ENCODERS:
+        options |= {"use_safetensors": True, "dtype": torch.float32} | _variant(path)
+    try:
+        return getattr(transformers, entry[1]).from_pretrained(str(path), **options)
+    except Exception as error:  # whatever the library makes of a damaged folder
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputError(f"{path}: cannot be loaded ({reason}), copy the folder again") from None
+
+
+def _variant(path: Path) -> dict[str, str]:
+    """What to tell transformers of a text encoder's weights: a variant where there are no plain ones.
+
+    Raises:
+        InputError: there are none, or only pickled ones.
+    """
+    if (path / "model.safetensors").is_file() or (path / "model.safetensors.index.json").is_file():
+        return {}
+    for found in sorted((*path.glob("model.*.safetensors"), *path.glob("model.safetensors.index.*.json"))):
+        variant = found.name.removeprefix("model.").removeprefix("safetensors.index.")
+        return {"variant": variant.removesuffix(".safetensors").removesuffix(".json").split("-")[0]}
+    if pickled := next(path.glob("*.bin"), None):
+        raise InputError(
+            f"{pickled}: a pickle, which is not loaded: save the pipeline as safetensors (in Python: "
+            "diffusers.DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER))"
+        )
+    raise InputError(f"{path}/model.safetensors: missing, copy the text encoder's weights there")
+
+
+def _digest(folder: Path, prompt: str, negative_prompt: str | None, tokens: int) -> str:
+    """SHA-256 of all that an embedding follows from."""
+    digest = hashlib.sha256(repr((prompt, negative_prompt, tokens)).encode())
+    digest.update((folder / INDEX).read_bytes())
+    for part in sorted((*folder.glob("tokenizer*"), *folder.glob("text_encoder*"))):
+        for path in sorted(part.iterdir()):
+            if path.suffix in (".json", ".txt", ".safetensors", ".model"):
+                digest.update(f"{part.name}/{path.name}:{sha256_of(path)}".encode())
+    return digest.hexdigest()
+
+
+def _made_of(path: Path) -> str | None:
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("made_of")
+    except (OSError, SafetensorError):
+        return None

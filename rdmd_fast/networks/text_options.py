@@ -1,0 +1,84 @@
+"""The U-Net of a text-to-image pipeline of diffusers, the schedule that it was trained on, and how it is prompted."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rdmd_fast.networks.diffusers_options import FlowSchedule, Size, VPSchedule
+from rdmd_fast.options import Options
+
+# Keys of a UNet2DConditionModel's config whose other values ask for inputs that nobody gives it here.
+REQUIRED = {
+    "class_embed_type": (None,), "num_class_embeds": (None,), "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,), "time_cond_proj_dim": (None,), "time_embedding_type": (None, "positional"),
+}  # fmt: skip
+ADDED = {"stable_diffusion": None, "stable_diffusion_xl": "text_time"}
+TIME_IDS = 6  # original height and width, crop from the top and the left, target height and width, pixels
+
+
+class TextUNetOptions(Options):
+    """A diffusers UNet2DConditionModel read as one of our networks, told one prompt for all samples."""
+
+    kind: Literal["text_unet"] = "text_unet"
+    family: Literal["stable_diffusion", "stable_diffusion_xl"] = Field(description="pipeline that it is of")
+    unet: dict[str, Any] = Field(description="its config.json, without the keys that begin with an underscore")
+    schedule: Annotated[VPSchedule | FlowSchedule, Field(discriminator="kind")]
+    tokens: Size = Field(77, description="length of an embedded prompt")
+    guidance: float = Field(
+        1.0, ge=0, le=100, description="s of F = F_negative + s (F_prompt - F_negative); 1 is the prompt alone"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for key, values in REQUIRED.items():
+            if self.unet.get(key) not in values:
+                raise ValueError(f"unet.{key}: {self.unet[key]!r} is not supported, only {values[-1]!r} is")
+        added = self.unet.get("addition_embed_type")
+        if added != ADDED[self.family]:
+            raise ValueError(f"unet.addition_embed_type: {added!r}, a {self.family} has {ADDED[self.family]!r}")
+        channels, made = self.unet.get("in_channels", 4), self.unet.get("out_channels", 4)
+        if channels != made or not isinstance(channels, int):
+            raise ValueError(f"unet.out_channels is {made!r}, in_channels {channels!r}: inpainting is not supported")
+        if not _is_size(self.unet.get("cross_attention_dim", 1280)):
+            raise ValueError(f"unet.cross_attention_dim: {self.unet['cross_attention_dim']!r} is not one width")
+        if added and self.pooled_width < 1:
+            raise ValueError("unet.projection_class_embeddings_input_dim: leaves no room for a pooled embedding")
+        levels = self.unet.get("block_out_channels", [320])
+        if not isinstance(levels, list) or not levels or not all(map(_is_size, levels)):
+            raise ValueError(f"unet.block_out_channels: {levels!r} is no list of widths")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Of a latent."""
+        return self.unet.get("in_channels", 4)
+
+    @property
+    def width(self) -> int:
+        """Of a token's embedding."""
+        return self.unet.get("cross_attention_dim", 1280)
+
+    @property
+    def pooled_width(self) -> int:
+        """Of a prompt's pooled embedding; 0 for a family without."""
+        if ADDED[self.family] is None:
+            return 0
+        keys = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+        whole, each = (self.unet[key] if _is_size(self.unet.get(key)) else 0 for key in keys)
+        return whole - TIME_IDS * each
+
+    @property
+    def layers(self) -> int:
+        """Residual blocks on the way down, at least."""
+        levels, each = self.unet.get("block_out_channels", (320, 640, 1280, 1280)), self.unet.get("layers_per_block", 2)
+        counts = each if isinstance(each, list) else [each] * len(levels)
+        return sum(count for count in counts if isinstance(count, int))
+
+    @property
+    def halvings(self) -> int:
+        """The factor that a latent's sides divide by."""
+        return 2 ** (len(self.unet.get("block_out_channels", (320, 640, 1280, 1280))) - 1)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 2**14

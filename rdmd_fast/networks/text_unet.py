@@ -1,0 +1,154 @@
+"""The U-Nets of text-to-image pipelines (latent diffusion, arXiv 2112.10752; SDXL, arXiv 2307.01952) as our networks.
+
+diffusers computes them; here our input, c_noise and a prompt become the arguments of its forward, one adapter a family.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rdmd_fast.errors import InputError
+from rdmd_fast.extras import quiet, require
+from rdmd_fast.networks.diffusers_unet import Timestep
+from rdmd_fast.networks.text_options import TIME_IDS, TextUNetOptions
+from rdmd_fast.networks.unet_layers import ExactTables
+
+
+class TextCondition(NamedTuple):
+    """What a U-Net is told of N samples beside the noise level.
+
+    Attributes:
+        embeds: [N, T, D], one embedding a token.
+        pooled: [N, P] of the whole prompt; None for a family without.
+        time_ids: [N, 6], float32: original height and width, crop from the top and the left, target height and width,
+            pixels; None for a family without.
+    """
+
+    embeds: Tensor
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+def _stable_diffusion(unet: nn.Module, x: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
+    embeds = condition.embeds.to(x.dtype)
+    return unet(x, timestep, encoder_hidden_states=embeds, return_dict=False)[0]
+
+
+def _stable_diffusion_xl(unet: nn.Module, x: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
+    added = {"text_embeds": condition.pooled.to(x.dtype), "time_ids": condition.time_ids}
+    embeds = condition.embeds.to(x.dtype)
+    return unet(x, timestep, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+
+ADAPTERS: dict[str, Callable[[nn.Module, Tensor, Tensor, TextCondition], Tensor]] = {
+    "stable_diffusion": _stable_diffusion,
+    "stable_diffusion_xl": _stable_diffusion_xl,
+}
+"""(library's U-Net, input [N, C, h, w], timestep [N], condition) -> raw prediction [N, C, h, w], by family."""
+
+
+# -- network -----------------------------------------------------------------------------------------------------------
+
+
+class Prompt(ExactTables):
+    """One prompt's embedding, in the state dict; casting the network does not round it."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        return tuple(name for name, table in self._buffers.items() if table is not None)
+
+    def __init__(self, options: TextUNetOptions):
+        super().__init__()
+        pooled = options.pooled_width
+        self.register_buffer("embeds", torch.zeros(1, options.tokens, options.width))
+        self.register_buffer("pooled", torch.zeros(1, pooled) if pooled else None)
+        self.register_buffer("time_ids", torch.zeros(1, TIME_IDS) if pooled else None)
+
+    def forward(self, count: int) -> TextCondition:
+        """The condition of ``count`` samples alike."""
+        tables = (getattr(self, name) for name in TextCondition._fields)
+        return TextCondition(*(None if table is None else table.expand(count, *table.shape[1:]) for table in tables))
+
+
+class TextUNet(nn.Module):
+    """The network of ``TextUNetOptions``. State dict: ``unet.`` and diffusers' names, ``prompt.``, ``negative.``.
+
+    With a guidance s other than 1 its output is F_negative + s (F_prompt - F_negative), linear in F (classifier-free
+    guidance, arXiv 2207.12598, whose w is s - 1), computed for both in one pass of 2 N samples. ``negative`` is there
+    in that case only.
+
+    Raises:
+        InputError: diffusers is not installed, or cannot build such a U-Net.
+    """
+
+    def __init__(self, options: TextUNetOptions):
+        super().__init__()
+        library = require("diffusers", "text")
+        try:
+            with quiet(library):
+                self.unet, unknown = library.UNet2DConditionModel.from_config(options.unet, return_unused_kwargs=True)
+        except Exception as error:  # whatever the library makes of a damaged configuration
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            raise InputError(f"unet/config.json describes no UNet2DConditionModel ({reason})") from None
+        if unknown:
+            raise InputError(f"unet/config.json: {min(unknown)}: is not a key that the installed diffusers knows")
+        for layer in self.unet.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.register_forward_pre_hook(_input_channels_last)
+                layer.register_forward_hook(_output_channels_last)
+        self.adapter, self.guidance = ADAPTERS[options.family], options.guidance
+        self.timestep = Timestep(options.schedule)
+        self.prompt = Prompt(options)
+        self.negative = None if self.guidance == 1 else Prompt(options)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the activations of the U-Net's blocks are computed again in the backward pass."""
+        return self.unet.is_gradient_checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, wanted: bool) -> None:
+        if wanted:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.disable_gradient_checkpointing()
+
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: None = None) -> Tensor:
+        """The raw prediction F.
+
+        Args:
+            x: [N, C, h, w], latents; h and w divide by 2^(levels - 1).
+            c_noise: ln(σ̃)/4, [N].
+
+        Returns:
+            [N, C, h, w] in x's dtype, channels_last.
+        """
+        timestep, count = self.timestep(c_noise).float(), len(x)
+        if self.negative is None:
+            return self.adapter(self.unet, x, timestep, self.prompt(count))
+        both = TextCondition(
+            *(
+                None if wanted is None else torch.cat([unwanted, wanted])
+                for unwanted, wanted in zip(self.negative(count), self.prompt(count), strict=True)
+            )
+        )
+        outputs = self.adapter(self.unet, torch.cat([x, x]), torch.cat([timestep, timestep]), both)
+        unconditional, conditional = outputs.chunk(2)
+        return unconditional + self.guidance * (conditional - unconditional)
+
+
+# The library leaves the layout of activations to convolutions, and those to the layout of their weights: engines have
+# another than frozen networks, and a 1×1 weight could be of either. With these copies of a network agree to the bit.
+
+
+def _input_channels_last(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:]
+
+
+def _output_channels_last(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.contiguous(memory_format=torch.channels_last)
