@@ -16,6 +16,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <set>
@@ -99,8 +100,57 @@ class Blocks {
 Blocks& device_blocks = *new Blocks;
 Blocks& pinned_blocks = *new Blocks;
 
+// Memory of CUDA graphs that share a pool. It stays theirs: what is freed serves later allocations of its size while
+// one of them is captured, as PyTorch's allocator has it, and replays write there again.
+class Pool {
+ public:
+  void* take(size_t bytes) {
+    const auto found = free_.find(round_up(bytes));
+    if (found == free_.end()) return nullptr;
+    void* data = found->second;
+    free_.erase(found);
+    return data;
+  }
+
+  void own(void* data, size_t bytes) { sizes_[data] = round_up(bytes); }
+
+  bool give_back(void* data) {
+    const auto found = sizes_.find(data);
+    if (found == sizes_.end()) return false;
+    free_.emplace(found->second, data);
+    return true;
+  }
+
+ private:
+  std::unordered_map<void*, size_t> sizes_;
+  std::multimap<size_t, void*> free_;
+};
+
+// What a CUDA graph does when it is replayed, in order.
+struct Graph {
+  size_t pool;
+  std::vector<std::function<void()>> steps;
+};
+
+// By number, and never destroyed.
+std::mutex& graph_mutex = *new std::mutex;
+std::map<size_t, Pool>& pools = *new std::map<size_t, Pool>;
+std::map<size_t, Graph>& graphs = *new std::map<size_t, Graph>;
+std::atomic<Graph*> captured{nullptr};
+
+bool kept_by_a_graph(void* data) {
+  std::lock_guard<std::mutex> lock(graph_mutex);
+  for (auto& [number, pool] : pools)
+    if (pool.give_back(data)) return true;
+  return false;
+}
+
+void refuse_in_capture(const std::string& what) {
+  TORCH_CHECK(!captured, "CUDA error: operation not permitted when stream is capturing (", what, ")");
+}
+
 void free_block(Blocks& blocks, void* data) {
-  if (!data) return;
+  if (!data || kept_by_a_graph(data)) return;
   blocks.remove(data);
   std::free(data);
 }
@@ -115,17 +165,30 @@ class StandInAllocator final : public c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     const Device device = pinned_ ? Device(DeviceType::CPU) : device_now();
     if (!bytes) return {nullptr, nullptr, deleter_, device};
-    void* data = nullptr;
-    TORCH_CHECK(posix_memalign(&data, kGranule, round_up(bytes)) == 0, "CUDA out of memory (stand-in)");
+    const bool pooled = captured && !pinned_;
+    void* data = pooled ? from_pool(bytes) : nullptr;
+    if (!data) {
+      TORCH_CHECK(posix_memalign(&data, kGranule, round_up(bytes)) == 0, "CUDA out of memory (stand-in)");
+      blocks_.add(data, pooled ? round_up(bytes) : bytes);  // it may serve others later
+      if (pooled) to_pool(data, bytes);
+    }
     // NaN in every floating dtype and -1 in integers, so that what nobody has written shows.
     std::memset(data, 0xFF, round_up(bytes));
-    blocks_.add(data, bytes);
     return {data, data, deleter_, device};
   }
   c10::DeleterFnPtr raw_deleter() const override { return deleter_; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
  private:
+  static void* from_pool(size_t bytes) {
+    std::lock_guard<std::mutex> lock(graph_mutex);
+    return pools[captured.load()->pool].take(bytes);
+  }
+  static void to_pool(void* data, size_t bytes) {
+    std::lock_guard<std::mutex> lock(graph_mutex);
+    pools[captured.load()->pool].own(data, bytes);
+  }
+
   Blocks& blocks_;
   c10::DeleterFnPtr deleter_;
   bool pinned_;
@@ -233,12 +296,47 @@ Tensor to_device(const Tensor& tensor) {
   return like(std::move(storage), DispatchKey::CUDA, tensor);
 }
 
+// -- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+void add_step(std::function<void()> step) {
+  std::lock_guard<std::mutex> lock(graph_mutex);
+  captured.load()->steps.push_back(std::move(step));
+}
+
+// A tensor of the host over memory of the device at its address, whatever lies there by then: as a graph has it.
+Tensor at_address(const Tensor& tensor) {
+  c10::DataPtr data(const_cast<void*>(tensor.storage().data()), Device(DeviceType::CPU));
+  c10::Storage other(c10::Storage::use_byte_size_t(), tensor.storage().nbytes(), std::move(data), nullptr, false);
+  return like(std::move(other), DispatchKey::CPU, tensor);
+}
+
+void check_address(const void* data) {
+  TORCH_CHECK(
+      !data || device_blocks.contains(data), "CUDA error: an illegal memory access was encountered (a graph's replay "
+      "reads or writes memory that was freed since its capture)");
+}
+
+// Where a replay puts a result of the CPU kernel: the memory that the captured one got.
+struct Place {
+  size_t result;
+  void* data;
+  size_t bytes;
+};
+
+void put(const std::vector<Place>& places, const std::vector<Tensor>& results) {
+  for (const Place& place : places) {
+    check_address(place.data);
+    std::memcpy(place.data, results[place.result].storage().data(), place.bytes);
+  }
+}
+
 // -- reports ----------------------------------------------------------------------------------------------------------
 
 std::atomic<bool> recording{false};
 py::object& listener = *new py::object;  // called with ("wait" | "copy" | "launch", what, bytes)
 
 void report(const char* kind, const std::string& what, size_t bytes = 0) {
+  if (std::strcmp(kind, "launch") != 0) refuse_in_capture(what);
   if (!recording) return;
   py::gil_scoped_acquire gil;
   listener(kind, what, bytes);
@@ -352,7 +450,7 @@ IValue with_tensors_changed(const IValue& value, Change change) {
 class Call {
  public:
   Call(const c10::OperatorHandle& operation, torch::jit::Stack* stack)
-      : schema_(operation.schema()), name_(schema_.name()), stack_(stack) {
+      : operation_(operation), schema_(operation.schema()), name_(schema_.name()), stack_(stack) {
     first_ = stack->size() - schema_.arguments().size();
     for (size_t i = 0; i < schema_.arguments().size(); ++i)
       for_each_tensor(argument(i), [&](const Tensor& tensor) {
@@ -399,12 +497,31 @@ class Call {
     }
   }
 
+  // While a graph is captured: the arguments of the CPU kernel as a replay will have them.
+  void keep_arguments() {
+    for (size_t i = 0; i < schema_.arguments().size(); ++i)
+      kept_.push_back(with_tensors_changed(argument(i), [&](const Tensor& tensor) {
+        const auto found = tensor.defined() ? aliases_.find(tensor.unsafeGetTensorImpl()) : aliases_.end();
+        if (found == aliases_.end() || found->second.own) return tensor;
+        addresses_.push_back(tensor.numel() ? tensor.const_data_ptr() : nullptr);
+        return at_address(tensor);
+      }));
+  }
+
   void put_results_on_device() {
     bool launched = schema_.returns().empty();
+    std::vector<Place> places;
+    size_t count = 0;
     for (size_t i = stack_->size() - schema_.returns().size(); i < stack_->size(); ++i)
-      (*stack_)[i] = with_tensors_changed(
-          (*stack_)[i], [&](const Tensor& tensor) { return of_device(tensor, launched); });
+      (*stack_)[i] = with_tensors_changed((*stack_)[i], [&](const Tensor& tensor) {
+        bool own = false;
+        const Tensor result = of_device(tensor, launched, own);
+        if (own) places.push_back({count, const_cast<void*>(result.storage().data()), result.storage().nbytes()});
+        ++count;
+        return result;
+      });
     if (!launched) return;
+    if (captured && on_device_ && !valueless_) add_step(step(std::move(places)));
     report("launch", name_, bytes_);
     for (const Pass& pass : passes_) report("launch", pass.name, pass.bytes ? pass.bytes : 2 * written_);
   }
@@ -435,18 +552,34 @@ class Call {
     return alias;
   }
 
-  // The tensor of the device that a result of the CPU kernel stands for.
-  Tensor of_device(const Tensor& result, bool& launched) {
+  // The call as a graph replays it.
+  std::function<void()> step(std::vector<Place> places) {
+    return [operation = operation_, kept = std::move(kept_), addresses = std::move(addresses_),
+            places = std::move(places)] {
+      for (const void* address : addresses) check_address(address);
+      torch::jit::Stack stack = kept;
+      operation.callBoxed(&stack);
+      std::vector<Tensor> results;
+      for (const IValue& value : stack)
+        with_tensors_changed(value, [&](const Tensor& tensor) { return results.emplace_back(tensor); });
+      put(places, results);
+    };
+  }
+
+  // The tensor of the device that a result of the CPU kernel stands for; `own` if it has memory of its own.
+  Tensor of_device(const Tensor& result, bool& launched, bool& own) {
     if (!result.defined() || result.is_cuda() || !on_device_) return result;
     if (valueless_) return fresh(valueless(result), launched);
     if (hosts_.count(result.unsafeGetTensorImpl())) return result;
     const auto found = aliases_.find(result.unsafeGetTensorImpl());
     if (found != aliases_.end()) {
+      own = found->second.own;
       return fresh(written(found->second), launched);
     }
     for (const Tensor& original : originals_)
       if (result.storage().nbytes() && result.storage().data() == original.storage().data())
         return view_of(original, result);
+    own = true;
     return fresh(to_device(result), launched);
   }
 
@@ -485,6 +618,7 @@ class Call {
     return out;
   }
 
+  const c10::OperatorHandle operation_;
   const c10::FunctionSchema& schema_;
   const std::string& name_;
   torch::jit::Stack* stack_;
@@ -496,6 +630,8 @@ class Call {
   std::vector<Tensor> originals_;
   std::unordered_set<c10::TensorImpl*> hosts_;
   std::unordered_map<c10::TensorImpl*, Alias> aliases_;
+  torch::jit::Stack kept_;
+  std::vector<const void*> addresses_;
 };
 
 void fallback(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
@@ -503,6 +639,7 @@ void fallback(const c10::OperatorHandle& operation, torch::jit::Stack* stack) {
   call.check_devices();
   call.report_waits();
   call.put_arguments_on_host();
+  if (captured) call.keep_arguments();
   operation.callBoxed(stack);
   call.put_results_on_device();
 }
@@ -580,28 +717,52 @@ Tensor padded(const Tensor& sums, bool kept) {
   return out;
 }
 
+using Tensors = std::vector<Tensor>;
+
+// Results of a CPU kernel of tensors of the device, as fresh tensors of it; a graph that is captured gets it as a step.
+Tensors computed(const Tensors& arguments, std::function<Tensors(const Tensors&)> compute) {
+  Tensors aliases, results;
+  for (const Tensor& argument : arguments) aliases.push_back(host_alias(argument));
+  for (const Tensor& result : compute(aliases)) results.push_back(to_device(result));
+  if (!captured) return results;
+  Tensors kept;
+  std::vector<Place> places;
+  for (const Tensor& argument : arguments) kept.push_back(at_address(argument));
+  for (size_t i = 0; i < results.size(); ++i)
+    places.push_back({i, const_cast<void*>(results[i].storage().data()), results[i].storage().nbytes()});
+  add_step([kept, places, compute] {
+    for (const Tensor& argument : kept) check_address(argument.const_data_ptr());
+    put(places, compute(kept));
+  });
+  return results;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias, bool keep_sums,
     double dropout, bool causal, std::optional<double> scale) {
   TORCH_CHECK(!bias && dropout == 0, "the stand-in has attention without bias and dropout alone");
-  const auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
-      host_alias(query), host_alias(key), host_alias(value), 0.0, causal, std::nullopt, scale);
+  const Tensors results = computed({query, key, value}, [=](const Tensors& on_host) -> Tensors {
+    const auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
+        on_host[0], on_host[1], on_host[2], 0.0, causal, std::nullopt, scale);
+    const Tensor no_seed = at::zeros({}, at::kLong);
+    return {position_major(out), padded(sums, keep_sums), no_seed, no_seed};
+  });
   report("launch", "aten::_scaled_dot_product_efficient_attention", 4 * bytes_of(query));
-  const auto no_seed = [] { return to_device(at::zeros({}, at::kLong)); };
-  return {to_device(position_major(out)), to_device(padded(sums, keep_sums)), no_seed(), no_seed()};
+  return {results[0], results[1], results[2], results[3]};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& gradient, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor&,
     const Tensor& out, const Tensor& sums, const Tensor&, const Tensor&, double, std::array<bool, 4>, bool causal,
     std::optional<double> scale) {
-  const auto [by_query, by_key, by_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
-      host_alias(gradient), host_alias(query), host_alias(key), host_alias(value), host_alias(out),
-      host_alias(sums).narrow(2, 0, query.size(2)), 0.0, causal, std::nullopt, scale);
+  const Tensors results = computed({gradient, query, key, value, out, sums}, [=](const Tensors& on_host) -> Tensors {
+    const auto [by_query, by_key, by_value] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+        on_host[0], on_host[1], on_host[2], on_host[3], on_host[4], on_host[5].narrow(2, 0, on_host[1].size(2)), 0.0,
+        causal, std::nullopt, scale);
+    return {position_major(by_query), position_major(by_key), position_major(by_value)};
+  });
   report("launch", "aten::_scaled_dot_product_efficient_attention_backward", 8 * bytes_of(query));
-  return {
-      to_device(position_major(by_query)), to_device(position_major(by_key)), to_device(position_major(by_value)),
-      Tensor()};
+  return {results[0], results[1], results[2], Tensor()};
 }
 
 // -- registration -----------------------------------------------------------------------------------------------------
@@ -657,5 +818,23 @@ PYBIND11_MODULE(gpu_stand_in_device, module) {
   module.def("allocated", [] { return device_blocks.allocated(); });
   module.def("peak", [] { return device_blocks.peak(); });
   module.def("reset_peak", [] { device_blocks.reset_peak(); });
+  module.def("begin_capture", [](size_t number, size_t pool) {
+    TORCH_CHECK(!captured, "a graph is being captured");
+    captured = &(graphs[number] = Graph{pool, {}});
+  });
+  module.def("end_capture", [] { captured = nullptr; });
+  module.def("capturing", [] { return captured != nullptr; });
+  module.def("add_step", [](py::object step) {
+    add_step([step = new py::object(std::move(step))] {
+      py::gil_scoped_acquire gil;
+      (*step)();
+    });
+  }, "Have the graph that is being captured call a function of Python when it is replayed.");
+  module.def("replay", [](size_t number) {
+    py::gil_scoped_release no_gil;
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    for (const auto& step : graphs.at(number).steps) step();
+  });
+  module.def("forget", [](size_t number) { graphs.erase(number); }, "Its memory stays the pool's.");
   module.def("blocks", [] { return device_blocks.list(); }, "Addresses and sizes of what lives on the device.");
 }

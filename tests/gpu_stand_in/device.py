@@ -18,7 +18,7 @@ import torch.autograd.profiler
 import torch.cuda.nccl
 
 from tests.gpu_stand_in import build
-from tests.gpu_stand_in.log import WAIT, Log, Recorder
+from tests.gpu_stand_in.log import LAUNCH, WAIT, Log, Recorder
 
 H200 = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, total_memory=150754820096, multi_processor_count=132, warp_size=32,
@@ -46,6 +46,7 @@ def install(count: int = 1) -> None:
         return
     _library = build.load()
     _library.listen(report)
+    report.refuses = lambda kind: kind != LAUNCH and _library.capturing()
     _library.set_device_count(count)
     os.environ["GPU_STAND_IN"] = "1"  # for tests that would choose larger shapes on a GPU
     os.environ.setdefault("DS_ACCELERATOR", "cuda")
@@ -209,7 +210,7 @@ def _replace_device_functions(count: int) -> None:
         can_device_access_peer=_always(True), ipc_collect=_always(None), _sleep=_always(None),
         synchronize=lambda device=None: report(WAIT, "torch.cuda.synchronize"), Event=Event, Stream=Stream,
         current_stream=_always(stream), default_stream=_always(stream), set_stream=_always(None),
-        stream=_StreamContext, StreamContext=_StreamContext, is_current_stream_capturing=_always(False),
+        stream=_StreamContext, StreamContext=_StreamContext,
     )  # fmt: skip
     torch.version.cuda = "13.0"
     torch.has_cuda = True
@@ -239,7 +240,8 @@ def _replace_random_functions() -> None:
     """The device's generator is the host's, which seeding the host seeds."""
     _replace(
         torch.cuda, manual_seed=_always(None), manual_seed_all=_always(None), initial_seed=_always(0),
-        get_rng_state=lambda device=None: torch.get_rng_state(), set_rng_state=_always(None),
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
     )  # fmt: skip
 
 
@@ -249,7 +251,7 @@ def _replace_functions_of_c() -> None:
     _replace(
         torch._C, _cuda_getCurrentRawStream=_always(0), _cuda_getDevice=library().current_device,
         _cuda_setDevice=exchange, _cuda_exchangeDevice=exchange, _cuda_maybeExchangeDevice=exchange,
-        _cuda_isCurrentStreamCapturing=_always(False), _cuda_canDeviceAccessPeer=_always(True),
+        _cuda_canDeviceAccessPeer=_always(True),
         _cuda_cudaCachingAllocator_is_enabled=_always(True),
     )  # fmt: skip
 

@@ -80,12 +80,19 @@ class Log:
 
 
 class Recorder:
-    """Where reports go: to the log that is being kept, or nowhere."""
+    """Where reports go: to the log that is being kept, or nowhere.
+
+    Attributes:
+        refuses: whether the device may not be asked a kind of thing now, as a wait while a graph is captured.
+    """
 
     def __init__(self) -> None:
         self._log: Log | None = None
+        self.refuses: Callable[[str], bool] = lambda kind: False
 
     def __call__(self, kind: str, operation: str, size: int = 0) -> None:
+        if self.refuses(kind):
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation})")
         log = self._log
         if log is not None:
             place = place_of(sys._getframe())

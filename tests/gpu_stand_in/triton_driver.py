@@ -93,8 +93,15 @@ class Launcher:
             return
         values = [_bits(value, kind) for value, kind in zip(arguments, self._kinds, strict=True) if kind != "constexpr"]
         device.report(LAUNCH, f"triton::{self._name}", self._bytes(arguments))
-        if device.values_are_computed():
+        if not device.values_are_computed():
+            return
+
+        def launch() -> None:
             kernel.launch(grid, self._threads, values, self._shared, device.library().blocks())
+
+        launch()
+        if device.library().capturing():
+            device.library().add_step(launch)
 
     def _bytes(self, arguments) -> int:
         """Of all tensors once; Inductor says in its names what a kernel reads and writes."""
