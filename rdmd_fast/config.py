@@ -129,6 +129,8 @@ def _precision_problems(config: Config):
     stage = zero_stage(config.deepspeed)
     if config.train.compile and stage == 3:
         yield "train.compile: ZeRO 3 gathers weights inside networks, use a lower stage or remove the key"
+    if config.train.cuda_graphs:
+        yield from _cuda_graph_problems(config.train, config.deepspeed)
     if config.train.deterministic and config.train.cudnn_benchmark:
         yield "train.cudnn_benchmark: chooses convolutions by timing, remove it or train.deterministic"
     types_given = config.deepspeed.get("data_types") or {}
@@ -137,6 +139,24 @@ def _precision_problems(config: Config):
         yield (
             "deepspeed.data_types.grad_accum_dtype: bf16 without ZeRO accumulates bf16 gradients, remove the key or "
             "use zero_optimization.stage 1"
+        )
+
+
+def _cuda_graph_problems(train: TrainOptions, deepspeed_section: dict):
+    if train.compile:
+        yield "train.cuda_graphs: train.compile=reduce-overhead records its own graphs, remove one of the two keys"
+    if zero_stage(deepspeed_section) == 3:
+        yield "train.cuda_graphs: ZeRO 3 gathers weights inside networks, use a lower stage or remove the key"
+    if train.activation_checkpointing:
+        yield (
+            "train.cuda_graphs: train.activation_checkpointing reads random numbers' state within passes, which no "
+            "graph can, remove one of the two keys"
+        )
+    offload = deepspeed_section.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") != "none":
+        yield (
+            "train.cuda_graphs: deepspeed.zero_optimization.offload_optimizer copies gradients to the host while "
+            "passes run, remove one of the two keys"
         )
 
 
@@ -171,7 +191,8 @@ _FREE = {"run_dir", "license", "telemetry", "checkpoint", "validation", "deepspe
 # How data come, not which; how a batch is split; how long; and what a run that broke off wants changed.
 _FREE_KEYS = {
     *(f"train.{key}" for key in ("steps", "micro_batch_size", "collective_timeout")),
-    *(f"train.{key}" for key in ("activation_checkpointing", "compile", "cudnn_benchmark", "deterministic")),
+    *(f"train.{key}" for key in ("activation_checkpointing", "compile", "cuda_graphs")),
+    *(f"train.{key}" for key in ("cudnn_benchmark", "deterministic")),
     *(f"train.guard.{key}" for key in GuardOptions.model_fields),
     *(f"data.{key}" for key in ("cache_gib", "cache_dir", "workers", "prefetch", "max_dropped")),
     *(f"data.{key}" for key in ("source_holdout", "target_holdout")),

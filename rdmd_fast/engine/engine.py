@@ -10,6 +10,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from rdmd_fast.engine.batch_layout import BatchLayout
+from rdmd_fast.engine.cuda_graphs import replay_passes
 from rdmd_fast.engine.fewer_waits import avoid_waits
 from rdmd_fast.engine.fp32_masters import master_shards, shard_pieces, whole_masters
 from rdmd_fast.engine.master_adam import MasterAdam
@@ -62,6 +63,7 @@ def initialize_engine(
         InputError: this device or network cannot do what ``train`` asks for, or DeepSpeed refuses ``section``.
     """
     _check_dtype(train.dtype)
+    _check_cuda_graphs(train)
     if train.activation_checkpointing:
         if not hasattr(network, "checkpointing"):
             raise InputError(f"train.activation_checkpointing: {type(network).__name__} cannot do it, remove the key")
@@ -98,6 +100,8 @@ def initialize_engine(
         dist.broadcast(master.detach(), 0)  # each rank steps its own: they must begin alike to the bit
     engine.guard = UpdateGuard(train.guard, engine, adam, engine.device, optimizer.grad_clip)
     _bound_waiting(train.collective_timeout)
+    if train.cuda_graphs:  # at the first call, when weights are where they stay
+        replay_passes(engine.module, layout.micro_batch, accumulates=layout.accumulation > 1)
     return engine
 
 
@@ -190,6 +194,14 @@ def _check_dtype(dtype: str) -> None:
         raise InputError("train.dtype: bf16 is not supported on this device, use fp16 or fp32")
 
 
+def _check_cuda_graphs(train: TrainOptions) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    name = get_accelerator().device_name()
+    if train.cuda_graphs and name != "cuda":
+        raise InputError(f"train.cuda_graphs: needs an NVIDIA GPU, this run is on {name}: remove the key")
+
+
 @torch.no_grad()
 def _clear_padding(engine) -> None:
     """Zero what fills ZeRO-3's last partitions up: DeepSpeed leaves it unset, and the guard looks at whole shards."""
@@ -211,7 +223,10 @@ def freeze_teacher(
     if zero_stage(section) < 3:
         _compile(network, train)
         # Weights in the layout of activations are not copied at every call. Engines want theirs contiguous.
-        return network.to(device=device, dtype=DTYPES[train.dtype], memory_format=torch.channels_last)
+        network.to(device=device, dtype=DTYPES[train.dtype], memory_format=torch.channels_last)
+        if train.cuda_graphs:
+            replay_passes(network, layout.micro_batch, accumulates=False)
+        return network
     zero = {key: value for key, value in section["zero_optimization"].items() if key != "offload_optimizer"}
     config = _deepspeed_config({**section, "zero_optimization": zero}, layout, train.dtype)
     engine = _initialize(model=network, config=config)

@@ -61,6 +61,12 @@ class TrainOptions(Options):
         description="torch.compile of the networks, its mode; reduce-overhead and max-autotune replay passes as CUDA "
         "graphs on a GPU; null runs them as written. Below ZeRO 3 (ours)",
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="record the networks' passes over a micro-batch as CUDA graphs and replay them, without "
+        "torch.compile: a few launches instead of hundreds, for activations that stay in memory. On a GPU, below ZeRO "
+        "3; not yet measured (ours)",
+    )
     tf32: bool = Field(
         True,
         description="matrix products and convolutions of fp32 on a GPU round their factors to TF32's 11 bits, several "

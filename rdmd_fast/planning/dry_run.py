@@ -83,6 +83,8 @@ def memory_lines(config: Config, networks: PlannedNetworks, layout: BatchLayout,
             notes = _notes(states, settings, used)
             if config.stage == "rdmd" and config.rdmd.cost.features is not None:
                 notes.append(f"  not counted: the feature network of rdmd.cost.features, {config.rdmd.cost.features}")
+            if config.train.cuda_graphs:
+                notes.append("  not counted: activations and gradients that train.cuda_graphs keeps between passes")
     return lines + notes
 
 
