@@ -100,8 +100,8 @@ class Blocks {
 Blocks& device_blocks = *new Blocks;
 Blocks& pinned_blocks = *new Blocks;
 
-// Memory of CUDA graphs that share a pool. It stays theirs: what is freed serves later allocations of its size while one
-// of them is captured, as PyTorch's allocator has it, and replays write there again.
+// Memory of CUDA graphs that share a pool. It stays theirs: what is freed serves later allocations of its size while
+// one of them is captured, as PyTorch's allocator has it, and replays write there again.
 class Pool {
  public:
   void* take(size_t bytes) {

@@ -181,7 +181,7 @@ def test_fused_kernels_keep_what_is_predicted(interpreted):
         from rdmd_fast.planning.activations import activations
         from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks
         options = SongUNetOptions(kind="song_unet", model_channels=32, channel_mult=[1], num_blocks=1)
-        networks = PlannedNetworks({"generator": PlannedNetwork.of(options, (3, 4, 4), False)}, None, "generator")
+        networks = PlannedNetworks({"generator": PlannedNetwork.of(options, (3, 8, 8), False)}, None, "generator")
         for fused, device in ((True, "meta"), (True, "cpu"), (False, "meta")):
             print(activations(networks, 2, 1, "fp32", False, fused, device).saved["generator"])
     """
