@@ -80,7 +80,7 @@ class DomainClassifier(SongUNet):
         """[N, channels, h, w]: all but the last layer."""
         embedding = self.embed(c_noise, None, None)
         h = x.to(embedding.dtype, memory_format=torch.channels_last)
-        return self.dec["norm"](self.encode(h, embedding)[0])
+        return self.dec["norm"](self.encode(h, self.modulations(embedding))[0])
 
     def forward(self, x: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
         return self.dec["head"](self.features(x, c_noise).mean((2, 3)))[:, 0]

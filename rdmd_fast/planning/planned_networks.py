@@ -30,7 +30,8 @@ class PlannedNetwork:
         sizes: elements of each parameter, in order.
         buffers: bytes of the buffers that exports and checkpoints hold, fp32.
         gathered_again: elements of parameters that activation checkpointing makes ZeRO-3 gather once more: those of
-            the blocks, but for the last layer of each, where the second computation stops and the backward pass begins.
+            the blocks, without the last layer of each, where the second computation stops and the backward pass begins,
+            and without its modulation, which is computed outside of it.
     """
 
     options: Options
@@ -112,10 +113,12 @@ def _gathered_again(network: nn.Module) -> int:
     def elements(module: nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    def last(block: UNetBlock) -> nn.Module:
-        if block.heads:
-            return block.proj
-        return block.conv1 if block.skip is None or block.skip.weight is None else block.skip
+    def spared(block: UNetBlock | Level | MidBlock) -> int:
+        if not isinstance(block, UNetBlock):
+            return 0
+        projects = block.skip is not None and block.skip.weight is not None
+        last = block.proj if block.heads else block.skip if projects else block.conv1
+        return elements(last) + elements(block.affine)
 
     blocks = [module for module in network.modules() if isinstance(module, UNetBlock | Level | MidBlock)]
-    return sum(elements(block) - (elements(last(block)) if isinstance(block, UNetBlock) else 0) for block in blocks)
+    return sum(elements(block) - spared(block) for block in blocks)

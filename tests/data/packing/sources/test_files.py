@@ -1,8 +1,6 @@
 """Packing image folders with classes, zip archives and arrays."""
 
 import struct
-import sys
-import types
 import zipfile
 
 import numpy as np
@@ -272,8 +270,7 @@ def autoencoder(tmp_path, monkeypatch):
             means = torch.nn.functional.avg_pool2d(images, 2)
             return torch.cat([means, torch.ones_like(means[:, :1])], dim=1)
 
-    module = types.SimpleNamespace(Autoencoder=Autoencoder)
-    monkeypatch.setitem(sys.modules, "rdmd_fast.model_files.autoencoder", module)
+    monkeypatch.setattr("rdmd_fast.model_files.autoencoder.Autoencoder", Autoencoder)
     write_files(tmp_path / "vae", {"config.json": b"{}", "weights.safetensors": b"1"})
     return tmp_path / "vae", calls
 
