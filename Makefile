@@ -40,7 +40,7 @@ test-slow: install
 
 # The GPU path without a GPU: tests/gpu_stand_in/README.md. Needs a C++ compiler, and a CPU build of PyTorch.
 test-gpu-stand-in: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m gpu_stand_in tests/gpu_stand_in
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "gpu_stand_in and not slow" tests/gpu_stand_in
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -29,6 +29,7 @@ def check_alike(written: dict, compiled: dict, tolerance: float) -> None:
             assert expected and compiled[what][name] == pytest.approx(expected, rel=tolerance), name
 
 
+@pytest.mark.slow
 def test_an_iteration_that_replays_graphs_equals_the_written_one_and_records_nothing_twice():
     """Of two fake updates; what an update would read of one before it is NaN."""
     command = ["-m", "tests.gpu_stand_in.iteration", "--dtype", "fp32", "--before", "1", "rdmd.fake_updates=2"]

@@ -18,8 +18,8 @@ def test_graphs_keep_what_they_promise():
     [
         (0, "fp32", ["rdmd.fake_updates=2"], (1491, 108)),
         (2, "bf16", ["rdmd.fake_updates=2"], (2432, 1038)),
-        (0, "bf16", ["train.micro_batch_size=2"], (2191, 409)),
-        (2, "fp32", ["rdmd.transport_weight={log_uniform: [0.01, 1]}"], None),
+        pytest.param(0, "bf16", ["train.micro_batch_size=2"], (2191, 409), marks=pytest.mark.slow),
+        pytest.param(2, "fp32", ["rdmd.transport_weight={log_uniform: [0.01, 1]}"], None, marks=pytest.mark.slow),
     ],
 )
 def test_an_iteration_that_replays_equals_the_written_one_to_the_bit(stage, dtype, options, launches):
