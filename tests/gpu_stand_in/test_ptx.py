@@ -481,7 +481,7 @@ RELATIONS = {
     "setp.ge.s32": ("s32", np.greater_equal), "setp.lt.u32": ("u32", np.less), "setp.lt.s64": ("s64", np.less),
     "setp.lt.u64": ("u64", np.less), "setp.eq.b32": ("b32", np.equal), "setp.ne.b32": ("b32", np.not_equal),
     "setp.lt.s16": ("s16", np.less), "setp.ne.b16": ("b16", np.not_equal), "setp.eq.b64": ("b64", np.equal),
-    "setp.eq.b16": ("b16", np.equal), "setp.ne.b64": ("b64", np.not_equal),
+    "setp.eq.b16": ("b16", np.equal), "setp.ne.b64": ("b64", np.not_equal), "setp.gt.u32": ("u32", np.greater),
 }  # fmt: skip
 
 
