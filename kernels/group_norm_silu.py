@@ -25,6 +25,8 @@ so are x and dy backward.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -136,6 +138,7 @@ def plan_resident(shape: tuple, groups: int, itemsize: int, channels_last: bool,
     return Plan(tile, (n, channels // tile_c), min(16, max(1, tile_p * tile_c // (32 * a_thread))))
 
 
+@functools.lru_cache(maxsize=1024)  # each launch asks, on the host
 def plan_chunks(shape: tuple, channels_last: bool, elements: int) -> Plan:
     """Chunks of pixels in tiles of ``elements``. Chunks depend on C and H W alone, so no sum on the batch."""
     n, channels, pixels = shape
@@ -241,6 +244,7 @@ def group_norm_silu_backward(
     dy, x, table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, has_x_bias, branch=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """By Triton: dx (+ branch), (dweight, dbias, dx_bias if any) [., C or 0], the modulation's three [3, N, C]."""
+    x = dense(x)
     choice = weight.dtype, wants_parameters, modulation_dtype, has_x_bias
     dx, parameters, modulation = torch.empty_like(x), *_parameter_results(x, *choice)
     if not (computes() and x.numel()):
@@ -273,7 +277,8 @@ def group_norm_silu_slopes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All of the backward pass but dx, by chunks: (rstd² m2, rstd m1) [2, N, C] fp32 of the docstring above, then
     parameters' and modulation's gradients."""
-    slopes = table.new_empty((2, *x.shape[:2]))
+    x = dense(x)
+    slopes = _slopes_result(x, table)
     parameters, modulation = _parameter_results(x, weight.dtype, wants_parameters, modulation_dtype, has_x_bias)
     if not (computes() and x.numel()):
         return slopes.zero_(), parameters.zero_(), modulation.zero_()
@@ -293,6 +298,10 @@ def group_norm_silu_slopes(
         if wants_parameters:
             merge(contributions, parameters)
     return slopes, parameters, modulation
+
+
+def _slopes_result(x: Tensor, table: Tensor) -> Tensor:
+    return table.new_empty((2, *x.shape[:2]))
 
 
 def _apply_slopes(dy, x, table, slopes, dx, branch, silu) -> None:
@@ -408,52 +417,25 @@ def _forward_op(
 _forward_op.register_fake(lambda x, *arguments: _forward_results(dense(x)))
 
 
-@torch.library.custom_op("rdmd_fast::group_norm_silu_backward", mutates_args=())
-def _backward_op(
-    dy: Tensor,
-    x: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    scale: Tensor | None,
-    silu: bool,
-    wants_parameters: bool,
-    modulation_dtype: torch.dtype,
-    has_x_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return group_norm_silu_backward(
-        dy, dense(x), table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, has_x_bias
+def _gradient_operation(name: str, function: Callable, first_result: Callable[[Tensor, Tensor], Tensor]):
+    """Register a function of the gradients above; ``first_result`` makes the first of its results from (x, table)."""
+    schema = (
+        "(Tensor dy, Tensor x, Tensor table, Tensor weight, Tensor bias, int groups, Tensor? scale, bool silu, "
+        "bool wants_parameters, ScalarType modulation_dtype, bool has_x_bias) -> (Tensor, Tensor, Tensor)"
     )
+    operation = torch.library.custom_op(f"rdmd_fast::{name}", function, mutates_args=(), schema=schema)
+
+    @operation.register_fake
+    def _(dy, x, table, weight, bias, groups, scale, silu, *choice):
+        return first_result(x, table), *_parameter_results(x, weight.dtype, *choice)
+
+    return operation
 
 
-@_backward_op.register_fake
-def _(dy, x, table, weight, bias, groups, scale, silu, *choice):
-    return torch.empty_like(dense(x)), *_parameter_results(x, weight.dtype, *choice)
-
-
-@torch.library.custom_op("rdmd_fast::group_norm_silu_slopes", mutates_args=())
-def _slopes_op(
-    dy: Tensor,
-    x: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    scale: Tensor | None,
-    silu: bool,
-    wants_parameters: bool,
-    modulation_dtype: torch.dtype,
-    has_x_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return group_norm_silu_slopes(
-        dy, dense(x), table, weight, bias, groups, scale, silu, wants_parameters, modulation_dtype, has_x_bias
-    )
-
-
-@_slopes_op.register_fake
-def _(dy, x, table, weight, bias, groups, scale, silu, *choice):
-    return table.new_empty((2, *x.shape[:2])), *_parameter_results(x, weight.dtype, *choice)
+_backward_op = _gradient_operation(
+    "group_norm_silu_backward", group_norm_silu_backward, lambda x, table: torch.empty_like(dense(x))
+)
+_slopes_op = _gradient_operation("group_norm_silu_slopes", group_norm_silu_slopes, _slopes_result)
 
 
 def _traced_backward(dy, x, table, weight, bias, groups, scale, silu, *choice) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Layers that the U-Nets of EDM (arXiv 2206.00364) share: SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM).
 
 Activations are channels_last. GroupNorm and SiLU are one pass, and so are residual sum and skip scale. Parameter and
-buffer names are EDM's, so its checkpoints load one to one; parameters are read only inside the forward of their own
-module, since ZeRO-3 gathers them module by module.
+buffer names are EDM's, so its checkpoints load one to one. ZeRO-3 gathers parameters module by module: those that are
+read outside of their own module's forward are `borrowed_parameters`, or are read so below ZeRO 3 alone.
 """
 
 import math
@@ -207,7 +207,7 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         # cuDNN adds a bias in a pass of its own, and sums its gradient in one: the norm and the sum do so in theirs.
-        apart = folds_biases(x)
+        apart = kernels_run(x)
         h, x = self.norm0(x)
         h = self.conv0(h, adds_bias=not apart)
         x_bias = self.conv0.bias if apart else None
@@ -234,14 +234,14 @@ class UNetBlock(nn.Module):
         n, _, height, width = x.shape
         q, k, v = self.qkv(to_tokens(self.norm2(x)))
         attended = attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
-        apart = folds_biases(x)
+        apart = kernels_run(x)
         projected, biases = self.proj(attended, adds_bias=not apart), [self.proj.bias] if apart else ()
         tokens = scaled_residual(projected, to_tokens(x).flatten(0, 1), self.skip_scale, biases)
         return tokens.unflatten(0, (n, height, width)).permute(0, 3, 1, 2)
 
 
-def folds_biases(x: Tensor) -> bool:
-    """Whether biases of convolutions are added by the kernels that follow them."""
+def kernels_run(x: Tensor) -> bool:
+    """Whether our kernels do what is theirs, biases of the convolutions before them included."""
     return backend(x.device) != "reference"
 
 
@@ -330,7 +330,7 @@ class UNet(nn.Module):
         On a GPU one product for all, unless ZeRO-3 gathers weights module by module.
         """
         layers = [each.affine for each in (*self.enc.values(), *self.dec.values()) if isinstance(each, UNetBlock)]
-        if not folds_biases(embedding) or hasattr(layers[0].weight, "ds_id"):
+        if not kernels_run(embedding) or hasattr(layers[0].weight, "ds_id"):
             return map(lambda layer: layer(embedding), layers)
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return iter(F.linear(embedding.to(weight.dtype), weight, bias).split([len(layer.bias) for layer in layers], 1))

@@ -405,8 +405,8 @@ std::vector<Pass> passes_beside(const std::string& name, const IValue* arguments
   return passes;
 }
 
-// Products, whose values can be left out: they are most of a network's time on the host.
-bool products_have_values = true;
+// Values of products and of Triton's kernels can be left out: they are most of a network's time on the host.
+bool values_are_computed = true;
 
 bool is_product(const std::string& name) {
   static const std::set<std::string> names = {
@@ -459,7 +459,7 @@ class Call {
         bytes_ += bytes_of(tensor) * accesses(i);
       });
     on_device_ = !originals_.empty();
-    valueless_ = on_device_ && !products_have_values && is_product(name_);
+    valueless_ = on_device_ && !values_are_computed && is_product(name_);
     if (on_device_) passes_ = passes_beside(name_, &(*stack)[first_]);
     if (valueless_ && is_convolution(name_) && works_channels_last(name_, &(*stack)[first_]))
       format_ = at::MemoryFormat::ChannelsLast;
@@ -816,7 +816,8 @@ PYBIND11_MODULE(gpu_stand_in_device, module) {
   at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
   module.def("listen", [](py::object function) { listener = std::move(function); });
   module.def("record", [](bool on) { recording = on; });
-  module.def("compute_products", [](bool on) { products_have_values = on; });
+  module.def("compute_values", [](bool on) { values_are_computed = on; });
+  module.def("values_are_computed", [] { return values_are_computed; });
   module.def("host_alias", [](const Tensor& tensor) { return host_alias(tensor.detach()); });
   module.def("current_device", [] { return static_cast<int>(current_device); });
   module.def("exchange_device", [](int index) {

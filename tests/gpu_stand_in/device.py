@@ -65,25 +65,14 @@ def recording() -> Iterator[Log]:
         yield log
 
 
-_values = True
-
-
-def values_are_computed() -> bool:
-    """Whether matrix products and Triton kernels run, or are only counted."""
-    return _values
-
-
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
     """Count what a GPU is asked and leave out most of the work: results of products and kernels are not written."""
-    global _values
-    _values = False
-    library().compute_products(False)
+    library().compute_values(False)
     try:
         yield
     finally:
-        _values = True
-        library().compute_products(True)
+        library().compute_values(True)
 
 
 # -- streams and events ------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class _Utils:
     @staticmethod
     def load_binary(name: str, ptx: bytes, shared: int, index: int) -> tuple[Kernel, Kernel, int, int, int]:
         """(module, function, registers, spills, most threads of a block); without a module Triton loads again."""
-        if not device.values_are_computed():
+        if not device.library().values_are_computed():
             return None, None, 0, 0, device.H200.max_threads_per_block
         kernel = Kernel(ptx.decode(), copies=name.startswith("triton_"))  # Inductor's work in place
         loaded.append(kernel)
@@ -93,7 +93,7 @@ class Launcher:
             return
         values = [_bits(value, kind) for value, kind in zip(arguments, self._kinds, strict=True) if kind != "constexpr"]
         device.report(LAUNCH, f"triton::{self._name}", self._bytes(arguments))
-        if not device.values_are_computed():
+        if not device.library().values_are_computed():
             return
 
         def launch() -> None:
