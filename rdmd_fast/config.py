@@ -18,6 +18,7 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.monitoring.telemetry import TelemetryOptions
 from rdmd_fast.monitoring.validation import ValidationOptions
 from rdmd_fast.networks.options import GeneratorOptions, NetworkOptions, TeacherCopyOptions
+from rdmd_fast.networks.text_options import LoRAOptions
 from rdmd_fast.options import Options, options_of
 from rdmd_fast.paths import data_path, path_to_read, path_to_write, with_paths
 from rdmd_fast.rdmd import RDMDOptions
@@ -59,7 +60,7 @@ class Config(Options):
     teacher_prompt: str | None = Field(
         None,
         max_length=10_000,
-        description="rdmd with a text-to-image pipeline as teacher: what the target domain shows, as "
+        description="with a text-to-image pipeline as teacher: what the target domain shows, as "
         "'a photo of a lion' (ours)",
     )
     teacher_negative_prompt: str | None = Field(
@@ -73,6 +74,16 @@ class Config(Options):
         le=100,
         description="s of the teacher's F_negative + s (F_prompt - F_negative), w = s - 1 in other texts: 1 is off, "
         "more moves the target distribution, which is outside the theorem; unset: 1.5 (near DMD2's 1.75)",
+    )
+    fake_prompt: str | None = Field(
+        None,
+        max_length=10_000,
+        description="what the fake score is told in place of teacher_prompt, as what the sources show (ours)",
+    )
+    lora: LoRAOptions | None = Field(
+        None,
+        description="with a text-to-image pipeline: train adapters over its weights, which are in memory once; unset: "
+        "all weights of whole copies",
     )
     network: NetworkOptions | None = Field(
         None, description="network of teacher and fake score; with an export as teacher it comes from there"
@@ -116,12 +127,17 @@ class Config(Options):
 
 
 def _stage_problems(config: Config):
+    prompted = ("teacher_negative_prompt", "teacher_guidance", "fake_prompt")
     if config.teacher_prompt is None:
-        for key in ("teacher_negative_prompt", "teacher_guidance"):
+        for key in (*prompted, "lora"):
             if getattr(config, key) is not None:
                 yield f"{key}: belongs to a teacher_prompt, name one or remove the key"
-    elif config.stage == "teacher" or config.teacher == "analytic":
-        yield "teacher_prompt: is for stage rdmd with a text-to-image pipeline as teacher, remove the key"
+    elif config.teacher in (None, "analytic"):
+        yield "teacher_prompt: is for a text-to-image pipeline as teacher, remove the key"
+    elif config.stage == "teacher":
+        for key in prompted:
+            if getattr(config, key) is not None:
+                yield f"{key}: is for stage rdmd, remove the key"
     if config.stage == "teacher":
         if config.data.target is None:
             yield "data.target: missing, the teacher stage trains on it"

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -21,11 +20,9 @@ from rdmd_fast.engine.gpu_arithmetic import set_arithmetic
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions
 from rdmd_fast.engine.stage_context import StageContext
 from rdmd_fast.errors import InputError
-from rdmd_fast.model_files.export_format import ExportConfig
-from rdmd_fast.model_files.prompts import FILE as PROMPTS
-from rdmd_fast.model_files.prompts import store_prompts, stored_prompts
-from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config, teacher_sha256
-from rdmd_fast.model_files.text_pipeline import guided, with_prompts
+from rdmd_fast.model_files.export_format import ExportConfig, network_sha256
+from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config
+from rdmd_fast.model_files.text_pipeline import guided
 from rdmd_fast.model_files.weights import check_weights, expected_weights, load_teacher_weights, load_weights
 from rdmd_fast.monitoring.run_pictures import Picture, no_picture, rdmd_picture, teacher_picture
 from rdmd_fast.monitoring.telemetry import Telemetry
@@ -34,13 +31,19 @@ from rdmd_fast.networks import build_network
 from rdmd_fast.networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
 from rdmd_fast.networks.analytic_score import AnalyticScore
 from rdmd_fast.networks.class_labels import target_class_row, training_labels
-from rdmd_fast.networks.diffusers_unet import nearest_level
 from rdmd_fast.networks.flops import distillation_flops, forward_flops
 from rdmd_fast.processes.world import World, on_main
+from rdmd_fast.prompted_networks import PromptedPipeline, distilled_networks, trained_teacher
 from rdmd_fast.randomness import Philox
 from rdmd_fast.rdmd import RDMD, Networks
 from rdmd_fast.teacher import TeacherStage
 from rdmd_fast.transport_weight import bounds_of
+
+Exported = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def as_it_is(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return state
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Experiment:
         measure: validation metrics from EMA weights, on the main rank; None without held-out data.
         best_by: the metric whose lowest value is kept.
         made_of: hashes of each shard of the data and of the teacher, whatever their paths, by config key.
+        exported: weights of an export from a state dict of its network.
     """
 
     stage: TeacherStage | RDMD
@@ -66,6 +70,7 @@ class Experiment:
     measure: Callable[[dict[str, torch.Tensor]], dict[str, float]] | None = None
     best_by: str | None = None
     made_of: dict[str, list[str | None]] = field(default_factory=dict)
+    exported: Exported = as_it_is
 
     def set_learning_rates(self, step: int, total: int) -> dict[str, float]:
         """Set each engine's rate for iteration ``step`` of ``total``; returns them as metrics."""
@@ -81,6 +86,10 @@ class Experiment:
     def update_ema(self, step: int) -> None:
         with self.stage.context.phase("ema"):
             self.state.ema.update(step)
+
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """The EMA as ``export`` has it, on the CPU of every rank; a collective call."""
+        return self.exported(self.state.ema.gather())
 
     def close(self) -> None:
         """End the workers that read data and give their memory back."""
@@ -132,28 +141,29 @@ def _stream_reports(config: Config, streams: dict[str, SampleStream], world: Wor
 
 def _build_teacher_stage(config: Config, world: World, context: StageContext) -> Experiment:
     target = open_domain(config.data, "target", context.philox, world.device)
-    if config.teacher is not None:
-        start, weights = read_teacher(config.teacher)
-        if start.network.kind == "text_unet":
-            raise InputError(f"teacher {config.teacher}: text-to-image pipelines are not fine-tuned, use stage rdmd")
-        _check_teacher(config.teacher, start, target.shape, "data.target")
-        network_options, diffusion = start.network, start.diffusion
-        made_of = {"teacher": [teacher_sha256(start, weights)]}
+    made_of, exported = {}, as_it_is
+    if config.teacher is None:
+        network_options = _with_dropout(config.network, config.teacher_stage.dropout)
+        network, diffusion = build_network(network_options, target.shape), config.diffusion or DiffusionOptions()
     else:
-        network_options, diffusion, weights = config.network, config.diffusion or DiffusionOptions(), None
-        made_of = {}
-    network_options = _with_dropout(network_options, config.teacher_stage.dropout)
-    if weights is not None:
-        check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
-    network = build_network(network_options, target.shape)
-    if weights is not None:
-        load_weights(network, weights, config.teacher)
+        start, weights = read_teacher(config.teacher)
+        made_of["teacher"] = [network_sha256(start, weights)]
+        network_options, diffusion = _with_dropout(start.network, config.teacher_stage.dropout), start.diffusion
+        if prompted := _is_prompted(config, start):
+            pipeline = PromptedPipeline(config, start, weights, target.shape, world, context.telemetry.say)
+            (network, export), exported = trained_teacher(pipeline), pipeline.exported
+        else:
+            _check_teacher(config.teacher, start, target.shape, "data.target")
+            check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
+            network = build_network(network_options, target.shape)
+            load_weights(network, weights, config.teacher)
     classes, target_class = getattr(network_options, "label_dim", 0), config.data.target_class
     labels = training_labels(classes, target_class, target.own_labels, target.labels, world.device)
-    export = ExportConfig(
-        role="teacher", network=network_options, sample_shape=list(target.shape), diffusion=diffusion,
-        target_class=config.data.target_class,
-    )  # fmt: skip
+    if config.teacher is None or not prompted:
+        export = ExportConfig(
+            role="teacher", network=network_options, sample_shape=list(target.shape), diffusion=diffusion,
+            target_class=config.data.target_class,
+        )  # fmt: skip
     options = config.teacher_stage
     engine = _engine(network, options.optimizer, config, context)
     stage = TeacherStage(options, diffusion, engine, target, labels, context)
@@ -165,6 +175,7 @@ def _build_teacher_stage(config: Config, world: World, context: StageContext) ->
         export,
         teacher_picture(config, world, export, context.philox, target),
         made_of=made_of,
+        exported=exported,
     )
 
 
@@ -184,11 +195,11 @@ def _build_rdmd_stage(config: Config, world: World, context: StageContext) -> Ex
     options = config.rdmd
     source = open_domain(config.data, "source", context.philox, world.device)
     feature_cost = FeatureCost.of(options.cost, source.shape, world.device)
-    made_of = {}
+    made_of, exported = {}, as_it_is
     if config.teacher == "analytic":
         networks, export = _analytic_networks(config, source, world)
     else:
-        networks, export, sha256 = _distilled_networks(config, source, context, world)
+        networks, export, sha256, exported = _distilled_networks(config, source, context, world)
         made_of["teacher"] = [sha256]
     generator = _engine(networks.generator, options.generator_optimizer, config, context)
     engines, optimizers = {"generator": generator}, {"generator": options.generator_optimizer}
@@ -197,10 +208,13 @@ def _build_rdmd_stage(config: Config, world: World, context: StageContext) -> Ex
         engines["fake_score"], optimizers["fake_score"] = fake_score, options.fake_optimizer
     else:
         fake_score = _closed_form_fake_score(generator.module, config.data.source, export.diffusion)
+    teacher = networks.teacher
+    if config.teacher != "analytic":  # last: engines take no weights in a layout of their own, which it may share
+        teacher = freeze_teacher(teacher, context.layout, config.train, config.deepspeed, world.device)
     class_label = target_class_row(export.classes, config.data.target_class, world.device)
     stage = RDMD(
         options, export.diffusion, Reading.of(export.reading, export.diffusion, export.generator_sigma),
-        Networks(generator, fake_score, networks.teacher), source, context,
+        Networks(generator, fake_score, teacher), source, context,
         class_label=class_label, feature_cost=feature_cost,
     )  # fmt: skip
     ema = ShardedEMA(generator, options.ema, context.layout.global_batch)
@@ -210,10 +224,11 @@ def _build_rdmd_stage(config: Config, world: World, context: StageContext) -> Ex
         TrainingState(engines, ema, export.model_dump(mode="json")),
         optimizers,
         export,
-        rdmd_picture(config, world, export, context.philox, validation, networks.teacher, fake_score, class_label),
+        rdmd_picture(config, world, export, context.philox, validation, teacher, fake_score, class_label),
         validation.measure,
         validation.best_by,
         made_of=made_of,
+        exported=exported,
     )
 
 
@@ -242,14 +257,13 @@ def _analytic_networks(config: Config, source, world: World) -> tuple[Networks, 
 
 def _distilled_networks(
     config: Config, source, context: StageContext, world: World
-) -> tuple[Networks, ExportConfig, str]:
-    """Teacher from its export, whose SHA-256 comes last; G and fake score start from its weights."""
+) -> tuple[Networks, ExportConfig, str, Exported]:
+    """Teacher from its export, whose SHA-256 comes third; G and fake score start from its weights."""
     start, weights = read_teacher(config.teacher)
-    sha256 = teacher_sha256(start, weights)
-    if start.network.kind == "text_unet":
-        return *_prompted_networks(config, start, weights, source, context, world), sha256
-    if config.teacher_prompt is not None:
-        raise InputError(f"teacher_prompt: teacher {config.teacher} is no text-to-image pipeline, remove the key")
+    sha256 = network_sha256(start, weights)
+    if _is_prompted(config, start):
+        pipeline = PromptedPipeline(config, start, weights, source.shape, world, context.telemetry.say)
+        return *distilled_networks(pipeline), sha256, pipeline.exported
     _check_teacher(config.teacher, start, source.shape, "data.source")
     network_options = start.network if config.generator.kind == "teacher" else config.generator
     target_class_row(getattr(network_options, "label_dim", 0), config.data.target_class, world.device)  # names the key
@@ -267,44 +281,7 @@ def _distilled_networks(
         reading=config.generator.kind, generator_sigma=config.rdmd.generator_sigma,
         target_class=config.data.target_class, transport_weights=bounds_of(config.rdmd.transport_weight),
     )  # fmt: skip
-    teacher = freeze_teacher(teacher, context.layout, config.train, config.deepspeed, world.device)
-    return Networks(generator, fake, teacher), export, sha256
-
-
-def _prompted_networks(
-    config: Config, start: ExportConfig, weights: dict[str, torch.Tensor], source, context: StageContext, world: World
-) -> tuple[Networks, ExportConfig]:
-    """The networks of a text-to-image pipeline, told the prompt: the teacher guided, G and fake score its copies.
-
-    The main rank embeds the prompts into RUN/prompts.safetensors, where all ranks read them.
-    """
-    if config.teacher_prompt is None:
-        raise InputError(f"teacher_prompt: missing, teacher {config.teacher} is a text-to-image pipeline")
-    if config.generator.kind != "teacher":
-        raise InputError("generator.kind: a text-to-image pipeline's generator is its copy, use teacher")
-    target_class_row(0, config.data.target_class, world.device)  # names the key
-    folder, path = Path(config.teacher), Path(config.run_dir) / PROMPTS
-    on_main(
-        world,
-        lambda: store_prompts(
-            path, folder, config.teacher_prompt, config.teacher_negative_prompt, start.network.tokens,
-            context.telemetry.say,
-        ),
-    )  # fmt: skip
-    prompts, networks = stored_prompts(path), []
-    for guidance in (1.0, 1.0, config.guidance):
-        told, told_weights = with_prompts(start, weights, prompts, source.shape, folder, guidance)
-        check_weights(expected_weights(told, len(weights), config.teacher), told_weights, config.teacher)
-        conditioned = bounds_of(config.rdmd.transport_weight) is not None
-        networks.append(build_network(told.network, source.shape, dropout=False, conditioned=conditioned))
-        load_weights(networks[-1], told_weights, config.teacher)
-    generator, fake, teacher = networks
-    export = ExportConfig(
-        role="generator", network=start.network, sample_shape=list(source.shape), diffusion=start.diffusion,
-        reading="teacher", generator_sigma=nearest_level(start.network.schedule, config.rdmd.generator_sigma),
-    )  # fmt: skip
-    teacher = freeze_teacher(teacher, context.layout, config.train, config.deepspeed, world.device)
-    return Networks(generator, fake, teacher), export
+    return Networks(generator, fake, teacher), export, sha256, as_it_is
 
 
 def _closed_form_fake_score(generator: torch.nn.Module, source: ToyDistribution, diffusion) -> AnalyticScore:
@@ -324,6 +301,16 @@ def _closed_form_fake_score(generator: torch.nn.Module, source: ToyDistribution,
 
 def _engine(network: torch.nn.Module, optimizer: OptimizerOptions, config: Config, context: StageContext):
     return initialize_engine(network.to(context.device), optimizer, context.layout, config.train, config.deepspeed)
+
+
+def _is_prompted(config: Config, start: ExportConfig) -> bool:
+    """Whether the teacher is a text-to-image pipeline; InputError for keys that belong to one where it is not."""
+    if start.network.kind == "text_unet":
+        return True
+    for key in ("teacher_prompt", "lora"):
+        if getattr(config, key) is not None:
+            raise InputError(f"{key}: teacher {config.teacher} is no text-to-image pipeline, remove the key")
+    return False
 
 
 def _check_teacher(folder: str, export: ExportConfig, shape: tuple[int, ...], key: str) -> None:

@@ -159,7 +159,7 @@ class Training:
             self.log(rates)
             self.step += 1
             pictures, validation = self.due(options.telemetry.sample_every), self.due(options.validation.every)
-            weights = self.state.ema.gather() if pictures or validation else None
+            weights = experiment.averaged() if pictures or validation else None
             if pictures:
                 self.draw_samples(f"step_{self.step:08d}.png", weights)
             if validation:
@@ -231,7 +231,7 @@ class Training:
                     "was signalled itself: docs/signals.md"
                 )
         else:
-            weights = self.state.ema.gather()
+            weights = self.experiment.averaged()
             self.validate(weights)
             self.draw_samples("final.png", weights)
             self.export(weights, "export")  # last: a run that has it at its last step is done

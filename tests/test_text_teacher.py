@@ -6,12 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-
-pytest.importorskip("diffusers")
-pytest.importorskip("transformers")
-
 from material import pack, write_pictures
+from safetensors.torch import load_file
 from text_pipelines import saved
 
 from benchmarks.step_sides import Ours
@@ -111,9 +107,13 @@ def test_prompts_are_embedded_once(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "embed_prompts", lambda *each: calls.append(each) or embed(*each))
     said = []
     for _ in range(2):
-        prompts.store_prompts(tmp_path / "p.safetensors", folder / "pipeline", PROMPT, None, 16, said.append)
+        prompts.store_prompts(
+            tmp_path / "p.safetensors", folder / "pipeline", {"prompt.": PROMPT}, None, 16, said.append
+        )
     assert len(calls) == 1
-    prompts.store_prompts(tmp_path / "p.safetensors", folder / "pipeline", "a tiger", None, 16, said.append)
+    prompts.store_prompts(
+        tmp_path / "p.safetensors", folder / "pipeline", {"prompt.": "a tiger"}, None, 16, said.append
+    )
     assert len(calls) == 2 and not said
 
 
@@ -153,7 +153,10 @@ BAD = {
     "a range of λ": ({"rdmd": {"transport_weight": {"log_uniform": [0.1, 1.0]}}}, "is of one λ only, give a number"),
     "another generator": ({"generator": {"kind": "mlp"}}, "generator.kind: a text-to-image pipeline's generator is"),
     "a class": ({"data": {"source": "shards", "target_class": 1}}, "data.target_class: the network has no classes"),
-    "analytic": ({"teacher": "analytic", "data": {"source": {"toy": "gaussian"}}}, "teacher_prompt: is for stage rdmd"),
+    "analytic": (
+        {"teacher": "analytic", "data": {"source": {"toy": "gaussian"}}},
+        "teacher_prompt: is for a text-to-image",
+    ),
     "no pipeline": ({"teacher": "other"}, "teacher_prompt: teacher"),
 }
 
@@ -180,4 +183,4 @@ def test_the_teacher_stage_is_refused(folder, tmp_path, capsys):
     changes = dict(stage="teacher", data={"target": str(folder / "shards")}, teacher_prompt=None)
     changes |= dict(teacher_negative_prompt=None, teacher_guidance=None)
     assert train(folder, tmp_path / "run", **changes) == 2
-    assert "text-to-image pipelines are not fine-tuned, use stage rdmd" in capsys.readouterr().err
+    assert "teacher_prompt: missing" in capsys.readouterr().err

@@ -26,6 +26,7 @@ EPILOG = """examples:
   rdmd export runs/cats2dogs@20000 --weights raw          its weights of step 20000 without averaging
   rdmd export runs/cats2dogs --network teacher --out teacher_of_dogs
   rdmd export runs/cats2dogs --format onnx                a generator for onnxruntime
+  rdmd export runs/cats2lions/export --merge              an adapter and its pipeline's U-Net as one network
   rdmd export runs/cats2dogs/best --format torch-export --out cats2dogs.torch
 
 The run may be training, killed or finished; nothing in it is changed but for the folder that is written.
@@ -52,12 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("safetensors", "torch-export", "onnx"), default="safetensors", help="(safetensors)"
     )
+    parser.add_argument(
+        "--merge", action="store_true", help="of an adapter over a pipeline: write the whole network, the two in one"
+    )
     parser.add_argument("--license", metavar="NAME", help="for the model card (default: the run's or its teacher's)")
     parser.add_argument(
         "--out",
         type=path_to_write,
         metavar="DIR",
-        help="folder (default: RUN/exports/step_STEP[_NETWORK][_raw][_FORMAT], or DIR_FORMAT)",
+        help="folder (default: RUN/exports/step_STEP[_NETWORK][_raw][_merged][_FORMAT], or DIR_FORMAT, DIR_merged)",
     )
 
 
@@ -67,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     source = _named(Path(arguments.run))
     is_export = (source / "config.json").is_file() and not (source / "checkpoints").is_dir()
     network = (_from_export if is_export else _from_run)(source, arguments)
+    if arguments.merge:
+        network = _merged(network)
     out = _named(Path(arguments.out)) if arguments.out else network.out
     if out.resolve() == source.resolve():
         raise InputError(f"--out {out}: is what is exported, choose another folder")
@@ -118,7 +124,12 @@ def _from_run(source: Path, arguments: argparse.Namespace) -> Network:
     manifest = read_manifest(checkpoint)
     name = arguments.network or manifest["export"]["role"]
     config, weights = read_network(checkpoint, name, arguments.weights or "ema")
-    tags = (arguments.network, "raw" if arguments.weights == "raw" else None, _tag(arguments.format))
+    tags = (
+        arguments.network,
+        "raw" if arguments.weights == "raw" else None,
+        "merged" if arguments.merge else None,
+        _tag(arguments.format),
+    )
     parts = filter(None, (checkpoint.name, *tags))
     # Validation measures the run's own product: other networks and weights have no metrics.
     own = name == manifest["export"]["role"] and arguments.weights != "raw"
@@ -137,13 +148,22 @@ def _from_export(source: Path, arguments: argparse.Namespace) -> Network:
         if getattr(arguments, flag):
             raise InputError(f"--{flag} {getattr(arguments, flag)}: {source} is exported already, name its run")
     role = next((role for role in ("generator", "teacher") if (source / f"{role}.safetensors").is_file()), "generator")
-    if arguments.format == "safetensors" and not arguments.out:
+    if arguments.format == "safetensors" and not arguments.out and not arguments.merge:
         raise InputError(f"{source}: is exported as safetensors already; name another --format, or --out for a copy")
     config, weights = read_export(source, role)
-    out = source.with_name(f"{source.name}_{_tag(arguments.format)}")
+    out = source.with_name(f"{source.name}_{_tag(arguments.format) or 'merged'}")
     facts = run_of_export(source)
     license = (facts and facts.config.get("license")) or stated_license(source / NAME)
     return Network(f"{role} of {source}", config, weights, facts, out, license)
+
+
+def _merged(network: Network) -> Network:
+    from rdmd_fast.model_files.adapted import whole
+
+    if network.config.base_sha256 is None:
+        raise InputError(f"--merge: {network.name} is whole as it is, leave it out")
+    config, weights = whole(network.config, network.weights, network.name)
+    return network._replace(config=config, weights=weights)
 
 
 def _tag(format: str) -> str | None:
@@ -221,7 +241,20 @@ def read_network(checkpoint: Path, name: str, weights: str = "ema") -> tuple[Exp
     if name == "fake_score":
         export = _fake_score_config(config, export)
     kind = "ema" if weights == "ema" else "master"
-    return export, SavedEngine(checkpoint / name).whole(kind, engines[name]["parameters"])
+    state = SavedEngine(checkpoint / name).whole(kind, engines[name]["parameters"])
+    return export, _exported(config, state)
+
+
+def _exported(config: dict, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of an export from a state dict in training."""
+    if not config.get("lora"):
+        return state
+    from rdmd_fast.model_files.adapted import exported
+    from rdmd_fast.model_files.teachers import read_teacher
+    from rdmd_fast.networks.adapters import adapter_of
+    from rdmd_fast.networks.text_options import LoRAOptions
+
+    return exported(state, LoRAOptions(**config["lora"]), adapter_of(read_teacher(config["teacher"])[1]))
 
 
 def _frozen_teacher(checkpoint: Path, source: str) -> tuple[ExportConfig, dict[str, torch.Tensor]]:

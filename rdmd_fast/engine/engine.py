@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rdmd_fast.engine.batch_layout import BatchLayout
 from rdmd_fast.engine.cuda_graphs import replay_passes
 from rdmd_fast.engine.fewer_waits import avoid_waits
-from rdmd_fast.engine.fp32_masters import master_shards, shard_pieces, whole_masters
+from rdmd_fast.engine.fp32_masters import master_shards, shard_pieces, trained_parameters, whole_masters
 from rdmd_fast.engine.master_adam import MasterAdam
 from rdmd_fast.engine.options import DTYPES, OptimizerOptions, TrainOptions, reduce_bucket_size, zero_stage
 from rdmd_fast.engine.update_guard import UpdateGuard
@@ -69,7 +69,11 @@ def initialize_engine(
             raise InputError(f"train.activation_checkpointing: {type(network).__name__} cannot do it, remove the key")
         network.checkpointing = True
     _compile(network, train)
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    trained = trained_parameters(network)
+    parameters = list(trained.values())
+    for parameter in network.parameters():
+        if not parameter.requires_grad:  # the rest is cast with its optimizer
+            parameter.data = parameter.data.to(DTYPES[train.dtype])
     config = _deepspeed_config(section, layout, train.dtype)
     config["zero_optimization"] = {
         **config.get("zero_optimization", {}),
@@ -84,7 +88,7 @@ def initialize_engine(
     else:
         adam = given = adam_of(parameters)
         if train.dtype != "fp32":
-            exact = {name: parameter.detach().cpu().flatten() for name, parameter in network.named_parameters()}
+            exact = {name: parameter.detach().cpu().flatten() for name, parameter in trained.items()}
     engine = _initialize(model=network, optimizer=given, model_parameters=parameters, config=config)
     _gather_borrowed(engine)
     _clear_padding(engine)

@@ -1,4 +1,7 @@
-"""Where DeepSpeed keeps an engine's fp32 parameters, the masters: on which rank, in which shard, at which place."""
+"""Where DeepSpeed keeps an engine's fp32 parameters, the masters: on which rank, in which shard, at which place.
+
+Frozen parameters have none: they are no part of a checkpoint or an EMA.
+"""
 
 import math
 from collections import defaultdict
@@ -7,6 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+
+def trained_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """By name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def master_shards(engine) -> list[torch.Tensor]:
@@ -27,7 +35,7 @@ def master_parameters(engine) -> list[torch.Tensor]:
     whole = whole_masters(engine)
     if whole:
         return [master for _, master in whole]
-    return list(engine.module.parameters())
+    return list(trained_parameters(engine.module).values())
 
 
 def whole_masters(engine) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
@@ -57,16 +65,17 @@ class Piece:
 
 def shard_pieces(engine) -> list[Piece]:
     """What this rank's shards hold, in the order of ``master_parameters``; padding is in none."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    trained = trained_parameters(engine.module)
+    names = {id(parameter): name for name, parameter in trained.items()}
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return list(_partitioned(optimizer, names))
     whole = [parameter for parameter, _ in whole_masters(engine)]
     if not whole and not engine.zero_optimization():
-        whole = list(engine.module.parameters())
+        whole = list(trained.values())
     if whole:
         return [Piece(names[id(p)], 0, p.numel(), index, 0) for index, p in enumerate(whole)]
-    linked = [p for p in engine.module.parameters() if getattr(p, "_hp_mapping", None) is not None]
+    linked = [p for p in trained.values() if getattr(p, "_hp_mapping", None) is not None]
     return [_linked(names[id(p)], p._hp_mapping) for p in linked]
 
 
@@ -90,11 +99,9 @@ def _linked(name: str, mapping) -> Piece:
 
 
 def parameter_shapes(engine) -> dict[str, list[int]]:
-    """Shape of each parameter, whole."""
-    return {
-        name: list(getattr(parameter, "ds_shape", parameter.shape))
-        for name, parameter in engine.module.named_parameters()
-    }
+    """Shape of each trained parameter, whole."""
+    trained = trained_parameters(engine.module)
+    return {name: list(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained.items()}
 
 
 def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -109,7 +116,7 @@ def persistent_buffers(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def gather_parameters(engine, shards: list[torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The whole fp32 state dict on the CPU of every rank; a collective call.
+    """The whole fp32 state dict, but for what is frozen, on the CPU of every rank; a collective call.
 
     Args:
         shards: values to gather in place of the engine's own masters (an EMA), shaped as ``master_shards``.

@@ -2,9 +2,12 @@
 
 DIR/config.json                                network, data shape, parameterisation, how to read it
 DIR/generator.safetensors or teacher.safetensors   EMA weights, fp32, keys as the raw network names them
+DIR/pytorch_lora_weights.safetensors           of an adapter over a pipeline: itself, as diffusers loads it; the file
+                                               above has the rest, and the pipeline is named in config.json
 DIR/README.md                                  model card
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from rdmd_fast.diffusion import DiffusionOptions
 from rdmd_fast.errors import InputError
 from rdmd_fast.files import check_readable, encoded, is_file, is_utf8, new_folder, open_to_read, read_text, save_by_name
+from rdmd_fast.networks.adapters import adapter_of
 from rdmd_fast.networks.class_labels import label_rows
 from rdmd_fast.networks.options import ExportedNetworkOptions
 from rdmd_fast.options import Options
@@ -26,8 +30,15 @@ from rdmd_fast.transport_weight import WeightRange
 
 FORMAT = 1
 MOST_BYTES = 1 << 20  # of a config.json
-FILES = re.compile(r"README\.md|config\.json|(teacher|generator)\.safetensors|generator\.(pt2|onnx.*)")
+ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' name
+FILES = re.compile(
+    rf"README\.md|config\.json|(teacher|generator)\.safetensors|{re.escape(ADAPTER)}|generator\.(pt2|onnx.*)"
+)
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 class ExportConfig(Options):
@@ -43,6 +54,15 @@ class ExportConfig(Options):
     target_class: int | None = Field(None, ge=0)
     transport_weights: list[Annotated[float, Field(ge=1e-6, le=1e6)]] | None = Field(None, min_length=2, max_length=2)
     step: int | None = Field(None, ge=0)
+    pipeline: str | None = Field(
+        None, exclude_if=_is_none, description="folder of the text-to-image pipeline that it comes from"
+    )
+    base_sha256: str | None = Field(
+        None,
+        exclude_if=_is_none,
+        pattern="[0-9a-f]{64}$",
+        description="weights are an adapter over the pipeline's, whose hash this is",
+    )
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -52,6 +72,8 @@ class ExportConfig(Options):
             raise ValueError("reading and generator_sigma: missing, a generator is read by them")
         if self.classes and self.target_class is not None and self.target_class >= self.classes:
             raise ValueError("target_class: the network has no such class")
+        if self.base_sha256 and self.pipeline is None:
+            raise ValueError("pipeline: missing, the weights are an adapter over one")
         if self.transport_weights and self.transport_weights[0] >= self.transport_weights[1]:
             raise ValueError("transport_weights: give [low, high] with low below high")
         return self
@@ -79,8 +101,12 @@ def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Te
     """
 
     def fill(partial: Path) -> None:
-        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-        save_by_name(partial / f"{config.role}.safetensors", lambda path: save_file(tensors, path))
+        adapter = adapter_of(weights) if config.base_sha256 else {}
+        files = {f"{config.role}.safetensors": weights.keys() - adapter.keys(), ADAPTER: adapter.keys()}
+        for name, held in files.items():
+            if held or name != ADAPTER:
+                tensors = {key: weights[key].contiguous() for key in weights if key in held}
+                save_by_name(partial / name, lambda path, tensors=tensors: save_file(tensors, path))
 
     write_folder(folder, config, fill, card)
 
@@ -113,16 +139,19 @@ def check_replaceable(folder: Path, flag: str = "--out") -> None:
 
 
 def read_export(folder: str | Path, role: str) -> tuple[ExportConfig, dict[str, torch.Tensor]]:
-    """Configuration and weights of an export.
+    """Configuration and weights of an export; of an adapter over a pipeline its own (``adapted.whole`` adds the rest).
 
     Raises:
         InputError: no export there, one of another role, or a damaged file.
     """
     config = read_export_config(folder, role)
-    path = Path(folder) / f"{role}.safetensors"
-    if not is_file(path):
-        raise InputError(f"{path}: missing, export the run again")
-    return config, read_tensors(path, "export the run again")
+    weights = {}
+    for name in (f"{role}.safetensors", *([ADAPTER] if config.base_sha256 else [])):
+        path = Path(folder) / name
+        if not is_file(path):
+            raise InputError(f"{path}: missing, export the run again")
+        weights |= read_tensors(path, "export the run again")
+    return config, weights
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
@@ -164,3 +193,13 @@ def read_export_config(folder: str | Path, role: str | None) -> ExportConfig:
     if role is not None and config.role != role:
         raise InputError(f"{folder}: holds a {config.role}, a {role} is needed")
     return config
+
+
+def network_sha256(config: ExportConfig, weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of what a network computes, in hexadecimal: the same wherever it lies and in whatever file format."""
+    said = config.model_dump(mode="json", include={"network", "sample_shape", "diffusion", "base_sha256"})
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

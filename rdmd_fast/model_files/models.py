@@ -127,7 +127,7 @@ def load_denoiser(
 def _told(config, weights, folder, prompt: str | None, negative_prompt: str | None, guidance: float):
     """A pipeline's configuration and weights with its prompts."""
     from rdmd_fast.model_files.prompts import embed_prompts
-    from rdmd_fast.model_files.text_pipeline import with_prompts
+    from rdmd_fast.model_files.text_pipeline import PROMPT, with_prompts
 
-    prompts = embed_prompts(folder, prompt or "", negative_prompt, config.network.tokens, print)
+    prompts = embed_prompts(folder, {PROMPT: prompt or ""}, negative_prompt, config.network.tokens, print)
     return with_prompts(config, weights, prompts, tuple(config.sample_shape), folder, guidance)

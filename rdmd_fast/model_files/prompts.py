@@ -1,7 +1,7 @@
 """Prompts embedded by a pipeline's own tokenizers and text encoders, once, and kept as safetensors."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from rdmd_fast.extras import quiet, require
 from rdmd_fast.files import make_folder, sha256_of, write_atomically
 from rdmd_fast.model_files.diffusers_files import read_json
 from rdmd_fast.model_files.export_format import read_tensors
-from rdmd_fast.model_files.text_pipeline import INDEX, NEGATIVE, PROMPT
+from rdmd_fast.model_files.text_pipeline import INDEX, NEGATIVE
 
 FILE = "prompts.safetensors"  # in a run folder
 ENCODERS = {"CLIPTextModel", "CLIPTextModelWithProjection"}
@@ -21,13 +21,18 @@ TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast"}
 
 
 def store_prompts(
-    path: Path, folder: Path, prompt: str, negative_prompt: str | None, tokens: int, say: Callable[[str], object]
+    path: Path,
+    folder: Path,
+    prompts: Mapping[str, str],
+    negative_prompt: str | None,
+    tokens: int,
+    say: Callable[[str], object],
 ) -> None:
     """``embed_prompts`` into the safetensors file ``path``, unless it holds just those; errors as there."""
-    made_of = _digest(folder, prompt, negative_prompt, tokens)
+    made_of = _digest(folder, prompts, negative_prompt, tokens)
     if _made_of(path) == made_of:
         return
-    tensors = embed_prompts(folder, prompt, negative_prompt, tokens, say)
+    tensors = embed_prompts(folder, prompts, negative_prompt, tokens, say)
     make_folder(path.parent)
     write_atomically(path, save(tensors, metadata={"made_of": made_of}))
 
@@ -39,21 +44,25 @@ def stored_prompts(path: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def embed_prompts(
-    folder: str | Path, prompt: str, negative_prompt: str | None, tokens: int, say: Callable[[str], object]
+    folder: str | Path,
+    prompts: Mapping[str, str],
+    negative_prompt: str | None,
+    tokens: int,
+    say: Callable[[str], object],
 ) -> dict[str, torch.Tensor]:
-    """Embed a prompt and a negative one by the pipeline class's own method, in float32 on the CPU.
+    """Embed prompts and a negative one by the pipeline class's own method, in float32 on the CPU.
 
     The text encoders are loaded for it, from safetensors alone, and nothing keeps them in memory.
 
     Args:
         folder: of the pipeline.
+        prompts: by role, as ``text_pipeline.PROMPT``.
         negative_prompt: None for what the pipeline takes without one: an empty text, or for SDXL zeros.
         tokens: length of an embedded prompt; a longer one is cut.
         say: is told of a prompt that is cut.
 
     Returns:
-        prompt.embeds [1, tokens, D] and negative.embeds; with a pooled embedding also prompt.pooled [1, P] and
-        negative.pooled.
+        Of each role and of the negative prompt embeds [1, tokens, D]; with a pooled embedding also pooled [1, P].
 
     Raises:
         InputError: diffusers or transformers is not installed, a tokenizer or text encoder is missing, pickled or of
@@ -64,18 +73,22 @@ def embed_prompts(
     diffusers, transformers = require("diffusers", "text"), require("transformers", "text")
     with quiet(diffusers, transformers):
         pipeline = _encoding_pipeline(diffusers, transformers, folder, values, tokens)
-        for text in filter(None, (prompt, negative_prompt)):
+        texts = list(prompts.values())
+        for text in filter(None, (*texts, negative_prompt)):
             _tell_if_cut(pipeline.tokenizer, text, tokens, say)
         try:
             embedded = pipeline.encode_prompt(
-                prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True,
-                negative_prompt=negative_prompt,
+                prompt=texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True,
+                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts),
             )  # fmt: skip
         except (RuntimeError, ValueError, IndexError) as error:  # of an encoder that does not fit its tokenizer
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"{folder}: its text encoder embeds no prompt ({reason}), copy the folder again") from None
-    names = [f"{role}{kind}" for kind in ("embeds", "pooled") for role in (PROMPT, NEGATIVE)]
-    return {name: tensor.float().contiguous() for name, tensor in zip(names, embedded, strict=False)}
+    tensors = {}
+    for kind, wanted, unwanted in zip(("embeds", "pooled"), embedded[::2], embedded[1::2], strict=False):
+        rows = zip((*prompts, NEGATIVE), (*wanted.split(1), unwanted[:1]), strict=True)
+        tensors |= {f"{role}{kind}": row.float().clone() for role, row in rows}
+    return tensors
 
 
 def _encoding_pipeline(diffusers, transformers, folder: Path, values: dict, tokens: int):
@@ -139,9 +152,9 @@ def _variant(path: Path) -> dict[str, str]:
     raise InputError(f"{path}/model.safetensors: missing, copy the text encoder's weights there")
 
 
-def _digest(folder: Path, prompt: str, negative_prompt: str | None, tokens: int) -> str:
+def _digest(folder: Path, prompts: Mapping[str, str], negative_prompt: str | None, tokens: int) -> str:
     """SHA-256 of all that an embedding follows from."""
-    digest = hashlib.sha256(repr((prompt, negative_prompt, tokens)).encode())
+    digest = hashlib.sha256(repr((sorted(prompts.items()), negative_prompt, tokens)).encode())
     digest.update((folder / INDEX).read_bytes())
     for part in sorted((*folder.glob("tokenizer*"), *folder.glob("text_encoder*"))):
         for path in sorted(part.iterdir()):

@@ -1,7 +1,5 @@
 """Teachers from anywhere: exports of the teacher stage, NVIDIA EDM pickles, folders and pipelines of diffusers."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -17,7 +15,8 @@ def read_teacher(spec: str | Path) -> tuple[ExportConfig, dict[str, torch.Tensor
 
     Args:
         spec: an export folder, an NVIDIA EDM pickle, or a diffusers folder (a pipeline's or its network's). The
-            network of a text-to-image pipeline lacks its prompts: see ``text_pipeline.with_prompts``.
+            network of a text-to-image pipeline lacks its prompts (see ``text_pipeline.with_prompts``), and an adapter
+            over one the pipeline's weights (``adapted.whole``).
 
     Raises:
         InputError: there is no teacher, or one that cannot be read.
@@ -44,13 +43,3 @@ def read_teacher_config(spec: str | Path) -> ExportConfig:
             return read_text_pipeline_config(path)
         return read_diffusers_config(path) if is_diffusers_folder(path) else read_export_config(path, "teacher")
     return read_teacher(path)[0]
-
-
-def teacher_sha256(config: ExportConfig, weights: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of what a teacher computes, in hexadecimal: the same wherever it lies and in whatever file format."""
-    said = config.model_dump(mode="json", include={"network", "sample_shape", "diffusion"})
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

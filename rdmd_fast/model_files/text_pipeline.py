@@ -18,6 +18,7 @@ INDEX = "model_index.json"
 FAMILIES = {"StableDiffusionPipeline": "stable_diffusion", "StableDiffusionXLPipeline": "stable_diffusion_xl"}
 TOKENS = 77  # of CLIP
 PROMPT, NEGATIVE, TIME_IDS_NAME = "prompt.", "negative.", "time_ids"
+FAKE = "fake."  # role of the fake score's own prompt
 
 
 def is_text_pipeline(folder: str | Path) -> bool:
@@ -72,7 +73,7 @@ def read_text_pipeline_config(folder: str | Path) -> ExportConfig:
     _check_autoencoder(folder, network)
     size = values.get("sample_size")
     sides = size if isinstance(size, list) else [size, size]
-    shape = {"role": "teacher", "sample_shape": [network.channels, *sides]}
+    shape = {"role": "teacher", "sample_shape": [network.channels, *sides], "pipeline": str(folder.absolute())}
     return ExportConfig.parse({**shape, "network": network, "diffusion": diffusion}, f"{path}: sample_size")
 
 
@@ -83,27 +84,33 @@ def with_prompts(
     sample_shape: tuple[int, ...],
     folder: str | Path,
     guidance: float = 1.0,
+    role: str = PROMPT,
 ) -> tuple[ExportConfig, dict[str, torch.Tensor]]:
     """A pipeline's network told its prompts.
 
     Args:
         config, weights: of ``read_text_pipeline``.
-        prompts: embeddings by the names of the network's state dict: ``prompt.embeds`` [1, T, D], where the family
-            has one ``prompt.pooled`` [1, P], and the same of ``negative``.
+        prompts: of ``prompts.embed_prompts``.
         sample_shape: (C, h, w) of the latents; SDXL is told their pictures' size, whole and without a crop.
         folder: of the pipeline.
         guidance: see ``TextUNetOptions``; at 1 the negative prompt is left out.
+        role: whose prompt.
 
     Raises:
         InputError: the autoencoder's configuration is missing or damaged.
     """
     network = guided(config.network, guidance)
-    roles = (PROMPT,) if guidance == 1 else (PROMPT, NEGATIVE)
-    told = {name: tensor.float() for name, tensor in prompts.items() if name.startswith(roles)}
+    roles = {PROMPT: role} if guidance == 1 else {PROMPT: role, NEGATIVE: NEGATIVE}
+    told = {
+        own + name.removeprefix(given): tensor.float()
+        for own, given in roles.items()
+        for name, tensor in prompts.items()
+        if name.startswith(given)
+    }
     if network.pooled_width:
         size = [side * pixels_per_latent(folder) for side in sample_shape[1:]]
         row = torch.tensor([[*size, *[0] * (TIME_IDS - 4), *size]], dtype=torch.float32)
-        told |= {f"{role}{TIME_IDS_NAME}": row.clone() for role in roles}
+        told |= {f"{own}{TIME_IDS_NAME}": row.clone() for own in roles}
     config = config.model_copy(update={"network": network, "sample_shape": list(sample_shape)})
     return config, weights | told
 

@@ -3,6 +3,7 @@
 import torch
 
 from rdmd_fast.errors import InputError
+from rdmd_fast.model_files.adapted import whole
 from rdmd_fast.model_files.export_format import ExportConfig
 from rdmd_fast.networks import build_network
 from rdmd_fast.networks.condition_embedding import conditioning_weights
@@ -67,6 +68,7 @@ def expected_weights(config: ExportConfig, count: int, origin: str) -> dict[str,
 
 def rebuild(config: ExportConfig, weights: dict[str, torch.Tensor], origin: str) -> torch.nn.Module:
     """The raw network of an export, in evaluation mode, on the CPU; InputError where the weights are not its own."""
+    config, weights = whole(config, weights, origin)
     check_weights(expected_weights(config, len(weights), origin), weights, origin)  # before it takes any memory
     network = _network_of(config)
     network.load_state_dict(weights)

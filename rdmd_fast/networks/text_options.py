@@ -16,6 +16,23 @@ ADDED = {"stable_diffusion": None, "stable_diffusion_xl": "text_time"}
 TIME_IDS = 6  # original height and width, crop from the top and the left, target height and width, pixels
 
 
+class LoRAOptions(Options):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): W + (alpha / rank) B A, of which only A and B are trained."""
+
+    rank: int = Field(4, ge=1, le=4096, description="rows of A (OSEDiff: 4, TSD-SR: 64)")
+    alpha: float | None = Field(None, gt=0, le=1e6, description="scale of B A times the rank; unset: the rank")
+    targets: Literal["attention", "attention_feed_forward", "all"] = Field(
+        "attention",
+        description="layers that get one: the attention's projections; those and the feed-forward layers beside them; "
+        "all linear layers and convolutions (OSEDiff)",
+    )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
 class TextUNetOptions(Options):
     """A diffusers UNet2DConditionModel read as one of our networks, told one prompt for all samples."""
 
@@ -26,6 +43,11 @@ class TextUNetOptions(Options):
     tokens: Size = Field(77, description="length of an embedded prompt")
     guidance: float = Field(
         1.0, ge=0, le=100, description="s of F = F_negative + s (F_prompt - F_negative); 1 is the prompt alone"
+    )
+    lora: LoRAOptions | None = Field(
+        None,
+        exclude_if=lambda lora: lora is None,  # what was written before it was known stays as it is
+        description="adapters, which alone are trained; unset: none, all weights are",
     )
 
     @model_validator(mode="after")

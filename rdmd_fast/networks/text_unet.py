@@ -3,6 +3,7 @@
 diffusers computes them; here our input, c_noise and a prompt become the arguments of its forward, one adapter a family.
 """
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.extras import quiet, require
+from rdmd_fast.networks.adapters import add_adapters
 from rdmd_fast.networks.diffusers_unet import Timestep
 from rdmd_fast.networks.text_options import TIME_IDS, TextUNetOptions
 from rdmd_fast.networks.unet_layers import ExactTables
@@ -78,29 +80,28 @@ class Prompt(ExactTables):
 class TextUNet(nn.Module):
     """The network of ``TextUNetOptions``. State dict: ``unet.`` and diffusers' names, ``prompt.``, ``negative.``.
 
+    With ``lora`` adapters are in it, named as PEFT names them; they make nothing of it before training, and the other
+    parameters get no gradient.
+
     With a guidance s other than 1 its output is F_negative + s (F_prompt - F_negative), linear in F (classifier-free
     guidance, arXiv 2207.12598, whose w is s - 1), computed for both in one pass of 2 N samples. ``negative`` is there
     in that case only.
 
+    Args:
+        base: a network of the same U-Net without adapters; its parameters become this one's, and are in memory once.
+
     Raises:
-        InputError: diffusers is not installed, or cannot build such a U-Net.
+        InputError: diffusers is not installed, or cannot build such a U-Net, or ``lora`` finds no layer in it.
     """
 
-    def __init__(self, options: TextUNetOptions):
+    def __init__(self, options: TextUNetOptions, base: "TextUNet | None" = None):
         super().__init__()
-        library = require("diffusers", "text")
-        try:
-            with quiet(library):
-                self.unet, unknown = library.UNet2DConditionModel.from_config(options.unet, return_unused_kwargs=True)
-        except Exception as error:  # whatever the library makes of a damaged configuration
-            reason = " ".join(str(error).split())[:120] or type(error).__name__
-            raise InputError(f"unet/config.json describes no UNet2DConditionModel ({reason})") from None
-        if unknown:
-            raise InputError(f"unet/config.json: {min(unknown)}: is not a key that the installed diffusers knows")
-        for layer in self.unet.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.register_forward_pre_hook(_input_channels_last)
-                layer.register_forward_hook(_output_channels_last)
+        if base is None:
+            self.unet = _library_unet(options.unet)
+        else:
+            self.unet = copy.deepcopy(base.unet, {id(parameter): parameter for parameter in base.unet.parameters()})
+        if options.lora:
+            add_adapters(self.unet, options.lora)
         self.adapter, self.guidance = ADAPTERS[options.family], options.guidance
         self.timestep = Timestep(options.schedule)
         self.prompt = Prompt(options)
@@ -117,6 +118,10 @@ class TextUNet(nn.Module):
             self.unet.enable_gradient_checkpointing()
         else:
             self.unet.disable_gradient_checkpointing()
+
+    def prompt_names(self) -> list[str]:
+        """Of the state dict, what it is told."""
+        return [name for name in self.state_dict() if name.startswith(("prompt.", "negative."))]
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: None = None) -> Tensor:
         """The raw prediction F.
@@ -140,6 +145,24 @@ class TextUNet(nn.Module):
         outputs = self.adapter(self.unet, torch.cat([x, x]), torch.cat([timestep, timestep]), both)
         unconditional, conditional = outputs.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
+
+
+def _library_unet(config: dict) -> nn.Module:
+    """diffusers' module of a config.json."""
+    library = require("diffusers", "text")
+    try:
+        with quiet(library):
+            unet, unknown = library.UNet2DConditionModel.from_config(config, return_unused_kwargs=True)
+    except Exception as error:  # whatever the library makes of a damaged configuration
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise InputError(f"unet/config.json describes no UNet2DConditionModel ({reason})") from None
+    if unknown:
+        raise InputError(f"unet/config.json: {min(unknown)}: is not a key that the installed diffusers knows")
+    for layer in unet.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_pre_hook(_input_channels_last)
+            layer.register_forward_hook(_output_channels_last)
+    return unet
 
 
 # The library leaves the layout of activations to convolutions, and those to the layout of their weights: engines have

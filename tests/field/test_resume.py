@@ -116,13 +116,12 @@ def test_a_shard_that_is_damaged_by_now_is_no_other_data(tmp_path):
 
 
 def test_a_teachers_hash_is_of_what_it_computes():
-    from rdmd_fast.model_files.export_format import ExportConfig
-    from rdmd_fast.model_files.teachers import teacher_sha256
+    from rdmd_fast.model_files.export_format import ExportConfig, network_sha256
 
     config = ExportConfig.model_validate(
         {"role": "teacher", "network": NETWORK, "sample_shape": [2], "diffusion": {}, "step": 5}
     )
     weights = {"b": torch.ones(3), "a": torch.zeros(2, 2)}
-    digest = teacher_sha256(config, weights)
-    assert digest == teacher_sha256(config.model_copy(update={"step": 6}), dict(reversed(weights.items())))
-    assert digest != teacher_sha256(config, weights | {"b": torch.full((3,), 1.0000001)})
+    digest = network_sha256(config, weights)
+    assert digest == network_sha256(config.model_copy(update={"step": 6}), dict(reversed(weights.items())))
+    assert digest != network_sha256(config, weights | {"b": torch.full((3,), 1.0000001)})

@@ -8,10 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("diffusers")
-pytest.importorskip("transformers")
-
 from text_pipelines import TOKENS, pipeline, saved
 
 from rdmd_fast import cli, load_denoiser
@@ -94,18 +90,19 @@ def test_variant_and_shards_read_alike(tmp_path, folders, xl):
     both = saved(tmp_path / "both", xl, variant="fp16", max_shard_size="200KB")
     assert len(list((shards / "unet").glob("*-of-*.safetensors"))) > 1
     assert list((half / "unet").glob("*.fp16.safetensors")) and list((both / "unet").glob("*index.fp16.json"))
-    embedded = embed_prompts(folders(xl), PROMPT, NEGATIVE, TOKENS, print)
+    embedded = embed_prompts(folders(xl), {"prompt.": PROMPT}, NEGATIVE, TOKENS, print)
     for folder in (shards, half, both):
         config, weights = read_teacher(folder)
+        config = config.model_copy(update={"pipeline": plain[0].pipeline})  # a path of its own
         assert config == plain[0] and weights.keys() == plain[1].keys()
         assert all(torch.equal(weights[name], plain[1][name]) for name in weights)
-        again = embed_prompts(folder, PROMPT, NEGATIVE, TOKENS, print)
+        again = embed_prompts(folder, {"prompt.": PROMPT}, NEGATIVE, TOKENS, print)
         assert again.keys() == embedded.keys() and all(torch.equal(again[name], embedded[name]) for name in again)
 
 
 def test_prompts_without_a_negative_one_are_the_librarys(folders, xl):
     """SDXL takes zeros, not an empty text."""
-    embedded = embed_prompts(folders(xl), PROMPT, None, TOKENS, print)
+    embedded = embed_prompts(folders(xl), {"prompt.": PROMPT}, None, TOKENS, print)
     assert (embedded["negative.embeds"] == 0).all() == xl
     assert embedded["prompt.embeds"].shape == (1, TOKENS, 40 if xl else 24)
     assert ("prompt.pooled" in embedded) == xl
@@ -113,8 +110,8 @@ def test_prompts_without_a_negative_one_are_the_librarys(folders, xl):
 
 def test_a_long_prompt_is_cut_and_said_so(folders, xl):
     said = []
-    embedded = embed_prompts(folders(xl), "abc " * 20, NEGATIVE, TOKENS, said.append)
-    cut = embed_prompts(folders(xl), "abc " * 8, NEGATIVE, TOKENS, said.append)
+    embedded = embed_prompts(folders(xl), {"prompt.": "abc " * 20}, NEGATIVE, TOKENS, said.append)
+    cut = embed_prompts(folders(xl), {"prompt.": "abc " * 8}, NEGATIVE, TOKENS, said.append)
     assert "of 62 tokens, the text encoder takes 16: the rest is cut" in said[0]
     assert torch.equal(embedded["prompt.embeds"], cut["prompt.embeds"])
 
