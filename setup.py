@@ -38,6 +38,10 @@ EXTRAS = {
     "text": [  # only for text-to-image pipelines as teachers
         "diffusers>=0.42",  # their U-Nets and prompt encoding
         "transformers>=5.24",  # their tokenizers and text encoders
+        "peft>=0.21",  # low-rank adapters
+        "accelerate>=1.1",  # diffusers reads weights with it, without a second copy; peft depends on it too
+        "sentencepiece>=0.2",  # tokenizers that hold only spiece.model
+        "protobuf>=5.29",  # they are read with it, too
     ],
     "onnx": [  # only for `rdmd export --format onnx`
         "onnx>=1.18",  # the format

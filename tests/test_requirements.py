@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-USED = ("eval", "toy", "onnx", "test")  # of setup.py's extras
+USED = ("eval", "toy", "text", "onnx", "test")  # of setup.py's extras
 PIN = re.compile(r"(\S+)==([^\s;*]+)(?:; [^\\]+?)?((?: +--hash=sha256:[0-9a-f]{64})+)")
 
 
