@@ -39,7 +39,6 @@ EXTRAS = {
         "diffusers>=0.42",  # their U-Nets and prompt encoding
         "transformers>=5.24",  # their tokenizers and text encoders
         "peft>=0.21",  # low-rank adapters
-        "accelerate>=1.1",  # diffusers reads weights with it, without a second copy; peft depends on it too
         "sentencepiece>=0.2",  # tokenizers that hold only spiece.model
         "protobuf>=5.29",  # they are read with it, too
     ],

@@ -31,7 +31,7 @@ from rdmd_fast.networks import build_network
 from rdmd_fast.networks.analytic import GaussianMixtureDenoiser, gaussian_denoiser
 from rdmd_fast.networks.analytic_score import AnalyticScore
 from rdmd_fast.networks.class_labels import target_class_row, training_labels
-from rdmd_fast.networks.flops import distillation_flops, forward_flops
+from rdmd_fast.networks.flops import distillation_flops, forward_flops, training_passes
 from rdmd_fast.processes.world import World, on_main
 from rdmd_fast.prompted_networks import PromptedPipeline, distilled_networks, trained_teacher
 from rdmd_fast.randomness import Philox
@@ -326,11 +326,11 @@ def _check_teacher(folder: str, export: ExportConfig, shape: tuple[int, ...], ke
 
 
 def _flops_per_sample(config: Config, experiment: Experiment) -> float:
-    """Matmul and convolution FLOPs of one iteration by sample; a backward pass counts as two forward ones."""
+    """Matmul and convolution FLOPs of one iteration by sample."""
     shape, conditioned = tuple(experiment.export.sample_shape), experiment.export.transport_weights is not None
     main = forward_flops(experiment.export.network, shape, conditioned)
     if config.stage == "teacher":
-        return 3 * main
+        return training_passes(config.lora is not None) * main
     if config.teacher == "analytic":
         score = forward_flops(config.network, shape, conditioned) if config.rdmd.fake_score == "learned" else 0.0
         teacher = 0.0
@@ -340,4 +340,4 @@ def _flops_per_sample(config: Config, experiment: Experiment) -> float:
         teacher = forward_flops(guided(network, config.guidance), shape)
         score = forward_flops(network, shape, conditioned)
     updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0
-    return distillation_flops(main, teacher, score, updates)
+    return distillation_flops(main, teacher, score, updates, config.lora is not None)

@@ -7,9 +7,20 @@ from rdmd_fast.networks import build_network
 _counted: dict[tuple, float] = {}  # a run's networks are mostly of one kind
 
 
-def distillation_flops(generator: float, teacher: float, score: float, fake_updates: int) -> float:
+def training_passes(adapters: bool) -> int:
+    """Forward passes that a training pass costs: its backward pass counts as two, or as one if only adapters are trained.
+
+    Frozen weights get no gradient; what adapters take themselves is left out.
+    """
+    return 2 if adapters else 3
+
+
+def distillation_flops(
+    generator: float, teacher: float, score: float, fake_updates: int, adapters: bool = False
+) -> float:
     """Of an iteration, by those of forward passes: the first fake update shares the generator's rollout."""
-    return 3 * generator + teacher + score + fake_updates * 3 * score + max(fake_updates - 1, 0) * generator
+    trained = training_passes(adapters) * (generator + fake_updates * score)
+    return trained + teacher + score + max(fake_updates - 1, 0) * generator
 
 
 def forward_flops(options, sample_shape: tuple[int, ...], conditioned: bool = False) -> float:

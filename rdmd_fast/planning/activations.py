@@ -110,7 +110,7 @@ def _prepare(planned: PlannedNetwork, dtype: str, checkpointing: bool, device: s
     network = planned.build(device).to(DTYPES[dtype]).train()
     if checkpointing and hasattr(network, "checkpointing"):
         network.checkpointing = True
-    for parameter in network.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, network.parameters()):
         # Gradients of parameters are counted with the model states.
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     return network

@@ -83,7 +83,7 @@ def iteration_payload(
         else:
             update = _replicated(network, settings, ranks, weight, accumulation)
             found[role] = sum((update for _ in range(run.updates)), Payload())
-    if networks.frozen and settings.stage == 3:
+    if networks.frozen and stage == "rdmd" and settings.stage == 3:
         found["teacher"] = _sharded(networks.frozen, runs["frozen"], ranks, weight, accumulation, False)
     return found
 
@@ -101,7 +101,8 @@ def _replicated(network: PlannedNetwork, settings: ZeroSettings, ranks: int, wei
 def _sharded(
     network: PlannedNetwork, run: Passes, ranks: int, weight: int, accumulation: int, checkpointing: bool
 ) -> Payload:
-    whole = weight * ranks * shard_size(network, 3, ranks)
+    own = weight * ranks * shard_size(network, 3, ranks)
+    whole = own + weight * sum(network.base)
     again = weight * network.gathered_again if checkpointing else 0
     gathered = (run.forward + run.backward) * whole + run.backward * again
-    return Payload(all_gather=accumulation * gathered, reduce_scatter=accumulation * run.updates * whole)
+    return Payload(all_gather=accumulation * gathered, reduce_scatter=accumulation * run.updates * own)

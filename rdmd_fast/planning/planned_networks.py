@@ -27,7 +27,8 @@ class PlannedNetwork:
         shape: of a sample, (D,) or (C, H, W).
         dropout: whether the options' dropout is in it.
         conditioned: whether it is told each sample's λ.
-        sizes: elements of each parameter, in order.
+        sizes: elements of each trained parameter, or of a frozen network's own, in order.
+        base: elements of each parameter that it shares with the teacher, frozen.
         buffers: bytes of the buffers that exports and checkpoints hold, fp32.
         gathered_again: elements of parameters that activation checkpointing makes ZeRO-3 gather once more: those of
             the blocks, without the last layer of each, where the second computation stops and the backward pass begins,
@@ -41,6 +42,7 @@ class PlannedNetwork:
     buffers: int
     gathered_again: int
     conditioned: bool = False
+    base: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, options: Options, shape: tuple[int, ...], dropout: bool, conditioned: bool = False) -> PlannedNetwork:
@@ -48,12 +50,21 @@ class PlannedNetwork:
             network = build_network(options, shape, dropout=dropout, conditioned=conditioned)
         persistent = {name for name in network.state_dict() if name not in dict(network.named_parameters())}
         buffers = sum(4 * buffer.numel() for name, buffer in network.named_buffers() if name in persistent)
-        sizes = tuple(parameter.numel() for parameter in network.parameters())
-        return cls(options, shape, dropout, sizes, buffers, _gathered_again(network), conditioned)
+        trained, base = (
+            tuple(parameter.numel() for parameter in network.parameters() if parameter.requires_grad is wanted)
+            for wanted in (True, False)
+        )
+        return cls(options, shape, dropout, trained, buffers, _gathered_again(network), conditioned, base)
 
     @property
     def parameters(self) -> int:
+        """Elements of its own."""
         return sum(self.sizes)
+
+    @property
+    def all_sizes(self) -> tuple[int, ...]:
+        """``sizes`` and ``base``: what a pass needs."""
+        return self.sizes + self.base
 
     def build(self, device: str = "meta") -> nn.Module:
         """The network as initialised, fp32; on the meta device shapes alone."""
@@ -63,14 +74,17 @@ class PlannedNetwork:
 
 @dataclass(frozen=True)
 class PlannedNetworks:
-    """All networks of a stage by role; ``frozen`` is the teacher of the rdmd stage, None where it is analytic."""
+    """All networks of a stage by role.
+
+    ``frozen`` is the teacher of the rdmd stage, None where it is analytic, or the base that others have adapters over.
+    """
 
     trained: dict[str, PlannedNetwork]
     frozen: PlannedNetwork | None
     averaged: str
 
     def named(self) -> dict[str, PlannedNetwork]:
-        return self.trained | ({"teacher": self.frozen} if self.frozen else {})
+        return self.trained | ({"base" if "teacher" in self.trained else "teacher": self.frozen} if self.frozen else {})
 
 
 def planned_networks(config: Config) -> PlannedNetworks:
@@ -86,9 +100,11 @@ def planned_networks(config: Config) -> PlannedNetworks:
     if config.stage == "teacher":
         if config.teacher_stage.dropout is not None and hasattr(options, "dropout"):
             options = options.model_copy(update={"dropout": config.teacher_stage.dropout})
-        return PlannedNetworks({"teacher": PlannedNetwork.of(options, shape, True)}, None, "teacher")
+        trained = {"teacher": PlannedNetwork.of(_adapted(options, config), shape, True)}
+        # Nothing but adapters is trained there: the base is counted as a teacher that makes no pass of its own.
+        return PlannedNetworks(trained, PlannedNetwork.of(options, shape, True) if config.lora else None, "teacher")
     conditioned = WeightRange.of(config.rdmd.transport_weight) is not None
-    score = PlannedNetwork.of(options, shape, False, conditioned) if options else None
+    score = PlannedNetwork.of(_adapted(options, config), shape, False, conditioned) if options else None
     copied = config.generator.kind == "teacher"
     trained = {"generator": score if copied else PlannedNetwork.of(config.generator, shape, False, conditioned)}
     if config.rdmd.fake_score == "learned":
@@ -97,6 +113,10 @@ def planned_networks(config: Config) -> PlannedNetworks:
     if config.teacher != "analytic":
         teacher = PlannedNetwork.of(guided(options, config.guidance), shape, False)
     return PlannedNetworks(trained, teacher, "generator")
+
+
+def _adapted(options: Options, config: Config) -> Options:
+    return options.model_copy(update={"lora": config.lora}) if config.lora else options
 
 
 def sample_shape(config: Config) -> tuple[int, ...]:

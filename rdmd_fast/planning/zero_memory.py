@@ -12,7 +12,8 @@ The rules are those of DeepSpeed 0.19 as tests/planning/test_dry_run.py measures
     EMA          4 each, as the masters are sharded
     update       what the optimizer's step needs for a moment, when activations are gone: gradients flat, and in fp32
 
-The frozen teacher is a plain copy below stage 3 and sharded there.
+The frozen teacher is a plain copy below stage 3 and sharded there. With adapters it is the one base of all networks,
+whose own parameters are the adapters alone.
 """
 
 from __future__ import annotations
@@ -181,19 +182,22 @@ def _gathered(networks: PlannedNetworks, settings: ZeroSettings) -> int:
     """
 
     def persistent(network: PlannedNetwork | None) -> int:
-        return sum(size for size in network.sizes if size <= settings.persistence) if network else 0
+        return sum(size for size in network.all_sizes if size <= settings.persistence) if network else 0
 
     def ahead(network: PlannedNetwork | None) -> int:
         if network is None:
             return 0
-        window = settings.prefetch + max(network.sizes)
-        return max(persistent(network), min(network.parameters, window))
+        window = settings.prefetch + max(network.all_sizes)
+        return max(persistent(network), min(sum(network.all_sizes), window))
 
     def at_once(network: PlannedNetwork | None) -> int:
-        spanned = network is not None and settings.reuse_distance >= network.parameters
-        return network.parameters if spanned else ahead(network)
+        spanned = network is not None and settings.reuse_distance >= sum(network.all_sizes)
+        return sum(network.all_sizes) if spanned else ahead(network)
 
     main = networks.trained[networks.averaged]
+    if main.base:  # all gather the same
+        others = sum(network.parameters for network in networks.trained.values() if network is not main)
+        return at_once(main) + others
     others = [networks.frozen, networks.trained.get("fake_score")]
     resting = sum(persistent(network) for network in others)
     while_scoring = max((ahead(network) - persistent(network) for network in others), default=0)
