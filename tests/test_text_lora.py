@@ -1,21 +1,29 @@
 """Adapters over one base: distillation from a text-to-image pipeline, and the teacher stage of one."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from material import pack, write_pictures
+from PIL import Image
 from safetensors.torch import load_file
 from text_pipelines import saved
 
 from benchmarks.step_sides import Ours
-from rdmd_fast import load_denoiser, load_generator
+from rdmd_fast import cli, load_denoiser, load_generator
 from rdmd_fast.commands.export import read_network
 from rdmd_fast.config import validate_config
 from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.diffusion import Reading
+from rdmd_fast.errors import InputError
 from rdmd_fast.extras import require
+from rdmd_fast.model_files.autoencoder import Autoencoder
+from rdmd_fast.networks.adapters import add_adapters, merged
+from rdmd_fast.networks.text_options import LoRAOptions
+from rdmd_fast.pixels import to_uint8
 from rdmd_fast.trainer import main
 
 PROMPT, NEGATIVE = "a lion", "blurry"
@@ -107,6 +115,21 @@ def test_the_export_is_an_adapter_that_the_library_loads(folder, tmp_path):
     generator.model.unet = pipeline.unet
     torch.testing.assert_close(generator(x).detach(), y, rtol=1e-4, atol=1e-4)
 
+    pictures = tmp_path / "pictures"
+    words = ["translate", "--model", export, "--input", folder / "pictures", "--output", pictures, "--device", "cpu"]
+    assert cli.main(list(map(str, words))) == 0
+    names = [path.name for path in sorted((folder / "pictures").iterdir())]
+    assert [path.name for path in sorted(pictures.iterdir())] == names
+    decoded = Autoencoder(folder / "pipeline").decode(y)
+    first = torch.from_numpy(np.array(Image.open(pictures / names[0]))).permute(2, 0, 1)
+    assert (first.int() - to_uint8(decoded)[0].int()).abs().max() <= 1
+
+    assert cli.main(["export", str(export), "--merge", "--out", str(tmp_path / "merged")]) == 0
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {"config.json", "README.md", files[0]}
+    assert torch.equal(load_generator(tmp_path / "merged")(x), y)
+    assert cli.main(["export", str(tmp_path / "whole"), "--merge", "--out", str(tmp_path / "of_run")]) == 0
+    assert torch.equal(load_generator(tmp_path / "of_run")(x), y)
+
     checkpoint = next((tmp_path / "whole/checkpoints").glob("step_*4"))
     config, weights = read_network(checkpoint, "generator")
     assert config == load_generator(export).config.model_copy(update={"base_sha256": config.base_sha256})
@@ -115,5 +138,126 @@ def test_the_export_is_an_adapter_that_the_library_loads(folder, tmp_path):
     assert fake.role == "teacher" and state.keys() == weights.keys()
 
 
+def test_a_teacher_stage_and_a_distillation_of_its_export(folder, tmp_path):
+    """The one adapter that is exported at the end holds both, of 3 and of 2 rows."""
+    own = {"teacher_negative_prompt": None, "teacher_guidance": None, "rdmd": {}}
+    stage = {
+        "stage": "teacher",
+        "data": {"target": str(folder / "shards")},
+        "teacher_stage": {"optimizer": {"lr": 1e-2}},
+    }
+    assert train(folder, tmp_path / "teacher", **own, **stage) == 0
+    teacher = tmp_path / "teacher/export"
+    x, sigma = sources(folder), torch.full((8,), 1.5, dtype=torch.float64)
+    adapted = load_denoiser(teacher)
+    with torch.no_grad():
+        assert (adapted(x, sigma) - load_denoiser(folder / "pipeline", PROMPT)(x, sigma)).abs().max() > 1e-2
+
+    few = {"teacher": str(teacher), "lora": {"rank": 2, "targets": "attention"}}
+    ours = Ours(validate_config(values(folder, tmp_path / "begun", **few), "here"))
+    reading = Reading.of("teacher", ours.experiment.export.diffusion, ours.experiment.export.generator_sigma)
+    with torch.no_grad():
+        torch.testing.assert_close(reading(ours.networks()["generator"], x), reading(adapted.model, x))
+    ours.experiment.close()
+
+    assert train(folder, tmp_path / "run", **few) == 0
+    held = load_file(tmp_path / "run/export/pytorch_lora_weights.safetensors")
+    rows = {len(tensor) for name, tensor in held.items() if name.endswith("lora_A.weight")}
+    assert rows == {3, 5}
+    generator = load_generator(tmp_path / "run/export")
+    pipeline = require("diffusers", "text").DiffusionPipeline.from_pretrained(
+        folder / "pipeline", local_files_only=True
+    )
+    pipeline.load_lora_weights(tmp_path / "run/export", weight_name="pytorch_lora_weights.safetensors")
+    with torch.no_grad():
+        y = generator(x)
+        generator.model.unet = pipeline.unet
+        torch.testing.assert_close(generator(x), y, rtol=1e-4, atol=1e-4)
+    _config, weights = read_network(next((tmp_path / "run/checkpoints").glob("step_*4")), "generator")
+    assert all(torch.equal(weights[name], value) for name, value in held.items())
+
+
+def test_the_fake_score_can_have_a_prompt_of_its_own(folder, tmp_path):
+    ours = Ours(validate_config(values(folder, tmp_path / "run", fake_prompt="a cat"), "here"))
+    networks, x = ours.networks(), sources(folder)
+    with torch.no_grad():
+        cat = load_denoiser(folder / "pipeline", "a cat").model
+        torch.testing.assert_close(networks["fake_score"](x, torch.zeros(8)), cat(x, torch.zeros(8)))
+        lion = load_denoiser(folder / "pipeline", PROMPT).model
+        torch.testing.assert_close(networks["generator"](x, torch.zeros(8)), lion(x, torch.zeros(8)))
+        assert (networks["generator"](x, torch.zeros(8)) - cat(x, torch.zeros(8))).abs().max() > 1e-3
+    ours.experiment.close()
+
+
+def test_dry_run_counts_one_base_and_two_adapters(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "run", "--dry-run") == 0
+    said = capsys.readouterr().out
+    teacher = load_denoiser(folder / "pipeline", PROMPT).model
+    base = sum(parameter.numel() for parameter in teacher.parameters())
+    layers = [layer for layer in teacher.unet.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+    adapter = sum(3 * (layer.weight[0].numel() + len(layer.weight)) for layer in layers)
+    line = next(line for line in said.splitlines() if line.startswith("  ZeRO 0"))
+    assert float(line.split()[2]) == pytest.approx(4 * (base + 2 * adapter) / 2**20, abs=0.06)
+    assert f"generator    {adapter / 1e6:10.3f} M" in said and f"teacher      {base / 1e6:10.3f} M" in said
+
+
 def prompt_parts(folder: Path) -> list[str]:
     return ["embeds", "pooled", "time_ids"] if (folder / "pipeline/text_encoder_2").is_dir() else ["embeds"]
+
+
+BAD = {
+    "no prompt": (
+        {"teacher_prompt": None, "teacher_negative_prompt": None, "teacher_guidance": None},
+        "lora: belongs to a teacher_prompt",
+    ),
+    "rank 0": ({"lora": {"rank": 0}}, "lora.rank: "),
+    "unknown targets": ({"lora": {"targets": "everything"}}, "lora.targets: "),
+    "another teacher": ({"teacher": "other", "teacher_prompt": PROMPT}, "is no text-to-image pipeline"),
+    "guidance of a teacher stage": (
+        {"stage": "teacher", "data": {"target": "shards"}, "teacher_negative_prompt": None, "rdmd": {}},
+        "teacher_guidance: is for stage rdmd",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_configs_are_one_line_and_exit_2(folder, tmp_path, capsys, case):
+    changes, expected = BAD[case]
+    if changes.get("teacher") == "other":
+        changes = changes | {"teacher": str(Path(__file__).parent / "networks/fixtures/diffusers_unet")}
+    assert train(folder, tmp_path / "run", **changes) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line
+
+
+def test_targets_that_match_nothing_are_named(tmp_path):
+    """A U-Net without attention."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
+    with pytest.raises(InputError, match="lora.targets: attention finds no layer in this Sequential, use all"):
+        add_adapters(network, LoRAOptions(rank=1))
+
+
+def test_adapters_over_another_pipeline_are_refused(folder, tmp_path):
+    base = {"x.weight": torch.zeros(3, 2, 1, 1), "y.weight": torch.zeros(3, 2)}
+    down, up = torch.randn(1, 2, 1, 1), torch.randn(3, 1, 1, 1)
+    result = merged(base, {"x.lora_A.weight": down, "x.lora_B.weight": up}, "here")
+    torch.testing.assert_close(result["x.weight"], torch.einsum("rihw,or->oihw", down, up[..., 0, 0]))
+    assert torch.equal(result["y.weight"], base["y.weight"])
+    with pytest.raises(InputError, match="here: x has half an adapter, x.lora_A.weight alone"):
+        merged(base, {"x.lora_A.weight": down}, "here")
+    for name, tensors in (("z", (down, up)), ("y", (torch.zeros(1, 5), torch.zeros(3, 1)))):
+        adapter = {f"{name}.lora_A.weight": tensors[0], f"{name}.lora_B.weight": tensors[1]}
+        with pytest.raises(InputError, match=f"here: {name}.lora_A.weight fits no layer of the base"):
+            merged(base, adapter, "here")
+
+
+def test_a_base_that_is_away_or_another_is_named(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "run", "train.steps=1") == 0
+    path = tmp_path / "run/export/config.json"
+    text, pipeline = path.read_text(), str(folder / "pipeline")
+    path.write_text(text.replace(pipeline, "/nowhere"))
+    with pytest.raises(InputError, match="over the pipeline /nowhere, which is not there: put it back, or write where"):
+        load_generator(tmp_path / "run/export")
+    path.write_text(text.replace(json.loads(text)["base_sha256"], "0" * 64))
+    with pytest.raises(InputError, match=r"over another pipeline than .* is now"):
+        load_generator(tmp_path / "run/export")

@@ -11,16 +11,18 @@ import torch
 from PIL import Image
 
 from rdmd_fast.errors import InputError
+from rdmd_fast.model_files.export_format import ExportConfig
 from rdmd_fast.networks.class_labels import NO_CLASS, one_hot_rows
 from rdmd_fast.paths import path_to_read, path_to_write
 
 EPILOG = """examples:
   rdmd sample --model runs/digits_teacher_3/export --out threes.png --count 16
+  rdmd sample --model downloads/sd15 --prompt "a photo of a lion" --guidance 1.5 --out lions.png --count 4
   rdmd sample --model edm-imagenet-64x64-cond-adm.pkl --out samples --class random --count 5000 \\
       --steps 256 --churn 40 --s-min 0.05 --s-max 50 --s-noise 1.003
 
 With --out FILE.png the samples are one picture; otherwise numbered files in a folder: PNGs, or .npy arrays [C, H, W] of
-a latent model without --autoencoder. Samples depend on seed and number alone, not on --batch-size.
+a latent model without --autoencoder or a pipeline's own. Samples depend on seed and number alone, not on --batch-size.
 """
 GRID_COLUMNS = 8
 
@@ -64,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--autoencoder", type=path_to_read, metavar="DIR", help="diffusers AutoencoderKL folder that decodes latents"
     )
+    parser.add_argument("--prompt", metavar="TEXT", help="of a text-to-image pipeline: what to draw (empty)")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from (none)")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, metavar="S", help="F_negative + S (F_prompt - F_negative) (1: none)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="key of the noise (0)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples at a time (64)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="the network's (fp32)")
@@ -82,9 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     _check(arguments)
     device = pick_device(arguments.device)
-    denoiser = load_denoiser(arguments.model).to(device=device, dtype=DTYPES[arguments.dtype])
+    prompts = arguments.prompt, arguments.negative_prompt, arguments.guidance
+    denoiser = load_denoiser(arguments.model, *prompts).to(device=device, dtype=DTYPES[arguments.dtype])
     as_grid = _is_grid(arguments)
-    decode = _decoder(arguments, tuple(denoiser.config.sample_shape), as_grid, device)
+    decode = _decoder(arguments, denoiser.config, as_grid, device)
     classes = sample_classes(arguments, denoiser.config.classes, denoiser.config.target_class)
     batches = _with_progress(draw(denoiser, arguments, classes, decode, device), len(classes))
     try:
@@ -115,14 +123,15 @@ def _is_grid(arguments: argparse.Namespace) -> bool:
     return arguments.out.lower().endswith(".png")
 
 
-def _decoder(arguments, shape: tuple[int, ...], as_grid: bool, device) -> Callable[[torch.Tensor], torch.Tensor]:
+def _decoder(arguments, config: ExportConfig, as_grid: bool, device) -> Callable[[torch.Tensor], torch.Tensor]:
     """What turns samples into what is written."""
+    shape = tuple(config.sample_shape)
     if len(shape) != 3:
         raise InputError(f"--model {arguments.model}: is for points of shape {shape}, sample draws images and latents")
-    if arguments.autoencoder:
+    if folder := arguments.autoencoder or config.autoencoder:
         from rdmd_fast.model_files.autoencoder import Autoencoder
 
-        return Autoencoder(arguments.autoencoder).to(device).decode
+        return Autoencoder(folder).to(device).decode
     if as_grid and shape[0] not in (1, 3):
         raise InputError(
             f"--out {arguments.out}: latents of {shape[0]} channels are no picture, name --autoencoder or a folder"

@@ -14,12 +14,14 @@ EPILOG = """examples:
   rdmd translate --model runs/cat2wild/export --input photos/cats --output out/wild --size resize
   rdmd translate --model runs/summer2winter/export --input photos/valley --output out/winter --size tiles --format jpg
   rdmd translate --model runs/digits_2to3_any_weight/export --transport-weight 0.3 --input … --output …
+  rdmd translate --model runs/cats2lions/export --input photos/cats --output out/lions     of a text-to-image pipeline
   rdmd translate --model runs/latent_cat2wild/export --autoencoder sd-vae --input photos/cats --output out/wild
 
 --size crop takes the central square to the generator's resolution, as `rdmd pack` does; resize takes the whole image
 there and the result back to the image's own size; tiles go over the image at its own scale and are blended.
 Names and folders are kept. Latents, from shards or a folder of .npy arrays [C, H, W], become .npy files. With
 --autoencoder images are encoded first, and each .npy has its decoded picture beside it (tiles: the picture alone).
+A generator that comes from a text-to-image pipeline finds that pipeline's autoencoder itself; pictures become pictures.
 """
 
 
@@ -50,5 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
     condition_inputs(config, arguments.transport_weight, 1)  # names a λ that it does not take ahead of any work
     method = OneStep(arguments.model, arguments.dtype, arguments.transport_weight)
     return translate_folder(
-        arguments, method, f"--model {arguments.model}", tuple(config.sample_shape), arguments.overlap
-    )
+        arguments, method, f"--model {arguments.model}", tuple(config.sample_shape), arguments.overlap,
+        config.autoencoder,
+    )  # fmt: skip

@@ -83,6 +83,12 @@ class ExportConfig(Options):
         """Of the network, 0 for none."""
         return getattr(self.network, "label_dim", 0)
 
+    @property
+    def autoencoder(self) -> str | None:
+        """The pipeline's folder, where the weights of its autoencoder are there: what decodes and encodes samples."""
+        found = self.pipeline and any((Path(self.pipeline) / "vae").glob("*.safetensors"))
+        return self.pipeline if found else None
+
     def label_rows(self, class_labels: torch.Tensor | None, count: int, device) -> torch.Tensor | None:
         """What the network is given for ``class_labels``: see ``class_labels.label_rows``."""
         return label_rows(self.classes, self.target_class, class_labels, count, device)

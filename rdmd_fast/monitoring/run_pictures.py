@@ -63,7 +63,7 @@ def no_picture(weights: dict[str, torch.Tensor], path: Path) -> None:
 
 def teacher_picture(config, world, export, philox, target) -> Picture:
     """Real targets beside samples of the averaged weights."""
-    write = picture_writer(config.telemetry.decoder, target.shape, world)
+    write = picture_writer(config.telemetry.decoder or export.autoencoder, target.shape, world)
     if write is None:
         return no_picture
     count = config.telemetry.sample_count
@@ -87,7 +87,7 @@ def teacher_picture(config, world, export, philox, target) -> Picture:
 
 def rdmd_picture(config, world, export, philox, validation, teacher, fake_score, label) -> Picture:
     """Sources, their translations, and what teacher and fake score make of those; of 2-D points a map."""
-    write = picture_writer(config.telemetry.decoder, tuple(export.sample_shape), world)
+    write = picture_writer(config.telemetry.decoder or export.autoencoder, tuple(export.sample_shape), world)
     if validation.points is not None:
         return _toy_picture(config, world, export, validation.points)
     if write is None:

@@ -40,7 +40,12 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def translate_folder(
-    arguments: argparse.Namespace, method: Method, origin: str, shape: tuple[int, ...], overlap: float | None = None
+    arguments: argparse.Namespace,
+    method: Method,
+    origin: str,
+    shape: tuple[int, ...],
+    overlap: float | None = None,
+    autoencoder: str | None = None,
 ) -> int:
     """Translate every sample; names and folder structure are kept, the suffix is that of --format, or .npy.
 
@@ -49,6 +54,7 @@ def translate_folder(
         origin: the flag that names the method's model, with its value, for messages.
         shape: of the model's samples.
         overlap: of tiles; None for the default.
+        autoencoder: folder of the model's own, where --autoencoder names none; pictures then become pictures alone.
 
     Returns:
         The command's exit status.
@@ -61,7 +67,7 @@ def translate_folder(
     from rdmd_fast.translation.workers import work_on
 
     devices = pick_devices(arguments.device, arguments.workers)
-    job, autoencoder = _plan(arguments, method, origin, shape, overlap)
+    job, autoencoder = _plan(arguments, method, origin, shape, overlap, autoencoder)
     names = job.samples.names
     left = range(len(names))
     if arguments.skip_existing:
@@ -90,7 +96,14 @@ def translate_folder(
     return 0
 
 
-def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tuple[int, ...], overlap: float | None):
+def _plan(
+    arguments: argparse.Namespace,
+    method: Method,
+    origin: str,
+    shape: tuple[int, ...],
+    overlap: float | None,
+    own_autoencoder: str | None,
+):
     """(Job, its Autoencoder or None) of the command line; InputError where its parts do not fit."""
     from rdmd_fast.data.sample_names import check_results, refuse_inside
     from rdmd_fast.data.threads import default_workers
@@ -103,7 +116,8 @@ def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tup
         raise InputError(f"--batch-size {arguments.batch_size}: must be at least 1")
     if len(shape) != 3:
         raise InputError(f"{origin}: is for points of shape {shape}, images are translated here")
-    autoencoder = _open_autoencoder(arguments.autoencoder, shape) if arguments.autoencoder else None
+    folder = arguments.autoencoder or own_autoencoder
+    autoencoder = _open_autoencoder(folder, shape) if folder else None
     image_shape = autoencoder.image_shape(shape) if autoencoder else shape
     size = make_size(arguments.size, *image_shape[1:], overlap)
     refuse_inside(arguments.output, "--output", [("--input", arguments.input)])
@@ -111,11 +125,11 @@ def _plan(arguments: argparse.Namespace, method: Method, origin: str, shape: tup
     pictures = bool(autoencoder) or not samples.latents
     if arguments.format and not pictures:
         raise InputError(f"--format {arguments.format}: is for images, --input {arguments.input} holds latents")
-    arrays = samples.latents or (autoencoder is not None and not size.blends)  # the latents of tiles are of no image
-    outputs = Outputs(Path(arguments.output), (arguments.format or "png") if pictures else None, arrays)
+    arrays = samples.latents or (arguments.autoencoder and not size.blends)  # the latents of tiles are of no image
+    outputs = Outputs(Path(arguments.output), (arguments.format or "png") if pictures else None, bool(arrays))
     check_results(outputs.folder, outputs.files(samples.names), f"--input {arguments.input}")
     flags = arguments.batch_size, arguments.skip_unreadable, default_workers()
-    return TranslationPlan(method, arguments.autoencoder, samples, size, outputs, *flags), autoencoder
+    return TranslationPlan(method, folder, samples, size, outputs, *flags), autoencoder
 
 
 def _open_autoencoder(folder: str, shape: tuple[int, int, int]):
