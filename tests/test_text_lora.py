@@ -233,7 +233,7 @@ def test_bad_configs_are_one_line_and_exit_2(folder, tmp_path, capsys, case):
 def test_targets_that_match_nothing_are_named(tmp_path):
     """A U-Net without attention."""
     network = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3))
-    with pytest.raises(InputError, match="lora.targets: attention finds no layer in this Sequential, use all"):
+    with pytest.raises(InputError, match=r"lora.targets: attention finds no layer in this Sequential, use all"):
         add_adapters(network, LoRAOptions(rank=1))
 
 
@@ -243,11 +243,11 @@ def test_adapters_over_another_pipeline_are_refused(folder, tmp_path):
     result = merged(base, {"x.lora_A.weight": down, "x.lora_B.weight": up}, "here")
     torch.testing.assert_close(result["x.weight"], torch.einsum("rihw,or->oihw", down, up[..., 0, 0]))
     assert torch.equal(result["y.weight"], base["y.weight"])
-    with pytest.raises(InputError, match="here: x has half an adapter, x.lora_A.weight alone"):
+    with pytest.raises(InputError, match=r"here: x has half an adapter, x.lora_A.weight alone"):
         merged(base, {"x.lora_A.weight": down}, "here")
     for name, tensors in (("z", (down, up)), ("y", (torch.zeros(1, 5), torch.zeros(3, 1)))):
         adapter = {f"{name}.lora_A.weight": tensors[0], f"{name}.lora_B.weight": tensors[1]}
-        with pytest.raises(InputError, match=f"here: {name}.lora_A.weight fits no layer of the base"):
+        with pytest.raises(InputError, match=rf"here: {name}.lora_A.weight fits no layer of the base"):
             merged(base, adapter, "here")
 
 
@@ -256,7 +256,7 @@ def test_a_base_that_is_away_or_another_is_named(folder, tmp_path, capsys):
     path = tmp_path / "run/export/config.json"
     text, pipeline = path.read_text(), str(folder / "pipeline")
     path.write_text(text.replace(pipeline, "/nowhere"))
-    with pytest.raises(InputError, match="over the pipeline /nowhere, which is not there: put it back, or write where"):
+    with pytest.raises(InputError, match=r"over the pipeline /nowhere, which is not there: put it back"):
         load_generator(tmp_path / "run/export")
     path.write_text(text.replace(json.loads(text)["base_sha256"], "0" * 64))
     with pytest.raises(InputError, match=r"over another pipeline than .* is now"):

@@ -8,7 +8,7 @@ _counted: dict[tuple, float] = {}  # a run's networks are mostly of one kind
 
 
 def training_passes(adapters: bool) -> int:
-    """Forward passes that a training pass costs: its backward pass counts as two, or as one if only adapters are trained.
+    """Forward passes that a training pass costs: its backward pass counts as two, as one if adapters alone are trained.
 
     Frozen weights get no gradient; what adapters take themselves is left out.
     """

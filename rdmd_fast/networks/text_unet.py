@@ -4,7 +4,7 @@ diffusers computes them; here our input, c_noise and a prompt become the argumen
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -101,7 +101,9 @@ class TextUNet(nn.Module):
         else:
             self.unet = copy.deepcopy(base.unet, {id(parameter): parameter for parameter in base.unet.parameters()})
         if options.lora:
+            library_layers = set(self.unet.modules())
             add_adapters(self.unet, options.lora)
+            _keep_channels_last(layer for layer in self.unet.modules() if layer not in library_layers)
         self.adapter, self.guidance = ADAPTERS[options.family], options.guidance
         self.timestep = Timestep(options.schedule)
         self.prompt = Prompt(options)
@@ -158,15 +160,20 @@ def _library_unet(config: dict) -> nn.Module:
         raise InputError(f"unet/config.json describes no UNet2DConditionModel ({reason})") from None
     if unknown:
         raise InputError(f"unet/config.json: {min(unknown)}: is not a key that the installed diffusers knows")
-    for layer in unet.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.register_forward_pre_hook(_input_channels_last)
-            layer.register_forward_hook(_output_channels_last)
+    _keep_channels_last(unet.modules())
     return unet
 
 
 # The library leaves the layout of activations to convolutions, and those to the layout of their weights: engines have
 # another than frozen networks, and a 1×1 weight could be of either. With these copies of a network agree to the bit.
+
+
+def _keep_channels_last(layers: Iterable[nn.Module]) -> None:
+    for layer in layers:
+        # Also an adapted one as a whole: base and adapter then keep one input for their backward passes.
+        if isinstance(layer, nn.Conv2d) or isinstance(getattr(layer, "base_layer", None), nn.Conv2d):
+            layer.register_forward_pre_hook(_input_channels_last)
+            layer.register_forward_hook(_output_channels_last)
 
 
 def _input_channels_last(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
