@@ -71,9 +71,6 @@ def initialize_engine(
     _compile(network, train)
     trained = trained_parameters(network)
     parameters = list(trained.values())
-    for parameter in network.parameters():
-        if not parameter.requires_grad:  # the rest is cast with its optimizer
-            parameter.data = parameter.data.to(DTYPES[train.dtype])
     config = _deepspeed_config(section, layout, train.dtype)
     config["zero_optimization"] = {
         **config.get("zero_optimization", {}),
@@ -89,6 +86,8 @@ def initialize_engine(
         adam = given = adam_of(parameters)
         if train.dtype != "fp32":
             exact = {name: parameter.detach().cpu().flatten() for name, parameter in trained.items()}
+    for parameter in network.parameters():  # DeepSpeed casts none of a network that is sharded in part already
+        parameter.data = parameter.data.to(DTYPES[train.dtype])
     engine = _initialize(model=network, optimizer=given, model_parameters=parameters, config=config)
     _gather_borrowed(engine)
     _clear_padding(engine)

@@ -53,9 +53,9 @@ def tensors_in(value):
             yield from tensors_in(part)
 
 
-def whole_parameters(network) -> int:
-    """Bytes of the parameters that lie whole on this rank."""
-    return Storages().add(parameter.data for parameter in network.parameters())
+def whole_parameters(networks: Iterable[torch.nn.Module]) -> int:
+    """Bytes of the parameters that lie whole on this rank, those that networks share once."""
+    return Storages().add(parameter.data for network in networks for parameter in network.parameters())
 
 
 def held(engine, storages: Storages) -> dict[str, int]:
@@ -99,7 +99,7 @@ class Watch:
 
     def look(self):
         """Called where most is gathered: at the end of phases."""
-        self.gathered = max(self.gathered, sum(whole_parameters(network) for network in self.networks))
+        self.gathered = max(self.gathered, whole_parameters(self.networks))
 
 
 def measure(values: dict, world) -> dict:
