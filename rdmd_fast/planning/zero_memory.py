@@ -196,8 +196,9 @@ def _gathered(networks: PlannedNetworks, settings: ZeroSettings) -> int:
 
     main = networks.trained[networks.averaged]
     if main.base:  # all gather the same
-        others = sum(network.parameters for network in networks.trained.values() if network is not main)
-        return at_once(main) + others
+        return at_once(main) + sum(
+            network.parameters for role, network in networks.trained.items() if role != networks.averaged
+        )
     others = [networks.frozen, networks.trained.get("fake_score")]
     resting = sum(persistent(network) for network in others)
     while_scoring = max((ahead(network) - persistent(network) for network in others), default=0)
