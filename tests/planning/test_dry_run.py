@@ -110,7 +110,8 @@ def check_model_states(case, values, found):
         assert sum(engine["buckets"] for engine in engines) == parts["buckets"]
         assert found["gathered"] <= states.gathered + padding
     if not settings.offload_optimizer:
-        assert found["update"] == pytest.approx(parts["update"], abs=1000 + padding)
+        above = found["update"] - parts["update"]  # at ZeRO-3 small parameters are gathered again, which stay
+        assert -1000 - padding <= above <= 1000 + padding + states.gathered
 
 
 def test_offloading_moves_bytes_and_makes_none(held):
