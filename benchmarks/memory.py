@@ -1,10 +1,12 @@
 """Memory of the three networks, optimizers, EMA and activations by resolution, ZeRO stage and offload.
 
     python -m benchmarks.memory [--network 64 adm64 128 latent256 256] [--ranks 1 8] [--dtype bf16] [--json FILE]
+    python -m benchmarks.memory --network sd15_512 sd15_512_full sdxl_1024 --checkpointing    # text-to-image pipelines
     python -m benchmarks.memory --measure            # on a GPU: runs what fits, and sets the allocator's peak beside it
 
 Predicted by what ``train.py --dry-run`` predicts by (rdmd_fast/planning), for the distillation with an export of the
-network as teacher, one micro-batch an update. CUDA context, workspaces and fragmentation are not in it.
+network as teacher, one micro-batch an update. CUDA context, workspaces and fragmentation are not in it. Pipelines are
+those of configs/text, by adapters as its presets have them or (_full) by whole copies, with a guided teacher.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch
 
 from benchmarks.step_cases import ROOT, distillation
 from rdmd_fast.config import load_config
+from rdmd_fast.model_files.text_pipeline import guided, read_text_pipeline_config
 from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
+from rdmd_fast.networks.text_options import LoRAOptions, TextUNetOptions
 from rdmd_fast.planning.activations import Activations, activations
 from rdmd_fast.planning.dry_run import total
 from rdmd_fast.planning.planned_networks import PlannedNetwork, PlannedNetworks
@@ -36,9 +40,11 @@ class Case(NamedTuple):
     """A network and the samples that a GPU has at once."""
 
     name: str
-    options: SongUNetOptions | DhariwalUNetOptions
+    options: SongUNetOptions | DhariwalUNetOptions | TextUNetOptions
     shape: tuple[int, int, int]
     micro_batch: int
+    lora: LoRAOptions | None = None
+    guidance: float = 1.0
 
 
 def preset(name: str) -> SongUNetOptions:
@@ -60,6 +66,20 @@ def cases() -> dict[str, Case]:
     }
 
 
+def text_cases() -> dict[str, Case]:
+    """Published U-Nets by adapters and by whole copies; their weights are not needed."""
+    found = {}
+    for model, micro_batch in (("sd15", 4), ("sdxl", 1)):
+        options = read_text_pipeline_config(ROOT / "configs/text" / model).network
+        config = load_config(str(ROOT / f"configs/text/{model}_lora.yaml"))
+        for side in (512, 1024):
+            shape = (options.channels, side // 8, side // 8)
+            for suffix, lora in (("", config.lora), ("_full", None)):
+                name = f"{model} {side}²{f', adapters of rank {lora.rank}' if lora else ''}"
+                found[f"{model}_{side}{suffix}"] = Case(name, options, shape, micro_batch, lora, config.guidance)
+    return found
+
+
 LAYOUTS: dict[str, dict] = {
     **{f"ZeRO {stage}": {"stage": stage} for stage in range(4)},
     "ZeRO 2, optimizer offloaded": {"stage": 2, "offload_optimizer": HOST},
@@ -68,8 +88,10 @@ LAYOUTS: dict[str, dict] = {
 
 
 def planned(case: Case) -> PlannedNetworks:
-    network = PlannedNetwork.of(case.options, case.shape, False)
-    return PlannedNetworks({"generator": network, "fake_score": network}, network, "generator")
+    trained = case.options.model_copy(update={"lora": case.lora}) if case.lora else case.options
+    network = PlannedNetwork.of(trained, case.shape, False)
+    teacher = PlannedNetwork.of(guided(case.options, case.guidance), case.shape, False)
+    return PlannedNetworks({"generator": network, "fake_score": network}, teacher, "generator")
 
 
 def predict(networks: PlannedNetworks, used: Activations, layout: dict, ranks: int, dtype: str) -> dict[str, float]:
@@ -115,7 +137,8 @@ def run(case: Case, layout: dict, dtype: str, checkpointing: bool, iterations: i
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", nargs="+", choices=cases(), default=list(cases()), help="(all)")
+    known = cases() | text_cases()
+    parser.add_argument("--network", nargs="+", choices=known, default=list(cases()), help="(all but pipelines)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8], help="predict for so many GPUs (1 8)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="(bf16)")
     parser.add_argument("--checkpointing", action="store_true", help="with train.activation_checkpointing")
@@ -124,13 +147,13 @@ def main() -> int:
     parser.add_argument("--run", metavar="LAYOUT", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run is not None:
-        print(run(cases()[arguments.network[0]], arguments.run, arguments.dtype, arguments.checkpointing))
+        print(run(known[arguments.network[0]], arguments.run, arguments.dtype, arguments.checkpointing))
         return 0
     if arguments.measure and not torch.cuda.is_available():
         parser.error("--measure: needs a GPU")
     rows = []
     for key in arguments.network:
-        case = cases()[key]
+        case = known[key]
         networks = planned(case)
         used = activations(networks, case.micro_batch, 1, arguments.dtype, arguments.checkpointing, fused=True)
         size = networks.trained["generator"].parameters / 1e6
@@ -141,7 +164,7 @@ def main() -> int:
             for ranks in arguments.ranks:
                 row = predict(networks, used, layout, ranks, arguments.dtype)
                 measured = None
-                if arguments.measure and ranks == 1:
+                if arguments.measure and ranks == 1 and key in cases():
                     measured = measure(key, layout, arguments.dtype, arguments.checkpointing)
                 numbers = [
                     row["parameters"], row["gradients"] + row["buckets"], row["optimizer"], row["EMA"],

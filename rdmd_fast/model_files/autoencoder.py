@@ -25,7 +25,8 @@ class Autoencoder(torch.nn.Module):
         InputError: diffusers is not installed, or no such autoencoder is in ``folder``.
     """
 
-    CHUNK = 16  # images at a time, which bounds the memory of a picture or a whole set
+    CHUNK = 16 * 256**2  # pixels of images at a time, which bounds the memory of a picture or a whole set
+    LARGEST = 1024**2  # pixels of an image that is not done by the library's tiles
 
     def __init__(self, folder: str | Path):
         super().__init__()
@@ -56,7 +57,7 @@ class Autoencoder(torch.nn.Module):
                 f"images have shape {list(images.shape)}, the autoencoder takes {self.image_channels} channels and "
                 f"sides that divide by {self.factor}: choose another --resolution"
             )
-        return self._chunked(self._encode, images)
+        return self._chunked(self._encode, images, math.prod(images.shape[2:]))
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -70,7 +71,7 @@ class Autoencoder(torch.nn.Module):
                 f"latents have shape {list(latents.shape)}, the autoencoder decodes {self.channels} channels: "
                 "name the one that has encoded them"
             )
-        return self._chunked(self._decode, latents)
+        return self._chunked(self._decode, latents, self.factor**2 * math.prod(latents.shape[2:]))
 
     def image_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(3, H, W) of the image of a latent (C, h, w)."""
@@ -82,10 +83,12 @@ class Autoencoder(torch.nn.Module):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self.model.decode(latents / self.scale + self.shift).sample.clamp(-1, 1)
 
-    def _chunked(self, function, batch: torch.Tensor) -> torch.Tensor:
+    def _chunked(self, function, batch: torch.Tensor, pixels: int) -> torch.Tensor:
+        """``function`` of some at a time; ``pixels`` are those of an image."""
+        self.model.use_tiling = pixels > self.LARGEST
         device = next(self.model.parameters()).device
-        parts = [function(part.to(device, torch.float32)).to(batch.device) for part in batch.split(self.CHUNK)]
-        return torch.cat(parts)
+        parts = batch.split(max(1, self.CHUNK // pixels))
+        return torch.cat([function(part.to(device, torch.float32)).to(batch.device) for part in parts])
 
 
 def autoencoder_folder(folder: str | Path) -> Path:

@@ -199,6 +199,25 @@ def test_encoding_and_decoding_are_those_of_diffusers(saved):
         autoencoder.decode(latents[:, 1:])
 
 
+def test_large_pictures_go_by_the_librarys_tiles(saved, monkeypatch):
+    """Others in as many at a time as fit the pixels that there is memory for."""
+    folder, model = saved
+    autoencoder = Autoencoder(folder)
+    seen = []
+    decode = autoencoder._decode
+    monkeypatch.setattr(
+        autoencoder, "_decode", lambda part: seen.append((len(part), autoencoder.model.use_tiling)) or decode(part)
+    )
+    latents = torch.randn(3, autoencoder.channels, 8, 8)
+    pixels = (8 * autoencoder.factor) ** 2
+    whole = autoencoder.decode(latents)
+    monkeypatch.setattr(Autoencoder, "CHUNK", 2 * pixels)
+    torch.testing.assert_close(autoencoder.decode(latents), whole)
+    monkeypatch.setattr(Autoencoder, "LARGEST", pixels - 1)
+    autoencoder.decode(latents)
+    assert seen == [(3, False), (2, False), (1, False), (2, True), (1, True)]
+
+
 def test_old_attention_weights_are_read(saved, tmp_path):
     path, _ = saved
     weights = load_file(path / "diffusion_pytorch_model.safetensors")
