@@ -14,6 +14,7 @@ from rdmd_fast.config import Config
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.adapted import exported, whole
 from rdmd_fast.model_files.export_format import ExportConfig, network_sha256
+from rdmd_fast.model_files.hub import local_folder
 from rdmd_fast.model_files.prompts import FILE as PROMPTS
 from rdmd_fast.model_files.prompts import store_prompts, stored_prompts
 from rdmd_fast.model_files.text_pipeline import FAKE, INDEX, PROMPT, with_prompts
@@ -57,13 +58,17 @@ class PromptedPipeline:
             raise InputError(f"teacher_prompt: missing, teacher {config.teacher} is a text-to-image pipeline")
         if config.data.target_class is not None:
             raise InputError("data.target_class: the network has no classes, remove the key")
+        if start.pipeline is None:
+            raise InputError(
+                f"teacher {config.teacher}: write the folder of its pipeline into `pipeline` of config.json"
+            )
         self.config, self.shape = config, shape
         self.exported = partial(exported, lora=config.lora, beneath=adapter_of(weights))
-        self.folder = Path(start.pipeline or config.teacher)
+        self.folder = Path(start.pipeline)
         self.base_sha256 = None
         if config.lora:
             self.base_sha256 = start.base_sha256 or network_sha256(start, weights)
-            if start.base_sha256 is None and not (Path(config.teacher) / INDEX).is_file():
+            if start.base_sha256 is None and not (local_folder(config.teacher) / INDEX).is_file():
                 raise InputError(f"lora: teacher {config.teacher} is an export of whole weights, name a pipeline")
         self.start, self.weights = whole(start, weights, config.teacher)
         texts = {PROMPT: config.teacher_prompt, **({FAKE: config.fake_prompt} if config.fake_prompt else {})}

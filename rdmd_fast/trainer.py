@@ -41,6 +41,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="checkpoint to go on from (auto)")
     parser.add_argument("--dry-run", action="store_true", help="print config, memory, disk, traffic; train nothing")
     parser.add_argument("--ranks", type=int, metavar="N", help="--dry-run: predict for N GPUs (those of the launcher)")
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="--dry-run: of a GPU; exit status 2 if it is too little (this one)",
+    )
     parser.add_argument("--time-iterations", type=int, default=0, metavar="N", help="--dry-run: time N iterations (0)")
     parser.add_argument(
         "--profile", type=int, nargs="?", const=5, metavar="N", help="trace N steady iterations (5); train nothing"
@@ -68,9 +74,11 @@ def main(argv: list[str] | None = None, stop: StopSignal | None = None) -> int:
         if arguments.dry_run:
             from rdmd_fast.planning.dry_run import dry_run
 
-            return dry_run(config, arguments.ranks, arguments.time_iterations)
-        if arguments.ranks or arguments.time_iterations:
-            raise InputError("--ranks, --time-iterations: are options of --dry-run, add it or leave them out")
+            return dry_run(config, arguments.ranks, arguments.time_iterations, arguments.gpu_memory)
+        if arguments.ranks or arguments.time_iterations or arguments.gpu_memory:
+            raise InputError(
+                "--ranks, --time-iterations, --gpu-memory: are options of --dry-run, add it or leave them out"
+            )
         if arguments.profile is not None:
             from rdmd_fast.planning.profiling import profile
 

@@ -198,6 +198,12 @@ def test_dry_run_counts_one_base_and_two_adapters(folder, tmp_path, capsys):
     adapter = sum(3 * (layer.weight[0].numel() + len(layer.weight)) for layer in layers)
     line = next(line for line in said.splitlines() if line.startswith("  ZeRO 0"))
     assert float(line.split()[2]) == pytest.approx(4 * (base + 2 * adapter) / 2**20, abs=0.06)
+    assert train(folder, tmp_path / "run", "--dry-run", "--gpu-memory", "1") == 0
+    assert train(folder, tmp_path / "run", "--dry-run", "--gpu-memory", "0.001", lora=None) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert (
+        "memory: 0.0 GiB are needed and a GPU has 0.0: use lora, train.activation_checkpointing=true, a lower" in line
+    )
     assert f"generator    {adapter / 1e6:10.3f} M" in said and f"teacher      {base / 1e6:10.3f} M" in said
 
 

@@ -8,6 +8,7 @@ import torch
 from rdmd_fast.errors import InputError
 from rdmd_fast.extras import require
 from rdmd_fast.model_files.diffusers_files import check_class, read_json, read_weights
+from rdmd_fast.model_files.hub import local_folder
 from rdmd_fast.model_files.weights import load_weights
 
 
@@ -15,7 +16,8 @@ class Autoencoder(torch.nn.Module):
     """``encode`` and ``decode`` between images and latents of about unit variance, in float32, without gradients.
 
     Args:
-        folder: config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL, or a pipeline with one in vae/.
+        folder: config.json and diffusion_pytorch_model.safetensors of an AutoencoderKL, or a pipeline with one in vae/,
+            which may be one of the hub (hf:owner/name).
 
     Attributes:
         channels: of a latent.
@@ -93,7 +95,7 @@ class Autoencoder(torch.nn.Module):
 
 def autoencoder_folder(folder: str | Path) -> Path:
     """The folder of an autoencoder's own files: of a pipeline that in it."""
-    folder = Path(folder)
+    folder = local_folder(folder)
     return folder / "vae" if (folder / "model_index.json").is_file() else folder
 
 

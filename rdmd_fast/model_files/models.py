@@ -114,10 +114,13 @@ def load_denoiser(
     Raises:
         InputError: there is none, or a prompt is given for a network that takes none.
     """
+    from rdmd_fast.model_files.hub import local_folder
     from rdmd_fast.model_files.teachers import read_teacher
+    from rdmd_fast.model_files.text_pipeline import INDEX
 
-    config, weights = read_teacher(str(source))
-    if config.role == "teacher" and config.network.kind == "text_unet" and Path(source, "model_index.json").is_file():
+    source = local_folder(source)
+    config, weights = read_teacher(source)
+    if config.network.kind == "text_unet" and (source / INDEX).is_file():
         config, weights = _told(config, weights, source, prompt, negative_prompt, guidance)
     elif (prompt, negative_prompt, guidance) != (None, None, 1.0):
         raise InputError(f"{source}: is no text-to-image pipeline, leave out prompt, negative_prompt and guidance")

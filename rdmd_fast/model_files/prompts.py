@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from rdmd_fast.errors import InputError
-from rdmd_fast.extras import quiet, require
+from rdmd_fast.extras import check_installed, quiet, require
 from rdmd_fast.files import make_folder, sha256_of, write_atomically
 from rdmd_fast.model_files.diffusers_files import read_json
 from rdmd_fast.model_files.export_format import read_tensors
@@ -123,6 +123,9 @@ def _load(transformers, folder: Path, values: dict, name: str, classes: set[str]
         raise InputError(
             f"{folder / INDEX}: {name} is {entry}, supported of transformers: {', '.join(sorted(classes))}"
         )
+    if (path / "spiece.model").is_file() and not (path / "tokenizer.json").is_file():
+        for package in ("sentencepiece", "google.protobuf"):
+            check_installed(package, "text")
     options = {"local_files_only": True, "trust_remote_code": False}
     if classes is ENCODERS:
         options |= {"use_safetensors": True, "dtype": torch.float32} | _variant(path)

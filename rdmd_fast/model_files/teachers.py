@@ -7,6 +7,7 @@ import torch
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.diffusers_folder import is_diffusers_folder, read_diffusers, read_diffusers_config
 from rdmd_fast.model_files.export_format import ExportConfig, read_export, read_export_config
+from rdmd_fast.model_files.hub import local_folder
 from rdmd_fast.model_files.text_pipeline import is_text_pipeline, read_text_pipeline, read_text_pipeline_config
 
 
@@ -16,12 +17,12 @@ def read_teacher(spec: str | Path) -> tuple[ExportConfig, dict[str, torch.Tensor
     Args:
         spec: an export folder, an NVIDIA EDM pickle, or a diffusers folder (a pipeline's or its network's). The
             network of a text-to-image pipeline lacks its prompts (see ``text_pipeline.with_prompts``), and an adapter
-            over one the pipeline's weights (``adapted.whole``).
+            over one the pipeline's weights (``adapted.whole``). A pipeline may be named as on the hub: hf:owner/name.
 
     Raises:
         InputError: there is no teacher, or one that cannot be read.
     """
-    path = Path(spec)
+    path = local_folder(spec)
     if path.is_file():
         from rdmd_fast.model_files.edm_pickle import read_edm_pickle
 
@@ -37,7 +38,7 @@ def read_teacher(spec: str | Path) -> tuple[ExportConfig, dict[str, torch.Tensor
 
 def read_teacher_config(spec: str | Path) -> ExportConfig:
     """The configuration alone; errors as ``read_teacher``."""
-    path = Path(spec)
+    path = local_folder(spec)
     if path.is_dir():
         if is_text_pipeline(path):
             return read_text_pipeline_config(path)

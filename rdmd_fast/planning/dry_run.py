@@ -17,22 +17,23 @@ from rdmd_fast.planning.zero_memory import ModelStates, ZeroSettings, model_stat
 from rdmd_fast.processes.launchers import place
 from rdmd_fast.processes.world import World, join_world
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 COLUMNS = ("parameters", "gradients", "buckets", "optimizer", "EMA")
 
 
-def dry_run(config: Config, ranks: int | None = None, iterations: int = 0) -> int:
+def dry_run(config: Config, ranks: int | None = None, iterations: int = 0, gpu_memory: float | None = None) -> int:
     """Print it all on the main rank; trains nothing.
 
     Args:
         ranks: predict for so many; None for the processes that a launcher started.
         iterations: time so many of them on the processes there are, 0 for none.
+        gpu_memory: of a GPU, GiB; None for that of this machine's, if it has one.
 
     Raises:
-        InputError: the configuration does not work, or does not divide over ``ranks``.
+        InputError: the configuration does not work, or does not divide over ``ranks``, or takes more than a GPU has.
     """
-    if iterations < 0 or (ranks is not None and ranks < 1):
-        raise InputError("--ranks and --time-iterations: must be positive")
+    if iterations < 0 or (ranks is not None and ranks < 1) or (gpu_memory is not None and not gpu_memory > 0):
+        raise InputError("--ranks, --time-iterations and --gpu-memory: must be positive")
     rank, started = place()
     ranks = ranks or started
     layout = BatchLayout.of(config.train, World(0, ranks, torch.device("cpu")))
@@ -42,12 +43,34 @@ def dry_run(config: Config, ranks: int | None = None, iterations: int = 0) -> in
     lines += ["", *disk_lines(config, networks)]
     if rank == 0:
         print("\n".join(lines), flush=True)
+    _check_fits(config, networks, layout, used, gpu_memory)
     if iterations:
         world = join_world(config.train.collective_timeout)
         timing = time_iterations(config, world, iterations)
         if world.is_main:
             print("\n".join(["", *timing_lines(config, networks, world, timing)]), flush=True)
     return EXIT_DONE
+
+
+def _check_fits(
+    config: Config, networks: PlannedNetworks, layout: BatchLayout, used: Activations, gpu_memory: float | None
+) -> None:
+    """InputError where the configured stage takes more than ``gpu_memory``, GiB, or this machine's GPU."""
+    if gpu_memory is None:
+        if not torch.cuda.is_available():
+            return
+        gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    settings = ZeroSettings.of(config.deepspeed)
+    states = model_states(networks, settings, layout.world_size, config.train.dtype, layout.accumulation)
+    needed = total(states, used) / GIB
+    if needed <= gpu_memory:
+        return
+    ways = ["train.activation_checkpointing=true"] * (not config.train.activation_checkpointing)
+    ways += ["a lower train.micro_batch_size"] * (layout.micro_batch > 1)
+    if any(network.options.kind == "text_unet" for network in networks.trained.values()) and not config.lora:
+        ways.insert(0, "lora")
+    ways += ["more GPUs at a higher ZeRO stage, or offloading (docs/clusters.md)"]
+    raise InputError(f"memory: {needed:.1f} GiB are needed and a GPU has {gpu_memory:.1f}: use {', '.join(ways)}")
 
 
 def network_lines(networks: PlannedNetworks, layout: BatchLayout) -> list[str]:

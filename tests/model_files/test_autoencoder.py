@@ -201,8 +201,7 @@ def test_encoding_and_decoding_are_those_of_diffusers(saved):
 
 def test_large_pictures_go_by_the_librarys_tiles(saved, monkeypatch):
     """Others in as many at a time as fit the pixels that there is memory for."""
-    folder, model = saved
-    autoencoder = Autoencoder(folder)
+    autoencoder = Autoencoder(saved[0])
     seen = []
     decode = autoencoder._decode
     monkeypatch.setattr(

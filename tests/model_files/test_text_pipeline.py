@@ -4,7 +4,9 @@ import json
 import logging
 import shutil
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from text_pipelines import TOKENS, pipeline, saved
 
 from rdmd_fast import cli, load_denoiser
 from rdmd_fast.errors import InputError
+from rdmd_fast.model_files.autoencoder import Autoencoder
 from rdmd_fast.model_files.prompts import embed_prompts
 from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config
 from rdmd_fast.networks.diffusers_unet import nearest_level
@@ -184,6 +187,69 @@ def test_without_the_library_the_extra_is_named(folders, monkeypatch):
         with pytest.raises(InputError, match=rf"{name} is not installed: run `pip install rdmd_fast\[text\]`"):
             load_denoiser(folders(False), PROMPT)
         monkeypatch.undo()
+
+
+def test_a_tokenizer_of_sentencepiece_alone_names_what_reads_it(tmp_path, folders, monkeypatch):
+    folder = Path(shutil.copytree(folders(False), tmp_path / "p"))
+    (folder / "tokenizer/tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer/spiece.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(InputError, match=r"sentencepiece is not installed: run `pip install rdmd_fast\[text\]`"):
+        embed_prompts(folder, {"prompt.": PROMPT}, None, TOKENS, print)
+
+
+class Hub:
+    """Stands in for huggingface_hub: one repository, whose files are copied where their patterns match."""
+
+    errors = SimpleNamespace(LocalEntryNotFoundError=FileNotFoundError)
+
+    def __init__(self, repository: Path, cache: Path):
+        self.repository, self.cache, self.online = repository, cache, True
+        self.HfApi = lambda: self
+
+    def list_repo_files(self, name, revision=None):
+        if not self.online:
+            raise ConnectionError("no route")
+        if name != "owner/model":
+            raise ValueError("404 not found")
+        return [path.relative_to(self.repository).as_posix() for path in self.repository.rglob("*") if path.is_file()]
+
+    def snapshot_download(self, name, revision=None, allow_patterns=None, ignore_patterns=(), local_files_only=False):
+        target = self.cache / str(revision)
+        if local_files_only and not target.is_dir():
+            raise FileNotFoundError("not in the cache")
+        for file in [] if local_files_only else self.list_repo_files(name):
+            allowed, ignored = (any(fnmatch(file, each) for each in them) for them in (allow_patterns, ignore_patterns))
+            if allowed and not ignored:
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(self.repository / file, target / file)
+        return str(target)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_pipeline_of_the_hub_is_fetched_without_what_is_not_read(tmp_path, folders, monkeypatch, variant):
+    repository = saved(tmp_path / "repository", False, variant=variant)
+    if variant is None:
+        saved(tmp_path / "repository", False, variant="fp16")
+    (repository / "model.ckpt").write_bytes(b"a pickle")
+    (repository / "unet/diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    hub = Hub(repository, tmp_path / "cache")
+    monkeypatch.setattr("rdmd_fast.model_files.hub.require", lambda *_: hub)
+    plain, own = read_teacher(repository), read_teacher("hf:owner/model@main")
+    assert all(torch.equal(own[1][name], value) for name, value in plain[1].items())
+    fetched = {path.name for path in (tmp_path / "cache/main").rglob("*") if path.is_file()}
+    assert not fetched & {"model.ckpt", "diffusion_pytorch_model.bin"}
+    assert any("fp16" in name for name in fetched) == (variant == "fp16")
+    hub.online = False  # what was fetched is enough
+    assert read_teacher("hf:owner/model@main")[0] == own[0]
+    assert Autoencoder("hf:owner/model@main").channels == 4
+    with pytest.raises(InputError, match=r"hf:owner/model: cannot be fetched from the hub \(no route\); name a folder"):
+        read_teacher("hf:owner/model")
+    hub.online = True
+    with pytest.raises(InputError, match=r"hf:owner/other: cannot be fetched from the hub \(404 not found\)"):
+        read_teacher("hf:owner/other")
+    with pytest.raises(InputError, match=r"hf:model: is no name on the hub, write hf:owner/name"):
+        read_teacher("hf:model")
 
 
 def test_a_prompt_is_refused_for_other_teachers():
