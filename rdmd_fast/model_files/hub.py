@@ -13,10 +13,10 @@ NOT_READ = ["*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.xml", "*non_ema*"]
 
 
 def local_folder(spec: str | Path) -> Path:
-    """Where the files of ``spec`` are: itself, or of a name on the hub its folder in the hub's cache, fetched if need be.
+    """Where the files of ``spec`` are: ``spec`` itself, or for a name on the hub a folder of its cache.
 
-    Of the hub only JSON, text and safetensors of a pipeline's parts are fetched, of the variant fp16 where there are no
-    others.
+    What is not in the cache is fetched: JSON, text and safetensors of a pipeline's parts, of the variant fp16 where there
+    are no others.
 
     Raises:
         InputError: huggingface_hub is not installed, or there is no such pipeline, or no network.
