@@ -9,7 +9,7 @@ SHARDS := shards/digits
 TEACHER := runs/digits_teacher_3
 RUN := runs/digits_2to3
 
-.PHONY: install demo test test-slow test-gpu-stand-in lint toys clean
+.PHONY: install demo demo-text test test-slow test-gpu-stand-in lint toys clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,19 @@ demo: install
 	$(BIN)/rdmd evaluate --model $(RUN)/export --teacher $(TEACHER)/export --source $(SHARDS)/2/test \
 	  --target $(SHARDS)/3/test --judge $(SHARDS) --label 3 --out $(RUN)/report.json
 	@echo "picture: $(RUN)/samples/final.png   numbers: $(RUN)/report.json   images: $(RUN)/translated"
+
+# A text-to-image pipeline of digits, trained from nothing, then a sentence for a teacher.
+PIPELINE := models/digits
+TEXT_RUN := runs/digits_text_2to3
+demo-text: install
+	$(BIN)/rdmd pack digits --out shards/digits
+	$(BIN)/rdmd pack digits --out shards/digits16 --resolution 16
+	$(BIN)/python -m benchmarks.digits_pipeline --data shards/digits16 --judge shards/digits --out $(PIPELINE)
+	$(BIN)/rdmd pack digits --out shards/digits_latents --resolution 16 --encoder $(PIPELINE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) rdmd_fast/train.py --config configs/digits/text_2to3.yaml
+	$(BIN)/rdmd translate --model $(TEXT_RUN)/export --input shards/digits16/2/test --output $(TEXT_RUN)/translated
+	$(BIN)/rdmd evaluate --outputs $(TEXT_RUN)/translated --source shards/digits/2/test --target shards/digits/3/test \
+	  --judge shards/digits --label 3 --picture $(TEXT_RUN)/picture.png --out $(TEXT_RUN)/report.json
 
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -15,7 +15,7 @@ NOT_READ = ["*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.xml", "*non_ema*"]
 def local_folder(spec: str | Path) -> Path:
     """Where the files of ``spec`` are: ``spec`` itself, or for a name on the hub a folder of its cache.
 
-    What is not in the cache is fetched: JSON, text and safetensors of a pipeline's parts, of the variant fp16 where there
+    What is not in the cache is fetched: JSON, text and safetensors of a pipeline's parts, the variant fp16 where there
     are no others.
 
     Raises:
