@@ -34,6 +34,7 @@ examples:
                                             (DIR/Male/train, val, test and DIR/not_Male/train, val, test)
   rdmd pack mnist:mnist --out shards/mnist --resolution 32 --digits 2 3   (DIR/2/train ... DIR/3/test, coloured)
   rdmd pack digits --out shards/digits                   (DIR/0/train ... DIR/9/test, each digit in 8 hues)
+  rdmd pack digits --out shards/digits16 --resolution 16 (enlarged by a bicubic filter)
   rdmd pack toy:8gaussians --scale 2 --std 0.2 --count 5000 --out shards/8gaussians
   rdmd pack shards/cats256 --out shards/cats64 --resolution 64            (resizes a shard set, ours or another's)
   rdmd pack photos/wild --out shards/wild --resolution 64 --other shards/cats   (reports images that both hold)
@@ -79,7 +80,7 @@ FILES = Source(
     file_sets,
     ("resolution", "crop", "holdout", "labels", "extension", "encoder", "device", "seed"),
 )
-DIGITS = Source("digits", digit_sets, ("hues",))
+DIGITS = Source("digits", digit_sets, ("hues", "resolution"))
 PREFIXED = {
     TOY_PREFIX: Source("toys", toy_sets, ("count", "scale", "std", "seed")),
     CELEBA_PREFIX: Source(
@@ -133,7 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "mnist:FOLDER, digits or toy:NAME; a folder of that name is ./digits",
     )
     parser.add_argument("--out", type=_writable, metavar="DIR", help="where the shards go")
-    add("resolution", "images: side in pixels, after a central square crop", type=int, metavar="N")
+    add(
+        "resolution",
+        "images: side in pixels, after a central square crop; digits: enlarged to it from 8",
+        type=int,
+        metavar="N",
+    )
     add("crop", "images: side of the central square, pixels of the file (default: the largest)", type=int, metavar="N")
     add(
         "holdout",

@@ -154,6 +154,13 @@ def test_digits_are_packed_by_digit_and_split(tmp_path):
         ShardSet(tmp_path / "2")
 
 
+def test_digits_are_enlarged(tmp_path):
+    run("digits", "--out", tmp_path, "--hues", 1, "--resolution", 16)
+    assert ShardSet(tmp_path / "9" / "train").shape == (16, 16, 3)
+    with pytest.raises(InputError, match="another set"):
+        run("digits", "--out", tmp_path, "--hues", 1)
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["{photos}"], "--resolution"),
     (["{photos}", "--resolution", 0], "at least 1"),

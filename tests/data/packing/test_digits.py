@@ -47,6 +47,18 @@ def test_held_out_twos_number_at_least_280_and_fewer_hues_are_a_subset():
         np.testing.assert_array_equal(image, eight[key])
 
 
+def test_enlarged_digits_keep_their_hues_and_shrink_to_what_they_were():
+    small, large = dict(coloured_digits(3, "test", 2)), dict(coloured_digits(3, "test", 2, 16))
+    assert small.keys() == large.keys()
+    for key, image in large.items():
+        assert image.dtype == np.uint8 and image.shape == (16, 16, 3)
+        means = image.reshape(8, 2, 8, 2, 3).mean((1, 3))
+        assert np.abs(means - small[key]).mean() < 8
+        colours = (np.abs(each.astype(float)).sum((0, 1)) for each in (small[key], image))
+        first, second = (colour / np.linalg.norm(colour) for colour in colours)
+        assert first @ second > 0.9999
+
+
 def test_missing_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     with pytest.raises(InputError, match=r"rdmd_fast\[eval\]"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from PIL import Image
 
 from rdmd_fast.errors import InputError
 from rdmd_fast.randomness import Philox, Stream
@@ -25,7 +26,9 @@ def hue_to_rgb(hue: np.ndarray) -> np.ndarray:
     return np.clip(2 - distance, 0, 1)
 
 
-def coloured_digits(digit: int, split: str, hues: int = 8) -> Iterator[tuple[str, np.ndarray]]:
+def coloured_digits(
+    digit: int, split: str, hues: int = 8, resolution: int | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """The samples of one digit in one split, image by image, each in ``hues`` copies.
 
     Args:
@@ -33,10 +36,11 @@ def coloured_digits(digit: int, split: str, hues: int = 8) -> Iterator[tuple[str
         split: "train" or "test".
         hues: copies of each image; the hue of copy h of image i is the h-th uniform of position i in stream
             HUE of seed 0, so fewer copies are a subset of more.
+        resolution: side in pixels; the grey image is resized before it is painted, by a bicubic filter. None: 8.
 
     Yields:
         (key, image): key like ``digit2_00017_hue3`` where 17 is the image's index in the data; image uint8
-        [8, 8, 3], the hue's colour times the grey value on black.
+        [side, side, 3], the hue's colour times the grey value on black.
 
     Raises:
         InputError: scikit-learn is missing.
@@ -54,7 +58,15 @@ def coloured_digits(digit: int, split: str, hues: int = 8) -> Iterator[tuple[str
     hue = Philox(SEED).uniform(Stream.HUE, torch.from_numpy(indices), hues).numpy()
     colours = hue_to_rgb(hue)
     for row, index in enumerate(indices):
-        grey = data.images[index] / 16
+        grey = _resized(data.images[index] / 16, resolution)
         for copy in range(hues):
             image = np.rint(255 * grey[..., None] * colours[row, copy]).astype(np.uint8)
             yield f"digit{digit}_{index:05d}_hue{copy}", image
+
+
+def _resized(grey: np.ndarray, side: int | None) -> np.ndarray:
+    """Grey values in [0, 1], [H, W], at ``side`` x ``side``; as they are for None."""
+    if side is None or grey.shape == (side, side):
+        return grey
+    image = Image.fromarray(grey.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(image, dtype=np.float64).clip(0, 1)

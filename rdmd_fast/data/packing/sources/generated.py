@@ -26,7 +26,7 @@ def digit_sets(args) -> list[SampleSet]:
     sets = []
     for digit in range(10):
         for split in digits.SPLITS:
-            coloured = list(digits.coloured_digits(digit, split, args.hues))
+            coloured = list(digits.coloured_digits(digit, split, args.hues, args.resolution))
             content = {
                 "source": "digits",
                 "digit": digit,
@@ -34,6 +34,8 @@ def digit_sets(args) -> list[SampleSet]:
                 "hues": args.hues,
                 "shard_size": args.shard_size,
             }
+            if args.resolution is not None:
+                content["resolution"] = args.resolution
             sets.append(
                 SampleSet(f"{digit}/{split}", content, len(coloured), partial(sample, coloured), generated=True)
             )

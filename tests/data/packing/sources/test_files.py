@@ -303,7 +303,7 @@ def test_an_encoder_turns_images_into_latents(tmp_path, autoencoder, capsys):
     (["{images}", "--resolution", 4, "--crop", 5], "too few for a central square of 5"),
     (["{images}", "--resolution", 4, "--crop", 0], "at least 1"),
     (["{images}", "--resolution", 4, "--hues", 3], "--hues: does nothing for image or array files"),
-    (["digits", "--resolution", 8], "--resolution: does nothing for digits, which take --hues"),
+    (["digits", "--crop", 8], "--crop: does nothing for digits, which take --hues, --resolution"),
     (["toy:circles", "--labels"], "--labels: does nothing for toys"),
     (["{images}/nowhere.zip", "--resolution", 4], "no such folder"),
 ])  # fmt: skip
