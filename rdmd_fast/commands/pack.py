@@ -80,7 +80,7 @@ FILES = Source(
     file_sets,
     ("resolution", "crop", "holdout", "labels", "extension", "encoder", "device", "seed"),
 )
-DIGITS = Source("digits", digit_sets, ("hues", "resolution"))
+DIGITS = Source("digits", digit_sets, ("hues", "resolution", "encoder", "device"))
 PREFIXED = {
     TOY_PREFIX: Source("toys", toy_sets, ("count", "scale", "std", "seed")),
     CELEBA_PREFIX: Source(
