@@ -20,7 +20,14 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 CONFIGS = [name for name in FILES if not name.endswith("study.yaml")]  # of a training
 SMALL = [name for name in CONFIGS if name.endswith("_24gb.yaml")]
-DOCUMENTS = ("docs/datasets.md", "docs/teachers.md", "README.md", "docs/text_teachers.md", "docs/figures.md", "docs/conditional.md")
+DOCUMENTS = (
+    "docs/datasets.md",
+    "docs/teachers.md",
+    "README.md",
+    "docs/text_teachers.md",
+    "docs/figures.md",
+    "docs/conditional.md",
+)
 
 # (sample shape, parameters in millions) of the networks that configurations of each folder describe.
 NETWORKS = {

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from material import pack, write_pictures
 from PIL import Image
 from safetensors.torch import load_file
-from text_pipelines import saved
+from text_pipelines import pipeline_and_latents
 
 from benchmarks.step_sides import Ours
 from rdmd_fast import cli, load_denoiser, load_generator
@@ -30,15 +29,15 @@ PROMPT, NEGATIVE = "a lion", "blurry"
 ALL = {"rank": 3, "alpha": 6.0, "targets": "all"}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sd", "sdxl"])
-def folder(request, tmp_path_factory) -> Path:
-    """A pipeline, and eight pictures of 16×16 packed by its autoencoder to latents of 4×8×8."""
-    folder = tmp_path_factory.mktemp("lora")
-    saved(folder / "pipeline", request.param)
-    write_pictures(folder / "pictures", *(f"{number}.png" for number in range(8)))
-    encoder = ("--encoder", folder / "pipeline", "--resolution", 16, "--device", "cpu")
-    assert pack(folder / "pictures", "--out", folder / "shards", *encoder) == 0
-    return folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return pipeline_and_latents(tmp_path_factory.mktemp("lora"), xl=False)
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def either(request, folder, tmp_path_factory) -> Path:
+    """Of both families."""
+    return folder if request.param == "sd" else pipeline_and_latents(tmp_path_factory.mktemp("lora_xl"), xl=True)
 
 
 def values(folder: Path, run: Path, **sections) -> dict:
@@ -63,16 +62,16 @@ def sources(folder: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_one_base_is_in_memory_and_never_moves(folder, tmp_path):
-    ours = Ours(validate_config(values(folder, tmp_path / "run"), "here"))
-    networks, export, x = ours.networks(), ours.experiment.export, sources(folder)
-    teacher = load_denoiser(folder / "pipeline", PROMPT, NEGATIVE)
+def test_one_base_is_in_memory_and_never_moves(either, tmp_path):
+    ours = Ours(validate_config(values(either, tmp_path / "run"), "here"))
+    networks, export, x = ours.networks(), ours.experiment.export, sources(either)
+    teacher = load_denoiser(either / "pipeline", PROMPT, NEGATIVE)
     reading = Reading.of("teacher", export.diffusion, export.generator_sigma)
     assert torch.equal(reading(networks["generator"], x), reading(teacher.model, x))
 
     frozen, c_noise = networks["teacher"], torch.linspace(-1, 0.6, len(x))
     before = frozen(x, c_noise)
-    assert torch.equal(before, load_denoiser(folder / "pipeline", PROMPT, NEGATIVE, 2.0).model(x, c_noise))
+    assert torch.equal(before, load_denoiser(either / "pipeline", PROMPT, NEGATIVE, 2.0).model(x, c_noise))
     assert torch.equal(networks["fake_score"](x, c_noise), teacher.model(x, c_noise))
     base = {name: value.clone() for name, value in frozen.unet.state_dict().items()}
     with torch.enable_grad():
@@ -95,32 +94,36 @@ def test_one_base_is_in_memory_and_never_moves(folder, tmp_path):
     ours.experiment.close()
 
 
-def test_the_export_is_an_adapter_that_the_library_loads(folder, tmp_path):
-    assert train(folder, tmp_path / "whole") == 0
-    assert train(folder, tmp_path / "halves", "train.steps=2") == 0
-    assert train(folder, tmp_path / "halves") == 0
+def test_the_export_is_an_adapter_that_the_library_loads(either, tmp_path):
+    assert train(either, tmp_path / "whole") == 0
+    assert train(either, tmp_path / "halves", "train.steps=2") == 0
+    assert train(either, tmp_path / "halves") == 0
     files = "generator.safetensors", "pytorch_lora_weights.safetensors"
     for file in files:
         weights, again = (load_file(tmp_path / run / "export" / file) for run in ("whole", "halves"))
         assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
-    export, x = tmp_path / "whole/export", sources(folder)
-    assert set(load_file(export / files[0])) == {f"prompt.{name}" for name in prompt_parts(folder)}
+    export, x = tmp_path / "whole/export", sources(either)
+    assert set(load_file(export / files[0])) == {f"prompt.{name}" for name in prompt_parts(either)}
     generator = load_generator(export)
     y = generator(x)
-    assert (y - load_denoiser(folder / "pipeline", PROMPT)(x, generator.config.generator_sigma)).abs().max() > 1e-2
+    assert (y - load_denoiser(either / "pipeline", PROMPT)(x, generator.config.generator_sigma)).abs().max() > 1e-2
 
     diffusers = require("diffusers", "text")
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "pipeline", local_files_only=True)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(either / "pipeline", local_files_only=True)
     pipeline.load_lora_weights(export, weight_name=files[1])
     generator.model.unet = pipeline.unet
     torch.testing.assert_close(generator(x).detach(), y, rtol=1e-4, atol=1e-4)
 
+    card = (export / "README.md").read_text()
+    assert f"a low-rank adapter over the U-Net of the pipeline `{either / 'pipeline'}`" in card
+    assert f"| prompt | `{PROMPT}` |" in card and "| adapter | `rank 3, alpha 6.0, targets all` |" in card
+
     pictures = tmp_path / "pictures"
-    words = ["translate", "--model", export, "--input", folder / "pictures", "--output", pictures, "--device", "cpu"]
+    words = ["translate", "--model", export, "--input", either / "pictures", "--output", pictures, "--device", "cpu"]
     assert cli.main(list(map(str, words))) == 0
-    names = [path.name for path in sorted((folder / "pictures").iterdir())]
+    names = [path.name for path in sorted((either / "pictures").iterdir())]
     assert [path.name for path in sorted(pictures.iterdir())] == names
-    decoded = Autoencoder(folder / "pipeline").decode(y)
+    decoded = Autoencoder(either / "pipeline").decode(y)
     first = torch.from_numpy(np.array(Image.open(pictures / names[0]))).permute(2, 0, 1)
     assert (first.int() - to_uint8(decoded)[0].int()).abs().max() <= 1
 

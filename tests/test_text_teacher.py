@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from material import pack, write_pictures
 from safetensors.torch import load_file
-from text_pipelines import saved
+from text_pipelines import pipeline_and_latents
 
 from benchmarks.step_sides import Ours
 from rdmd_fast import load_denoiser, load_generator
@@ -21,15 +20,15 @@ from rdmd_fast.trainer import main
 PROMPT, NEGATIVE = "a lion", "blurry"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["sd", "sdxl"])
-def folder(request, tmp_path_factory) -> Path:
-    """A pipeline, and eight pictures of 16×16 packed by its autoencoder to latents of 4×8×8."""
-    folder = tmp_path_factory.mktemp("text")
-    saved(folder / "pipeline", request.param)
-    write_pictures(folder / "pictures", *(f"{number}.png" for number in range(8)))
-    encoder = ("--encoder", folder / "pipeline", "--resolution", 16, "--device", "cpu")
-    assert pack(folder / "pictures", "--out", folder / "shards", *encoder) == 0
-    return folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return pipeline_and_latents(tmp_path_factory.mktemp("text"), xl=False)
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def either(request, folder, tmp_path_factory) -> Path:
+    """Of both families."""
+    return folder if request.param == "sd" else pipeline_and_latents(tmp_path_factory.mktemp("text_xl"), xl=True)
 
 
 def values(folder: Path, run: Path, **sections) -> dict:
@@ -52,10 +51,10 @@ def sources(folder: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_the_generator_begins_as_the_unguided_teacher_and_the_teacher_stays(folder, tmp_path):
-    ours = Ours(validate_config(values(folder, tmp_path / "run"), "here"))
-    networks, export, x = ours.networks(), ours.experiment.export, sources(folder)
-    teacher = load_denoiser(folder / "pipeline", PROMPT, NEGATIVE)
+def test_the_generator_begins_as_the_unguided_teacher_and_the_teacher_stays(either, tmp_path):
+    ours = Ours(validate_config(values(either, tmp_path / "run"), "here"))
+    networks, export, x = ours.networks(), ours.experiment.export, sources(either)
+    teacher = load_denoiser(either / "pipeline", PROMPT, NEGATIVE)
     reading = Reading.of("teacher", export.diffusion, export.generator_sigma)
     initial = reading(networks["generator"], x)
     assert torch.equal(initial, reading(teacher.model, x))
@@ -66,7 +65,7 @@ def test_the_generator_begins_as_the_unguided_teacher_and_the_teacher_stays(fold
 
     frozen = networks["teacher"]
     c_noise = torch.linspace(-1, 0.6, len(x))
-    guided = load_denoiser(folder / "pipeline", PROMPT, NEGATIVE, 2.0)
+    guided = load_denoiser(either / "pipeline", PROMPT, NEGATIVE, 2.0)
     before, weights = frozen(x, c_noise), {name: value.clone() for name, value in frozen.state_dict().items()}
     assert torch.equal(before, guided.model(x, c_noise))
     with torch.enable_grad():
@@ -79,10 +78,10 @@ def test_the_generator_begins_as_the_unguided_teacher_and_the_teacher_stays(fold
     ours.experiment.close()
 
 
-def test_a_run_goes_on_bit_for_bit_and_its_export_is_whole(folder, tmp_path):
-    assert train(folder, tmp_path / "whole") == 0
-    assert train(folder, tmp_path / "halves", "train.steps=2") == 0
-    assert train(folder, tmp_path / "halves") == 0
+def test_a_run_goes_on_bit_for_bit_and_its_export_is_whole(either, tmp_path):
+    assert train(either, tmp_path / "whole") == 0
+    assert train(either, tmp_path / "halves", "train.steps=2") == 0
+    assert train(either, tmp_path / "halves") == 0
     whole, halves = (tmp_path / run / "export" for run in ("whole", "halves"))
     weights, again = (load_file(run / "generator.safetensors") for run in (whole, halves))
     assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
@@ -93,7 +92,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_export_is_whole(folder, tmp_path):
     stored = load_file(tmp_path / "whole/prompts.safetensors")
     assert all(torch.equal(weights[name], stored[name]) for name in stored if name.startswith("prompt."))
     assert not [name for name in weights if name.startswith("negative.")]
-    x = sources(folder)
+    x = sources(either)
     y = load_generator(whole)(x)
     assert y.shape == x.shape and torch.isfinite(y).all()
     config, fake = read_network(next((tmp_path / "whole/checkpoints").glob("step_*4")), "fake_score", "raw")
@@ -122,9 +121,9 @@ def test_dry_run_counts_the_guided_teacher(folder, tmp_path, capsys):
     assert "generator" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
-def test_activation_checkpointing_changes_no_gradient(folder):
+def test_activation_checkpointing_changes_no_gradient(either):
     x, gradients = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), []
-    network = load_denoiser(folder / "pipeline", PROMPT).model.requires_grad_(True)
+    network = load_denoiser(either / "pipeline", PROMPT).model.requires_grad_(True)
     for network.checkpointing in (False, True):
         assert network.checkpointing == network.unet.is_gradient_checkpointing == bool(gradients)
         network.zero_grad()

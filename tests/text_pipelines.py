@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from material import pack, write_pictures
 
 from rdmd_fast.extras import require
 
@@ -63,4 +64,13 @@ def pipeline(xl: bool, **scheduler):
 
 def saved(folder: Path, xl: bool, scheduler: dict | None = None, **options) -> Path:
     pipeline(xl, **(scheduler or {})).save_pretrained(folder, **options)
+    return folder
+
+
+def pipeline_and_latents(folder: Path, xl: bool = False) -> Path:
+    """A pipeline, and eight pictures of 16×16 packed by its autoencoder to latents of 4×8×8, in ``folder``."""
+    saved(folder / "pipeline", xl)
+    write_pictures(folder / "pictures", *(f"{number}.png" for number in range(8)))
+    encoder = ("--encoder", folder / "pipeline", "--resolution", 16, "--device", "cpu")
+    assert pack(folder / "pictures", "--out", folder / "shards", *encoder) == 0
     return folder

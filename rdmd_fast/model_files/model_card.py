@@ -100,6 +100,9 @@ def _facts(config: ExportConfig, run: Run | None, license: str | None, graph: st
         "source": data.get("source"),
         "target": None if distilled else data.get("target"),  # a distillation is not trained on it
         "target_class": data.get("target_class"),
+        "prompt": values.get("teacher_prompt"),
+        "guidance": values.get("teacher_guidance") if distilled else None,
+        "lora": _adapter(values.get("lora")),
         "teacher": teacher,
         "transport_weight": weight,
         "cost": cost.get("kind"),
@@ -116,6 +119,10 @@ def _facts(config: ExportConfig, run: Run | None, license: str | None, graph: st
         "torch_version": torch.__version__,
         "python_version": platform.python_version(),
     }
+
+
+def _adapter(lora: Mapping | None) -> str | None:
+    return ", ".join(f"{key} {value}" for key, value in lora.items() if value is not None) if lora else None
 
 
 def _front_matter(license: str | None) -> str:

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from material import pack, write_pictures
 from test_distributed import case, checkpoint_tensors, metrics, run_cases
-from text_pipelines import saved
+from text_pipelines import pipeline_and_latents
 
 KEYS = ("fake_loss", "transport_cost", "score_gradient_rms")
 LORA = {"lora": {"rank": 2, "alpha": 4.0, "targets": "all"}}
@@ -34,10 +33,7 @@ LONG = [(adapters, stage) for adapters in (True, False) for stage in range(4)]
 
 def runs(launch_ranks, folder: Path, chosen: list[tuple[bool, int]], steps: int) -> Path:
     """Each case on one rank, on two, and on two with a stop half-way."""
-    saved(folder / "pipeline", False)
-    write_pictures(folder / "pictures", *(f"{number}.png" for number in range(8)))
-    encoder = ("--encoder", folder / "pipeline", "--resolution", 16, "--device", "cpu")
-    assert pack(folder / "pictures", "--out", folder / "shards", *encoder) == 0
+    pipeline_and_latents(folder)
     one, two, statuses = [], [], []
     for adapters, stage in chosen:
         base = TEXT | {"train": TEXT["train"] | {"steps": steps}} | (LORA if adapters else {})

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from material import pack, write_pictures
 from test_dry_run import check_model_states
-from text_pipelines import saved
+from text_pipelines import pipeline_and_latents, saved
 
 from benchmarks.communication import on_ranks
 from rdmd_fast.model_files.teachers import read_teacher_config
@@ -22,10 +21,7 @@ CASES = {"fp32 0": ("fp32", 0), "bf16 0": ("bf16", 0), "fp32 2": ("fp32", 2), "b
 @pytest.fixture(scope="module")
 def held(launch_ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("held")
-    saved(folder / "pipeline", False)
-    write_pictures(folder / "pictures", *(f"{number}.png" for number in range(8)))
-    encoder = ("--encoder", folder / "pipeline", "--resolution", 16, "--device", "cpu")
-    assert pack(folder / "pictures", "--out", folder / "shards", *encoder) == 0
+    pipeline_and_latents(folder)
     values = [
         {
             "stage": "rdmd", "run_dir": str(folder / f"run_{stage}_{dtype}"), "teacher": str(folder / "pipeline"),
