@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from material import pack
 from safetensors.torch import load_file
 from text_pipelines import pipeline_and_latents
 
