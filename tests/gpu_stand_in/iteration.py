@@ -29,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--before", type=int, default=BEFORE, help=f"iterations before the one that is logged ({BEFORE})"
     )
+    parser.add_argument("--config", metavar="FILE", help="of this training, in place of those of --kind")
     parser.add_argument("--lines", action="store_true", help="write each operation at each place to standard error")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_args()
@@ -38,6 +39,8 @@ def build_config(arguments: argparse.Namespace, folder: Path):
     from benchmarks.step_cases import packed, run_config, sample_shape
     from rdmd_fast.config import load_config
 
+    if arguments.config:
+        return load_config(arguments.config, [f"run_dir={folder}/run", *arguments.overrides])
     if arguments.kind == "rdmd":
         return run_config("digits", arguments.dtype, folder, arguments.overrides, BATCH, arguments.stage)
     file = folder / "config.yaml"
