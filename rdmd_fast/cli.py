@@ -10,6 +10,7 @@ from rdmd_fast.processes.entry import prepare_process, system_input_error
 
 # name -> (module with add_arguments(parser) and run(arguments) -> exit status, one line of help)
 COMMANDS = {
+    "fetch": ("rdmd_fast.commands.fetch", "download emoji or digits to try rdmd with, by npm"),
     "pack": ("rdmd_fast.commands.pack", "write digits, an image folder or a toy as WebDataset shards"),
     "import-edm": ("rdmd_fast.commands.import_edm", "turn an NVIDIA EDM pickle into a teacher's export"),
     "sample": ("rdmd_fast.commands.sample", "draw samples from a teacher, to look at it before distilling"),
