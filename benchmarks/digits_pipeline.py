@@ -80,12 +80,10 @@ def build_parts() -> dict[str, object]:
     return dict(vae=vae, unet=unet, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder)
 
 
-def pipeline_of(parts: dict[str, object]):
-    pipeline = require("diffusers", "text").StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def save(parts: dict[str, object], folder: Path) -> None:
+    make_folder(folder)
+    none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    require("diffusers", "text").StableDiffusionPipeline(**parts, **none).save_pretrained(folder)
 
 
 def parameters_of(module: nn.Module) -> int:
@@ -116,7 +114,7 @@ def read_digits(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def train(name: str, modules: Iterable[nn.Module], loss_of: Callable[[], Tensor], steps: int, rate: float) -> float:
-    """Minimise ``loss_of()`` by AdamW, warmed up and decaying by a cosine; leaves the averaged weights. Seconds."""
+    """Minimise ``loss_of()`` by AdamW over one cycle of the rate; leaves the averaged weights. Returns seconds."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps + 1, pct_start=0.05)
@@ -230,8 +228,7 @@ def make_pipeline(arguments: argparse.Namespace) -> dict:
     seconds = {"vae": train_vae(vae, images, arguments.vae_steps, arguments.vae_batch)}
     latents = latents_of(vae, images) * vae.config.scaling_factor
     seconds["unet"] = train_unet(parts, latents, digits, arguments.unet_steps, arguments.unet_batch)
-    make_folder(out)
-    pipeline_of(parts).save_pretrained(out)
+    save(parts, out)
     began = time.perf_counter()
     report = {"parameters": {name: parameters_of(parts[name]) for name in ("vae", "unet", "text_encoder")}}
     report |= {"real_digits": {"all": judge.knn_accuracy, "3": judge.recall(3)}}
@@ -247,12 +244,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--judge", type=Path, required=True, metavar="DIR", help="the same of 8×8, which samples are compared with")
     add("--out", type=Path, required=True, metavar="DIR", help="where the pipeline goes")
     add("--vae-steps", type=int, default=2400, help="updates of the autoencoder (%(default)s)")
-    add("--unet-steps", type=int, default=2400, help="updates of U-Net and text encoder (%(default)s)")
+    add("--unet-steps", type=int, default=2000, help="updates of U-Net and text encoder (%(default)s)")
     add("--vae-batch", type=int, default=32, help="images of an update of the autoencoder (%(default)s)")
     add("--unet-batch", type=int, default=64, help="latents of an update of the U-Net (%(default)s)")
     add("--samples", type=int, default=32, help="samples of each digit that are judged (%(default)s)")
     add("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    for option in ("vae_steps", "unet_steps", "vae_batch", "unet_batch", "samples"):
+        if getattr(arguments, option) < 1:
+            parser.error(f"--{option.replace('_', '-')} {getattr(arguments, option)} must be at least 1")
     try:
         with quiet(require("diffusers", "text"), require("transformers", "text")):
             report = make_pipeline(arguments)

@@ -61,8 +61,13 @@ def test_the_report_tells_the_quality(pipeline):
     assert pixels_of(pipeline / "samples.png").shape[1] > 10 * 16
 
 
-def test_digits_of_another_size_are_one_line(shards, tmp_path, capsys):
+@pytest.mark.parametrize(("words", "said"), [
+    ((), "images are [8, 8, 3], pack digits with --resolution 16"),
+    (("--unet-steps", "0"), "--unet-steps 0 must be at least 1"),
+    (("--judge", "nowhere"), "nowhere: no digit folders such as 2/train and 3/train"),
+])  # fmt: skip
+def test_what_cannot_be_used_is_one_line(shards, tmp_path, capsys, words, said):
+    folders = ("--data", str(shards), "--judge", str(shards), "--out", str(tmp_path / "out"))
     with pytest.raises(SystemExit):
-        digits_pipeline.main(["--data", str(shards), "--judge", str(shards), "--out", str(tmp_path / "out")])
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "images are [8, 8, 3], pack digits with --resolution 16" in last and not (tmp_path / "out").exists()
+        digits_pipeline.main([*folders, *words])
+    assert said in capsys.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "out").exists()
