@@ -113,11 +113,13 @@ function drawPlot(plot, parent) {
       make("span", {}, readout, `at ${Math.round(step).toLocaleString("en")}: `);
       make("line", {class: "cursor", x1: x(step), x2: x(step), y1: TOP, y2: HEIGHT - BOTTOM}, cursor);
     }
-    for (const curve of plot.curves) {
-      const k = step === undefined ? curve.x.length - 1 : nearest(curve.x, step);
-      const what = curve.truth ? "should be" : data.runs.length > 1 ? data.runs[curve.run] : "";
-      make("span", {class: `run-${curve.run % 8}`}, readout,
-        `${what} ${number(curve.y[k])}${step === undefined || curve.x[k] === step ? "" : ` at ${curve.x[k].toLocaleString("en")}`} `);
+    for (const curve of plot.curves.filter((each) => !each.truth)) {
+      const at = (each) => (step === undefined ? each.x.length - 1 : nearest(each.x, step));
+      const k = at(curve), truth = plot.curves.find((each) => each.truth && each.run === curve.run);
+      let text = `${data.runs.length > 1 ? data.runs[curve.run] : ""} ${number(curve.y[k])}`;
+      if (step !== undefined && curve.x[k] !== step) text += ` at ${curve.x[k].toLocaleString("en")}`;
+      if (truth) text += ` (should be ${number(truth.y[at(truth)])})`;
+      make("span", {class: `run-${curve.run % 8}`}, readout, `${text} `);
       if (step !== undefined)
         make("circle", {cx: x(curve.x[k]), cy: y(curve.y[k]), r: 4}, make("g", {class: `run-${curve.run % 8}`}, cursor));
     }
