@@ -72,7 +72,7 @@ setup(
     packages=[*find_packages(include=["rdmd_fast*"]), "rdmd_fast.kernels"],
     # `kernels` alone is the name of another package on PyPI, so ours is importable only inside rdmd_fast.
     package_dir={"rdmd_fast": "rdmd_fast", "rdmd_fast.kernels": "kernels"},
-    package_data={"rdmd_fast.model_files": ["*.j2"]},
+    package_data={"rdmd_fast.model_files": ["*.j2"], "rdmd_fast.monitoring": ["*.j2", "*.js", "*.css"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["rdmd=rdmd_fast.cli:main"]},

@@ -22,6 +22,7 @@ COMMANDS = {
     ),
     "baseline": ("rdmd_fast.commands.baseline", "translate by SDEdit, ILVR, EGSDE, DDIB or CycleDiffusion"),
     "figures": ("rdmd_fast.commands.figures", "make the paper's figures and their tables from runs"),
+    "report": ("rdmd_fast.commands.report", "write one page of HTML about runs: curves, pictures, validation, events"),
     "sweep": (
         "rdmd_fast.commands.sweep",
         "help to choose λ and generator_sigma: short runs, a picture, a recommendation",

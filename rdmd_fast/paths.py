@@ -57,6 +57,24 @@ def data_path(text: str) -> str:
     return "::".join(piece if _FETCHED.match(piece) else path_to_read(piece) for piece in text.split("::"))
 
 
+def is_command(text: str) -> bool:
+    """Whether a set of shards is what a command writes; such a command may hold keys."""
+    return "pipe:" in text.lower()
+
+
+def without_keys(text: str) -> str | None:
+    """An address without user, password, query and fragment; None for what is no address.
+
+    Passwords may hold "/" where nobody has escaped it, so all before the last "@" goes. With an "@" behind a "?" it is
+    open which of them is a password's, and nothing is left.
+    """
+    scheme = re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE)
+    if scheme is None:
+        return None
+    place, _, query = re.sub("[?#]", "?", text[scheme.end() :]).partition("?")
+    return scheme[0] + ("…" if "@" in query else place.rpartition("@")[2])
+
+
 def _beginnings(path: str) -> list[str]:
     """``path`` and the folders above it, the first one first."""
     return [str(each) for each in (*reversed(Path(path).parents), Path(path))]

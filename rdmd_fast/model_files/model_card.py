@@ -22,6 +22,7 @@ from rdmd_fast.errors import InputError, one_line
 from rdmd_fast.extras import own_version
 from rdmd_fast.files import read_text, sha256_of
 from rdmd_fast.model_files.export_format import ExportConfig
+from rdmd_fast.paths import is_command, without_keys
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -148,19 +149,15 @@ def data_facts(spec: object) -> str:
         return ", ".join(f"{key} {code(value)}" for key, value in spec.items() if value is not None)
     parts = list(map(str, spec)) if isinstance(spec, list) else [str(spec)]
     # A command may hold "::" itself.
-    parts = [piece for part in parts for piece in ([part] if _is_command(part) else part.split("::"))]
+    parts = [piece for part in parts for piece in ([part] if is_command(part) else part.split("::"))]
     return "; ".join(map(_one_set, parts))
 
 
-def _is_command(part: str) -> bool:
-    return "pipe:" in part.lower()
-
-
 def _one_set(part: str) -> str:
-    if _is_command(part):
+    if is_command(part):
         return "samples from a command"  # which may hold keys
-    if scheme := re.match(r"[a-z][a-z0-9+.-]*://", part, re.IGNORECASE):
-        return code(scheme[0] + _without_keys(part[scheme.end() :]))
+    if (shown := without_keys(part)) is not None:
+        return code(shown)
     facts = [code(part)]
     path = Path(part) / "manifest.json"
     try:
@@ -170,16 +167,6 @@ def _one_set(part: str) -> str:
     except (InputError, OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return ", ".join(facts)
-
-
-def _without_keys(address: str) -> str:
-    """What follows an address's scheme, without user, password, query and fragment.
-
-    Passwords may hold "/" where nobody has escaped it, so all before the last "@" goes. With an "@" behind a "?" it is
-    open which of them is a password's, and nothing is left.
-    """
-    place, _, query = re.sub("[?#]", "?", address).partition("?")
-    return "…" if "@" in query else place.rpartition("@")[2]
 
 
 def teacher_facts(spec: object) -> Teacher | None:
