@@ -14,6 +14,8 @@ EPILOG = """examples:
   rdmd evaluate --outputs out/cut out/unsb --source photos/cats --target photos/dogs --resolution 256 --features F.pt
   rdmd evaluate --model runs/digits_2to3/export --teacher runs/digits_teacher_3/export \\
       --source shards/digits/2/test --target shards/digits/3/test --judge shards/digits --label 3
+  rdmd evaluate --model runs/google2twitter/export --source shards/google/test --target shards/twitter/test \\
+      --truth shards/twitter/test
   rdmd evaluate --run runs/toy/gaussian_to_gaussian
 
 A TorchScript file is a program, and it is run: name only files whose origin you trust. docs/evaluation.md has the
@@ -39,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--transport-weight", **weight, help="of a generator of a range of λ: a row or table each")
     add("--source", type=data_path, metavar="DIR", help="held-out source images, shards or a folder of files")
     add("--target", type=data_path, metavar="DIR", help="held-out target images, likewise")
+    add(
+        "--truth",
+        type=data_path,
+        metavar="DIR",
+        help="true translations, named as their sources, where they are known: adds distances to them",
+    )
     add("--features", type=path_to_read, metavar="FILE.pt", help="TorchScript feature network: adds FID and KID")
     add(
         "--features-input",

@@ -34,7 +34,8 @@ def evaluate_images(arguments: argparse.Namespace) -> dict:
     device, seed, batch_size = pick_device(arguments.device), arguments.seed or 0, arguments.batch_size
     generator = load_generator(arguments.model).to(device) if arguments.model else None
     folders, weights = arguments.outputs or (), arguments.transport_weight or ()
-    inputs = [("--source", arguments.source), ("--target", arguments.target)]
+    inputs = [(f"--{role}", getattr(arguments, role)) for role in ("source", "target", "truth")]
+    inputs = [(option, folder) for option, folder in inputs if folder]
     for option in ("picture", "out"):
         if getattr(arguments, option):
             refuse_inside(getattr(arguments, option), f"--{option}", inputs)
@@ -43,16 +44,20 @@ def evaluate_images(arguments: argparse.Namespace) -> dict:
     others = [open_images(folder, "--outputs") for folder in folders]
     size = _size(arguments, generator, [sources, targets, *others])
     names, real_names = sources.chosen(arguments.count, seed, 0), targets.chosen(arguments.count, seed, 1)
-    for each in others:
+    true = open_images(arguments.truth, "--truth") if arguments.truth else None
+    for each in [*others, *([true] if true else [])]:
         each.check_pairs(names)
     judge = _judge(arguments)
     source, target = sources.read(size, names), targets.read(size, real_names)
-    report = _report(arguments, judge, target, device)
+    truth = true.read(size, names).images if true else None
+    report = _report(arguments, judge, target, device, truth)
 
     def read(folder: OpenImages) -> PixelImages:
         return folder.read(size, names).images
 
-    compared = candidates(source.images, generator, arguments.model, weights, arguments.teacher, device, batch_size)
+    compared = candidates(
+        source.images, generator, arguments.model, weights, arguments.teacher, device, batch_size, truth
+    )
     compared += [
         Candidate(label, functools.partial(read, each), {}) for label, each in zip(labels, others, strict=True)
     ]
@@ -66,7 +71,8 @@ def evaluate_images(arguments: argparse.Namespace) -> dict:
     facts = image_facts(report, source, target, arguments.model)
     print("\n".join(fact_lines(facts, arguments.label)))
     if arguments.picture:
-        image_grid([*pictured, ("target (unpaired)", _spread(target.images))], arguments.picture)
+        real = ("truth", truth) if truth is not None else ("target (unpaired)", target.images)
+        image_grid([*pictured, (real[0], _spread(real[1]))], arguments.picture)
     return {"rows": rows, **facts}
 
 
@@ -99,14 +105,16 @@ def _judge(arguments: argparse.Namespace) -> DigitJudge | None:
     return judge
 
 
-def _report(arguments: argparse.Namespace, judge: DigitJudge | None, target: ImageSet, device) -> ImageReport:
+def _report(
+    arguments: argparse.Namespace, judge: DigitJudge | None, target: ImageSet, device, truth: PixelImages | None
+) -> ImageReport:
     features, batch_size = None, arguments.batch_size
     if arguments.features is not None:
         features = load_extractor(arguments.features, arguments.features_input, device, batch_size)
     lpips = PerceptualDistance(device) if arguments.lpips else False
     cache = Path(arguments.cache) if arguments.cache else default_cache() / "features"
     pairs = min(LPIPS_BATCH, batch_size)
-    return ImageReport(target.images, judge, arguments.label, features, lpips, arguments.seed or 0, cache, pairs)
+    return ImageReport(target.images, judge, arguments.label, features, lpips, arguments.seed or 0, cache, pairs, truth)
 
 
 def _measure(report: ImageReport, source: ImageSet, candidate: Candidate) -> tuple[dict, torch.Tensor]:

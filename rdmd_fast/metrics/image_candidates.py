@@ -8,11 +8,13 @@ import torch
 from tqdm import tqdm
 
 from rdmd_fast.errors import InputError
+from rdmd_fast.metrics.paired import fitted_colour_map
 from rdmd_fast.model_files.models import Generator, condition_inputs, load_denoiser
 from rdmd_fast.networks.feature_networks import fitting
 from rdmd_fast.pixels import PixelImages, to_uint8
 
 IDENTITY, UNTRAINED = "identity", "untrained (teacher at σ)"
+COLOUR_MAP = "colour map (sees the truth)"
 
 
 class Candidate(NamedTuple):
@@ -31,11 +33,15 @@ def candidates(
     teacher: str | None,
     device: torch.device,
     batch_size: int,
+    truth: PixelImages | None = None,
 ) -> list[Candidate]:
     """List the generator at each λ, the identity map and the untrained generator, those that apply.
 
+    Where the truth is known so is the colour map that comes nearest to it: what an unpaired method does not see.
+
     Args:
         images: the sources.
+        truth: true translations of the sources, in their order.
         model, teacher: exports of the generator and of its teacher; None for none.
         weights: λ of the generator; none for the middle of its range, or for one that takes none.
     """
@@ -51,12 +57,18 @@ def candidates(
             more = {} if weight is None else {"transport_weight": weight}
             rows.append(Candidate(row_name(weight), translate(generator, model, weight), more))
     rows.append(Candidate(IDENTITY, lambda: images, {}))
+    if truth is not None:
+        rows.append(Candidate(COLOUR_MAP, lambda: _as_pixels(fitted_colour_map(images, truth)(images[:])), {}))
     if teacher:
         denoiser = load_denoiser(teacher).to(device)
         update = {"reading": "teacher", "transport_weights": None}  # the teacher is not told λ
         untrained = Generator(denoiser.model, generator.config.model_copy(update=update))
         rows.append(Candidate(UNTRAINED, translate(untrained, teacher), {}))
     return rows
+
+
+def _as_pixels(images: torch.Tensor) -> PixelImages:
+    return PixelImages(to_uint8(images))
 
 
 @torch.no_grad()
@@ -99,7 +111,7 @@ def row_names(outputs: Sequence[str], names: Sequence[str]) -> list[str]:
         twice = next((label for index, label in enumerate(labels) if label in labels[:index]), None)
         if twice:
             raise InputError(f"{option}: two rows would be {twice}, name it once")
-    taken = {IDENTITY, UNTRAINED, *names}
+    taken = {IDENTITY, UNTRAINED, COLOUR_MAP, *names}
     choices = ([folder.name for folder in folders], [str(folder) for folder in folders])
     unique = (labels for labels in choices if len({*labels, *taken}) == len(labels) + len(taken))
     return next(unique, paths)

@@ -12,6 +12,7 @@ from rdmd_fast.metrics.frechet import frechet_distance
 from rdmd_fast.metrics.image_distances import l2, mean_colour_cosine, mse_per_pixel, psnr, ssim
 from rdmd_fast.metrics.judges import DigitJudge
 from rdmd_fast.metrics.kernel_distance import kernel_distance
+from rdmd_fast.metrics.paired import nearest_is_true
 from rdmd_fast.pixels import PixelImages
 
 LPIPS_BATCH = 32
@@ -30,6 +31,7 @@ class ImageReport:
         seed: of the subsets of KID.
         cache: folder where the target's features are kept, None to compute them here.
         batch_size: pairs at a time for lpips.
+        truth: the true translations of the sources that rows are of, in their order, where they are known.
 
     Raises:
         InputError: a network does not take the images, or lpips cannot be used.
@@ -45,7 +47,9 @@ class ImageReport:
         seed: int = 0,
         cache: Path | None = None,
         batch_size: int = LPIPS_BATCH,
+        truth=None,
     ):
+        self.truth = None if truth is None else image_batch(truth, "true translations")
         self.target = image_batch(target, "target images")
         self.judge, self.label, self.extractor, self.seed = judge, label, extractor, seed
         if lpips is True:
@@ -68,11 +72,13 @@ class ImageReport:
         Returns:
             ``name``, ``images`` and ``real_images`` (counts), then of the target ``share_3nn``, ``frechet``, ``fid``,
             ``kid``, ``kid_std``, and of the sources ``l2``, ``mse_per_pixel``, ``psnr``, ``ssim``, ``lpips``,
-            ``colour_cosine`` (see metrics.image_distances).
+            ``colour_cosine`` (see metrics.image_distances), and of the truth ``true_l2``, ``true_psnr``, ``true_ssim``,
+            ``true_nearest`` and ``true_top5`` (see metrics.paired).
         """
         source, outputs = image_batch(source, "source images"), image_batch(outputs, "output images")
         values = {"name": name, "images": len(outputs), "real_images": len(self.target)}
-        return values | self._distances_to_target(outputs) | self._distances_to_source(source, outputs) | more
+        values |= self._distances_to_target(outputs) | self._distances_to_source(source, outputs)
+        return values | self._distances_to_truth(outputs) | more
 
     def _distances_to_target(self, outputs: Images) -> dict[str, float]:
         values = {}
@@ -93,6 +99,14 @@ class ImageReport:
         if outputs.shape[1] == 3:
             metrics["colour_cosine"] = mean_colour_cosine
         return {name: metric(source, outputs) for name, metric in metrics.items()}
+
+    def _distances_to_truth(self, outputs: Images) -> dict[str, float]:
+        if self.truth is None:
+            return {}
+        metrics = {"true_l2": l2, "true_psnr": psnr, "true_ssim": ssim}
+        found = nearest_is_true(outputs, self.truth)
+        values = {name: metric(self.truth, outputs) for name, metric in metrics.items()}
+        return values | {"true_nearest": found.top1, "true_top5": found.top5}
 
     @torch.no_grad()
     def _lpips(self, source: Images, outputs: Images) -> float:

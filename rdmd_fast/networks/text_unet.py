@@ -135,7 +135,7 @@ class TextUNet(nn.Module):
         Returns:
             [N, C, h, w] in x's dtype, channels_last.
         """
-        timestep, count = self.timestep(c_noise).float(), len(x)
+        timestep, count = self.timestep(c_noise).float(), x.shape[0]
         if self.negative is None:
             return self.adapter(self.unet, x, timestep, self.prompt(count))
         both = TextCondition(

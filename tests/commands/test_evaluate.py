@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import material
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.spatial
 import torch
 from PIL import Image
 
@@ -102,6 +104,41 @@ def test_outputs_of_any_method_are_paired_by_name_and_measured(folders, tmp_path
     save(tmp_path / "same", pixels, [f"{i}.png" for i in range(6)])
     again = evaluate(tmp_path, "--outputs", tmp_path / "cut", "--target", tmp_path / "same")
     assert again["target"]["sha256"] == report["target"]["sha256"] != report["source"]["sha256"]
+
+
+def test_the_truth_is_measured_where_it_is_known(folders, tmp_path, capsys):
+    """By SciPy's assignment and NumPy's least squares."""
+    truth = pictures(5, 4)
+    save(tmp_path / "truth", truth, NAMES)
+    save(tmp_path / "right", truth, NAMES)
+    outputs = ["--outputs", tmp_path / "cut", tmp_path / "right"]
+    report = evaluate(tmp_path, *outputs, "--truth", tmp_path / "truth", "--picture", tmp_path / "g.png")
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["identity", "colour map (sees the truth)", "cut", "right"]
+    x, y, real = folders["source"], folders["outputs"], as_tensor(truth)
+    for name, images in (("identity", x), ("cut", y)):
+        assert rows[name]["true_psnr"] == pytest.approx(psnr(real, images), rel=1e-6)
+        distances = scipy.spatial.distance.cdist(images.flatten(1).double(), real.flatten(1).double())
+        nearest = (distances.argmin(1) == np.arange(4)).mean()
+        assert rows[name]["true_nearest"] == pytest.approx(nearest) and rows[name]["true_top5"] == 1
+    assert rows["right"]["true_l2"] == 0 and rows["right"]["true_nearest"] == 1 and rows["right"]["true_psnr"] is None
+
+    colours, true = (images.permute(0, 2, 3, 1).reshape(-1, 3).double().numpy() for images in (x, real))
+    design = np.column_stack([colours, np.ones(len(colours))])
+    mapped = design @ np.linalg.lstsq(design, true, rcond=None)[0]
+    mapped = np.rint((mapped + 1) * 127.5).clip(0, 255) / 127.5 - 1
+    error = np.sqrt(np.square(mapped - true).reshape(4, -1).sum(1)).mean()
+    assert rows["colour map (sees the truth)"]["true_l2"] == pytest.approx(error, rel=1e-3)
+
+    costs = scipy.spatial.distance.cdist(x.flatten(1).double(), real.flatten(1).double(), "sqeuclidean")
+    chosen = scipy.optimize.linear_sum_assignment(costs)[1]
+    expected = {"true": costs.diagonal().mean(), "exact": costs[np.arange(4), chosen].mean()}
+    expected["paired_alike"] = (chosen == np.arange(4)).mean()
+    assert report["transport"] == pytest.approx(expected, rel=1e-6)
+    assert "of exact optimal transport between the two sets" in capsys.readouterr().out
+    (tmp_path / "truth/e.png").unlink()
+    assert evaluate(tmp_path, *outputs, "--truth", tmp_path / "truth") == 2
+    assert "--truth" in capsys.readouterr().err
 
 
 def test_a_generator_is_measured_as_its_saved_images_are(folders, tmp_path):
