@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--judge", type=Path, required=True, metavar="DIR", help="the same of 8×8, which samples are compared with")
     add("--out", type=Path, required=True, metavar="DIR", help="where the pipeline goes")
     add("--vae-steps", type=int, default=2400, help="updates of the autoencoder (%(default)s)")
-    add("--unet-steps", type=int, default=1600, help="updates of U-Net and text encoder (%(default)s)")
+    add("--unet-steps", type=int, default=2000, help="updates of U-Net and text encoder (%(default)s)")
     add("--vae-batch", type=int, default=32, help="images of an update of the autoencoder (%(default)s)")
     add("--unet-batch", type=int, default=64, help="latents of an update of the U-Net (%(default)s)")
     add("--samples", type=int, default=32, help="samples of each digit that are judged (%(default)s)")
