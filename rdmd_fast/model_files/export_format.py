@@ -107,7 +107,7 @@ def write_export(folder: Path, config: ExportConfig, weights: dict[str, torch.Te
     """
 
     def fill(partial: Path) -> None:
-        adapter = adapter_of(weights) if config.base_sha256 else {}
+        adapter = adapter_of(weights)
         files = {f"{config.role}.safetensors": weights.keys() - adapter.keys(), ADAPTER: adapter.keys()}
         for name, held in files.items():
             if held or name != ADAPTER:

@@ -46,17 +46,18 @@ class Overwriting:
     """Stands in for CUDA graphs: what compiled networks gave before a mark is NaN after it, as are their gradients.
 
     Attributes:
-        compiled: (network, mode) in order: the teacher, the generator, the fake score.
-        events: their calls as T, G and F, marks as spaces.
+        compiled: (network, mode) in order.
+        events: calls as the networks' ``names``, a letter each in that order; marks as spaces.
     """
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, names="GFT"):  # the generator, the fake score, the teacher
+        self.names = names
         self.compiled, self.events, self._given = [], "", []
         monkeypatch.setattr(torch.nn.Module, "compile", lambda network, mode: self.compile(network, mode))
         monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", self.mark)
 
     def compile(self, network, mode):
-        name = "TGF"[len(self.compiled)]
+        name = self.names[len(self.compiled)]
         self.compiled.append((network, mode))
 
         def call(*inputs, **options):
@@ -119,7 +120,7 @@ def test_no_update_reads_what_a_compiled_network_gave_before_it(distill, monkeyp
 
 
 def test_each_update_of_a_teacher_is_marked(tmp_path, monkeypatch):
-    graphs = Overwriting(monkeypatch)
+    graphs = Overwriting(monkeypatch, "T")
     values = {
         "stage": "teacher", "run_dir": str(tmp_path / "run"), "data": {"target": {"toy": "circles"}},
         "network": {"kind": "mlp", "hidden": 8, "depth": 1}, "telemetry": {"sample_every": 0, "tensorboard": False},
