@@ -22,7 +22,7 @@ from rdmd_fast.model_files.weights import check_weights, expected_weights, load_
 from rdmd_fast.networks import build_network
 from rdmd_fast.networks.adapters import adapter_of
 from rdmd_fast.networks.diffusers_unet import nearest_level
-from rdmd_fast.networks.text_unet import TextUNet
+from rdmd_fast.networks.text_network import TextNetwork
 from rdmd_fast.processes.world import World, on_main
 from rdmd_fast.rdmd import Networks
 from rdmd_fast.transport_weight import bounds_of
@@ -76,7 +76,7 @@ class PromptedPipeline:
         on_main(world, lambda: store_prompts(path, self.folder, texts, config.teacher_negative_prompt, tokens, say))
         self.prompts = stored_prompts(path)
 
-    def network(self, guidance: float = 1.0, role: str = PROMPT) -> TextUNet:
+    def network(self, guidance: float = 1.0, role: str = PROMPT) -> TextNetwork:
         """A whole copy, told the prompt of ``role``."""
         conditioned = bounds_of(self.config.rdmd.transport_weight) is not None and self.config.stage == "rdmd"
         told, weights = self._told(guidance, role)
@@ -85,12 +85,12 @@ class PromptedPipeline:
         load_weights(network, weights, self.config.teacher)
         return network
 
-    def adapted(self, base: TextUNet, role: str = PROMPT) -> TextUNet:
+    def adapted(self, base: TextNetwork, role: str = PROMPT) -> TextNetwork:
         """An adapter over the parameters of ``base``, or without lora a whole copy; told the prompt of ``role``."""
         if self.config.lora is None:
             return self.network(role=role)
         told, weights = self._told(1.0, role)
-        network = TextUNet(told.network.model_copy(update={"lora": self.config.lora}), base)
+        network = TextNetwork(told.network.model_copy(update={"lora": self.config.lora}), base)
         network.load_state_dict({name: weights[name] for name in network.prompt_names()}, strict=False)
         return network
 

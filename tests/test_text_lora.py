@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from text_pipelines import pipeline_and_latents
+from text_pipelines import pipeline_and_latents, sd3_pipeline
 
 from benchmarks.step_sides import Ours
 from rdmd_fast import cli, load_denoiser, load_generator
@@ -34,10 +34,13 @@ def folder(tmp_path_factory) -> Path:
     return pipeline_and_latents(tmp_path_factory.mktemp("lora"), xl=False)
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3"])
 def either(request, folder, tmp_path_factory) -> Path:
-    """Of both families."""
-    return folder if request.param == "sd" else pipeline_and_latents(tmp_path_factory.mktemp("lora_xl"), xl=True)
+    """Of each family."""
+    if request.param == "sd":
+        return folder
+    made = {"sd3": sd3_pipeline}[request.param]() if request.param != "sdxl" else None
+    return pipeline_and_latents(tmp_path_factory.mktemp(request.param), xl=True, made=made)
 
 
 def values(folder: Path, run: Path, **sections) -> dict:
@@ -73,12 +76,12 @@ def test_one_base_is_in_memory_and_never_moves(either, tmp_path):
     before = frozen(x, c_noise)
     assert torch.equal(before, load_denoiser(either / "pipeline", PROMPT, NEGATIVE, 2.0).model(x, c_noise))
     assert torch.equal(networks["fake_score"](x, c_noise), teacher.model(x, c_noise))
-    base = {name: value.clone() for name, value in frozen.unet.state_dict().items()}
+    base = {name: value.clone() for name, value in frozen.library_network.state_dict().items()}
     with torch.enable_grad():
         for _ in range(3):
             ours.iteration()
     assert torch.equal(frozen(x, c_noise), before)
-    assert all(torch.equal(value, base[name]) for name, value in frozen.unet.state_dict().items())
+    assert all(torch.equal(value, base[name]) for name, value in frozen.library_network.state_dict().items())
 
     adapters = 0
     held = {parameter.data_ptr() for parameter in frozen.parameters()}
@@ -90,7 +93,7 @@ def test_one_base_is_in_memory_and_never_moves(either, tmp_path):
         assert {id(p) for group in engine.optimizer.param_groups for p in group["params"]} == {id(p) for p in trained}
         adapters += sum(p.numel() for p in trained)
     unique = {p.data_ptr(): p.numel() for network in networks.values() for p in network.parameters()}
-    assert sum(unique.values()) == sum(value.numel() for value in base.values()) + adapters
+    assert sum(unique.values()) == sum(p.numel() for p in frozen.parameters()) + adapters
     ours.experiment.close()
 
 
@@ -111,11 +114,13 @@ def test_the_export_is_an_adapter_that_the_library_loads(either, tmp_path):
     diffusers = require("diffusers", "text")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(either / "pipeline", local_files_only=True)
     pipeline.load_lora_weights(export, weight_name=files[1])
-    generator.model.unet = pipeline.unet
+    part = generator.model.part
+    generator.model.add_module(part, getattr(pipeline, part))
     torch.testing.assert_close(generator(x).detach(), y, rtol=1e-4, atol=1e-4)
 
     card = (export / "README.md").read_text()
-    assert f"a low-rank adapter over the U-Net of the pipeline `{either / 'pipeline'}`" in card
+    name = "U-Net" if part == "unet" else part
+    assert f"a low-rank adapter over the {name} of the pipeline `{either / 'pipeline'}`" in card
     assert f"| prompt | `{PROMPT}` |" in card and "| adapter | `rank 3, alpha 6.0, targets all` |" in card
 
     pictures = tmp_path / "pictures"
@@ -211,7 +216,9 @@ def test_dry_run_counts_one_base_and_two_adapters(folder, tmp_path, capsys):
 
 
 def prompt_parts(folder: Path) -> list[str]:
-    return ["embeds", "pooled", "time_ids"] if (folder / "pipeline/text_encoder_2").is_dir() else ["embeds"]
+    names = json.loads((folder / "pipeline/model_index.json").read_text())
+    more = {"StableDiffusionXLPipeline": ["pooled", "time_ids"], "StableDiffusion3Pipeline": ["pooled"]}
+    return ["embeds", *more.get(names["_class_name"], [])]
 
 
 BAD = {

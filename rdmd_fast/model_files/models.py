@@ -9,6 +9,7 @@ from rdmd_fast.diffusion import Reading, denoise
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.export_format import ExportConfig, read_export
 from rdmd_fast.model_files.weights import rebuild
+from rdmd_fast.networks.text_options import TextOptions
 from rdmd_fast.transport_weight import with_condition
 
 
@@ -108,7 +109,7 @@ def load_denoiser(
 
     Args:
         source: a RUN/export folder of the teacher stage, an NVIDIA EDM pickle, or a diffusers folder.
-        prompt, negative_prompt, guidance: of a text-to-image pipeline, as ``TextUNetOptions`` describes them; without
+        prompt, negative_prompt, guidance: of a text-to-image pipeline, as ``TextOptions`` describes them; without
             them it is told an empty prompt.
 
     Raises:
@@ -120,7 +121,7 @@ def load_denoiser(
 
     source = local_folder(source)
     config, weights = read_teacher(source)
-    if config.network.kind == "text_unet" and (source / INDEX).is_file():
+    if isinstance(config.network, TextOptions) and (source / INDEX).is_file():
         config, weights = _told(config, weights, source, prompt, negative_prompt, guidance)
     elif (prompt, negative_prompt, guidance) != (None, None, 1.0):
         raise InputError(f"{source}: is no text-to-image pipeline, leave out prompt, negative_prompt and guidance")

@@ -14,8 +14,8 @@ from rdmd_fast.networks.text_options import LoRAOptions
 
 NAME = "default"  # PEFT's, of a network's only adapter
 A, B = ".lora_A.weight", ".lora_B.weight"
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 _ENDINGS = {"attention": _ATTENTION, "attention_feed_forward": (*_ATTENTION, *_FEED_FORWARD), "all": ("",)}
 
 

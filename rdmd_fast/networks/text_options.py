@@ -1,6 +1,6 @@
-"""The U-Net of a text-to-image pipeline of diffusers, the schedule that it was trained on, and how it is prompted."""
+"""The network of a text-to-image pipeline of diffusers, the schedule that it was trained on, and how it is prompted."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,24 @@ REQUIRED = {
 }  # fmt: skip
 ADDED = {"stable_diffusion": None, "stable_diffusion_xl": "text_time"}
 TIME_IDS = 6  # original height and width, crop from the top and the left, target height and width, pixels
+
+
+class Transformer(NamedTuple):
+    """A transformer of diffusers: its class, and sizes in its config.json with the library's defaults."""
+
+    class_name: str
+    sizes: dict[str, int]
+
+
+TRANSFORMERS = {
+    "stable_diffusion_3": Transformer(
+        "SD3Transformer2DModel",
+        {
+            "in_channels": 16, "patch_size": 2, "num_layers": 18, "joint_attention_dim": 4096,
+            "pooled_projection_dim": 2048, "pos_embed_max_size": 96,
+        },
+    ),
+}  # fmt: skip
 
 
 class LoRAOptions(Options):
@@ -33,12 +51,22 @@ class LoRAOptions(Options):
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-class TextUNetOptions(Options):
-    """A diffusers UNet2DConditionModel read as one of our networks, told one prompt for all samples."""
+class TextOptions(Options):
+    """What networks of all families have in common; one is told one prompt for all samples.
 
-    kind: Literal["text_unet"] = "text_unet"
-    family: Literal["stable_diffusion", "stable_diffusion_xl"] = Field(description="pipeline that it is of")
-    unet: dict[str, Any] = Field(description="its config.json, without the keys that begin with an underscore")
+    Attributes:
+        part: of the pipeline, which its folder and the keys of the state dict are named by.
+        config: the part's config.json, without the keys that begin with an underscore.
+        channels: of a latent.
+        width: of a token's embedding.
+        pooled_width: of a prompt's pooled embedding; 0 for a family without.
+        tells_size: whether it is told the size of pictures.
+        layers: of its blocks, at least.
+        divisor: of a latent's sides.
+        longest: side of a latent that it takes; None for any.
+    """
+
+    part: ClassVar[str]
     schedule: Annotated[VPSchedule | FlowSchedule, Field(discriminator="kind")]
     tokens: Size = Field(77, description="length of an embedded prompt")
     guidance: float = Field(
@@ -49,6 +77,25 @@ class TextUNetOptions(Options):
         exclude_if=lambda lora: lora is None,  # what was written before it was known stays as it is
         description="adapters, which alone are trained; unset: none, all weights are",
     )
+    tells_size: ClassVar[bool] = False
+    longest: ClassVar[int | None] = None
+
+    @classmethod
+    def class_of(cls, family: str) -> str:
+        """diffusers' class of a family's network."""
+        raise NotImplementedError
+
+    def without_dropout(self) -> Self:
+        return self
+
+
+class TextUNetOptions(TextOptions):
+    """A diffusers UNet2DConditionModel read as one of our networks."""
+
+    part: ClassVar[str] = "unet"
+    kind: Literal["text_unet"] = "text_unet"
+    family: Literal["stable_diffusion", "stable_diffusion_xl"] = Field(description="pipeline that it is of")
+    unet: dict[str, Any] = Field(description="its config.json, without the keys that begin with an underscore")
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -71,18 +118,23 @@ class TextUNetOptions(Options):
         return self
 
     @property
+    def config(self) -> dict[str, Any]:
+        return self.unet
+
+    @property
     def channels(self) -> int:
-        """Of a latent."""
         return self.unet.get("in_channels", 4)
 
     @property
     def width(self) -> int:
-        """Of a token's embedding."""
         return self.unet.get("cross_attention_dim", 1280)
 
     @property
+    def tells_size(self) -> bool:
+        return ADDED[self.family] is not None
+
+    @property
     def pooled_width(self) -> int:
-        """Of a prompt's pooled embedding; 0 for a family without."""
         if ADDED[self.family] is None:
             return 0
         keys = ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
@@ -91,15 +143,76 @@ class TextUNetOptions(Options):
 
     @property
     def layers(self) -> int:
-        """Residual blocks on the way down, at least."""
         levels, each = self.unet.get("block_out_channels", (320, 640, 1280, 1280)), self.unet.get("layers_per_block", 2)
         counts = each if isinstance(each, list) else [each] * len(levels)
         return sum(count for count in counts if isinstance(count, int))
 
     @property
-    def halvings(self) -> int:
-        """The factor that a latent's sides divide by."""
+    def divisor(self) -> int:
         return 2 ** (len(self.unet.get("block_out_channels", (320, 640, 1280, 1280))) - 1)
+
+    @classmethod
+    def class_of(cls, family: str) -> str:
+        return "UNet2DConditionModel"
+
+    def without_dropout(self) -> Self:
+        return self.model_copy(update={"unet": {**self.unet, "dropout": 0.0}})
+
+
+class TextTransformerOptions(TextOptions):
+    """A transformer on latents of the straight path x_t = (1 - t) x + t ε, read as one of our networks."""
+
+    part: ClassVar[str] = "transformer"
+    kind: Literal["text_transformer"] = "text_transformer"
+    family: Literal["stable_diffusion_3"] = Field(description="pipeline that it is of")
+    transformer: dict[str, Any] = Field(description="its config.json, without the keys that begin with an underscore")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for key in TRANSFORMERS[self.family].sizes:
+            if not _is_size(self._value(key)):
+                raise ValueError(f"transformer.{key}: {self._value(key)!r} is not a size")
+        channels, made = self._value("in_channels"), self.transformer.get("out_channels")
+        if made not in (None, channels):
+            raise ValueError(f"transformer.out_channels is {made!r}, in_channels {channels!r}: they must be alike")
+        if not isinstance(self.schedule, FlowSchedule):
+            raise ValueError("schedule: a transformer of this family is trained on the straight path alone")
+        return self
+
+    @classmethod
+    def class_of(cls, family: str) -> str:
+        return TRANSFORMERS[family].class_name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.transformer
+
+    @property
+    def channels(self) -> int:
+        return self._value("in_channels")
+
+    @property
+    def width(self) -> int:
+        return self._value("joint_attention_dim")
+
+    @property
+    def pooled_width(self) -> int:
+        return self._value("pooled_projection_dim")
+
+    @property
+    def layers(self) -> int:
+        return self._value("num_layers")
+
+    @property
+    def divisor(self) -> int:
+        return self._value("patch_size")
+
+    @property
+    def longest(self) -> int | None:
+        return self._value("pos_embed_max_size") * self._value("patch_size")
+
+    def _value(self, key: str) -> Any:
+        return self.transformer.get(key, TRANSFORMERS[self.family].sizes[key])
 
 
 def _is_size(value: object) -> bool:
