@@ -338,7 +338,7 @@ def _flops_per_sample(config: Config, experiment: Experiment) -> float:
     else:
         copied = config.generator.kind == "teacher"
         network = experiment.export.network if copied else read_teacher_config(config.teacher).network
-        teacher = forward_flops(guided(network, config.guidance), shape)
+        teacher = forward_flops(guided(network, config.guidance_of(network)), shape)
         score = forward_flops(network, shape, conditioned)
     updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0
     return distillation_flops(main, teacher, score, updates, config.lora is not None)

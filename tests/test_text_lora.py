@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from text_pipelines import pipeline_and_latents, sd3_pipeline
+from text_pipelines import flux_pipeline, pipeline_and_latents, sd3_pipeline
 
 from benchmarks.step_sides import Ours
 from rdmd_fast import cli, load_denoiser, load_generator
@@ -34,12 +34,12 @@ def folder(tmp_path_factory) -> Path:
     return pipeline_and_latents(tmp_path_factory.mktemp("lora"), xl=False)
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3"])
+@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux"])
 def either(request, folder, tmp_path_factory) -> Path:
     """Of each family."""
-    if request.param == "sd":
-        return folder
-    made = {"sd3": sd3_pipeline}[request.param]() if request.param != "sdxl" else None
+    if request.param in ("sd", "flux"):
+        return folder if request.param == "sd" else request.getfixturevalue("flux")
+    made = sd3_pipeline() if request.param == "sd3" else None
     return pipeline_and_latents(tmp_path_factory.mktemp(request.param), xl=True, made=made)
 
 
@@ -62,6 +62,11 @@ def train(folder: Path, run: Path, *words: str, **sections) -> int:
 def sources(folder: Path) -> torch.Tensor:
     shards = ShardSet(folder / "shards")
     return torch.stack([torch.tensor(shards.read(index)) for index in range(len(shards))])
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> Path:
+    return pipeline_and_latents(tmp_path_factory.mktemp("flux"), made=flux_pipeline())
 
 
 @torch.no_grad()
@@ -197,6 +202,18 @@ def test_the_fake_score_can_have_a_prompt_of_its_own(folder, tmp_path):
     ours.experiment.close()
 
 
+@torch.no_grad()
+def test_generator_and_fake_score_can_have_a_guidance_embedding_of_their_own(flux, tmp_path):
+    told = dict(guidance_embedding=2.5, student_guidance_embedding=1.0, teacher_guidance=None, fake_prompt="a cat")
+    ours = Ours(validate_config(values(flux, tmp_path / "run", **told), "here"))
+    networks, x, c_noise = ours.networks(), sources(flux), torch.zeros(8)
+    assert networks["teacher"].guidance == 1  # its embedding is the guidance
+    for role, prompt, embedding in (("teacher", PROMPT, 2.5), ("generator", PROMPT, 1.0), ("fake_score", "a cat", 1.0)):
+        expected = load_denoiser(flux / "pipeline", prompt, guidance_embedding=embedding).model
+        assert torch.equal(networks[role](x, c_noise), expected(x, c_noise))
+    ours.experiment.close()
+
+
 def test_dry_run_counts_one_base_and_two_adapters(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "run", "--dry-run") == 0
     said = capsys.readouterr().out
@@ -218,6 +235,7 @@ def test_dry_run_counts_one_base_and_two_adapters(folder, tmp_path, capsys):
 def prompt_parts(folder: Path) -> list[str]:
     names = json.loads((folder / "pipeline/model_index.json").read_text())
     more = {"StableDiffusionXLPipeline": ["pooled", "time_ids"], "StableDiffusion3Pipeline": ["pooled"]}
+    more["FluxPipeline"] = ["pooled", "guidance"]
     return ["embeds", *more.get(names["_class_name"], [])]
 
 
@@ -228,6 +246,7 @@ BAD = {
     ),
     "rank 0": ({"lora": {"rank": 0}}, "lora.rank: "),
     "unknown targets": ({"lora": {"targets": "everything"}}, "lora.targets: "),
+    "no guidance embedding": ({"student_guidance_embedding": 1.0}, "is not told its guidance, remove the key"),
     "another teacher": ({"teacher": "other", "teacher_prompt": PROMPT}, "is no text-to-image pipeline"),
     "guidance of a teacher stage": (
         {"stage": "teacher", "data": {"target": "shards"}, "teacher_negative_prompt": None, "rdmd": {}},

@@ -103,6 +103,20 @@ def sd3_pipeline(t5: bool = True, **scheduler):
     )  # fmt: skip
 
 
+def flux_pipeline(guidance_embeds: bool = True, **scheduler):
+    """FLUX.1 with latents of 16×8×8 of pictures of 16×16."""
+    torch.manual_seed(4)
+    transformer = diffusers.FluxTransformer2DModel(
+        num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64,
+        pooled_projection_dim=24, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    shift = {"use_dynamic_shifting": guidance_embeds} | scheduler
+    return diffusers.FluxPipeline(
+        transformer=_of_visible_size(transformer), text_encoder=text_encoder(24), tokenizer=tokenizer(),
+        text_encoder_2=t5_encoder(64), tokenizer_2=t5_tokenizer(), **flow_parts(**shift),
+    )  # fmt: skip
+
+
 def _of_visible_size(network: torch.nn.Module) -> torch.nn.Module:
     """Biases are no longer zero, so that each matters."""
     with torch.no_grad():

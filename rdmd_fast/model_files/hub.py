@@ -7,13 +7,8 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.extras import require
 
 NAME = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-PARTS = (
-    "unet",
-    "transformer",
-    "vae",
-    "scheduler",
-    *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")),
-)
+TEXT_PARTS = tuple(f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3"))
+PARTS = ("unet", "transformer", "vae", "scheduler", *TEXT_PARTS)
 PATTERNS = ["model_index.json", *(f"{part}/*" for part in PARTS)]
 NOT_READ = ["*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.xml", "*non_ema*"]
 

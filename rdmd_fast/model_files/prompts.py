@@ -33,7 +33,10 @@ CLIP = Encoder(
 T5 = Encoder(frozenset(("T5Tokenizer", "T5TokenizerFast")), frozenset(("T5EncoderModel",)))
 JOINT_WIDTH = 4096  # the library's default
 # In the order of tokenizer, tokenizer_2, …
-ENCODERS = {"stable_diffusion": (CLIP,), "stable_diffusion_xl": (CLIP, CLIP), "stable_diffusion_3": (CLIP, CLIP, T5)}
+ENCODERS = {
+    "stable_diffusion": (CLIP,), "stable_diffusion_xl": (CLIP, CLIP), "stable_diffusion_3": (CLIP, CLIP, T5),
+    "flux": (CLIP, T5),
+}  # fmt: skip
 
 
 def store_prompts(
@@ -112,11 +115,11 @@ class _EncodingPipeline:
         self.family = FAMILIES[values["_class_name"]]
         encoders = ENCODERS[self.family]
         clip = clip_tokens(folder) if T5 in encoders else tokens
-        self.lengths = {CLIP: clip, T5: tokens - clip}
+        self.lengths = {CLIP: clip, T5: tokens if self.family == "flux" else tokens - clip}
         parts, self.tokenizers = {}, {}
         for encoder, suffix in zip(encoders, ("", "_2", "_3"), strict=False):
             names = f"tokenizer{suffix}", f"text_encoder{suffix}"
-            if encoder is T5 and values.get(names[1]) == [None, None]:
+            if names[1] == "text_encoder_3" and values.get(names[1]) == [None, None]:
                 parts |= dict.fromkeys(names)
                 continue
             for name, classes in zip(names, encoder, strict=True):
@@ -146,6 +149,12 @@ class _EncodingPipeline:
     def embed(self, texts: list[str], negative: list[str] | None) -> tuple[torch.Tensor, ...]:
         """Embeddings of the prompts and the negative ones, and where there are any both pooled."""
         options = {"device": "cpu", "num_images_per_prompt": 1}
+        if self.family == "flux":
+            options |= {"max_sequence_length": self.lengths[T5]}
+            wanted, unwanted = (
+                self.library_pipeline.encode_prompt(each, **options) for each in (texts, negative or [""] * len(texts))
+            )
+            return wanted[0], unwanted[0], wanted[1], unwanted[1]
         if self.family == "stable_diffusion_3":
             options |= {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.lengths[T5]}
         options |= {"negative_prompt": negative, "do_classifier_free_guidance": True}

@@ -19,14 +19,17 @@ FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "stable_diffusion_xl",
     "StableDiffusion3Pipeline": "stable_diffusion_3",
+    "FluxPipeline": "flux",
 }
 OPTIONS = {
     "stable_diffusion": TextUNetOptions,
     "stable_diffusion_xl": TextUNetOptions,
     "stable_diffusion_3": TextTransformerOptions,
+    "flux": TextTransformerOptions,
 }
 TOKENS = 77  # of CLIP
-T5_TOKENS = 256  # of Stable Diffusion 3, as its pipeline takes them
+GUIDANCE_EMBEDDING = 3.5  # of FLUX.1 [dev], as its pipeline takes it
+SAMPLE_SIZE = 128  # of a transformer that does not say
 PROMPT, NEGATIVE, TIME_IDS_NAME = "prompt.", "negative.", "time_ids"
 FAKE = "fake."  # role of the fake score's own prompt
 
@@ -80,11 +83,11 @@ def read_text_pipeline_config(folder: str | Path) -> ExportConfig:
         "family": family,
         options.part: {key: value for key, value in values.items() if key[:1] != "_"},
         "schedule": schedule,
-        "tokens": clip_tokens(folder) + (T5_TOKENS if family == "stable_diffusion_3" else 0),
+        "tokens": _tokens(folder, family, values),
     }
     network = options.parse(given, str(path))
     _check_autoencoder(folder, network)
-    size = values.get("sample_size")
+    size = values.get("sample_size", SAMPLE_SIZE if options is TextTransformerOptions else None)
     sides = size if isinstance(size, list) else [size, size]
     shape = {"role": "teacher", "sample_shape": [network.channels, *sides], "pipeline": str(folder.absolute())}
     return ExportConfig.parse({**shape, "network": network, "diffusion": diffusion}, f"{path}: sample_size")
@@ -98,6 +101,7 @@ def with_prompts(
     folder: str | Path,
     guidance: float = 1.0,
     role: str = PROMPT,
+    guidance_embedding: float = GUIDANCE_EMBEDDING,
 ) -> tuple[ExportConfig, dict[str, torch.Tensor]]:
     """A pipeline's network told its prompts.
 
@@ -108,6 +112,7 @@ def with_prompts(
         folder: of the pipeline.
         guidance: see ``TextOptions``; at 1 the negative prompt is left out.
         role: whose prompt.
+        guidance_embedding: what a network is told that is told its guidance, with each prompt.
 
     Raises:
         InputError: the autoencoder's configuration is missing or damaged.
@@ -124,6 +129,8 @@ def with_prompts(
         size = [side * pixels_per_latent(folder) for side in sample_shape[1:]]
         row = torch.tensor([[*size, *[0] * (TIME_IDS - 4), *size]], dtype=torch.float32)
         told |= {f"{own}{TIME_IDS_NAME}": row.clone() for own in roles}
+    if network.embeds_guidance:
+        told |= {f"{own}guidance": torch.tensor([guidance_embedding], dtype=torch.float32) for own in roles}
     config = config.model_copy(update={"network": network, "sample_shape": list(sample_shape)})
     return config, weights | told
 
@@ -151,8 +158,16 @@ def _check_autoencoder(folder: Path, network: TextOptions) -> None:
     if values.get("latent_channels", 4) != network.channels:
         raise InputError(
             f"{path}: latent_channels is {values.get('latent_channels', 4)!r}, {network.part}/config.json has "
-            f"in_channels {network.channels}: the autoencoder is another pipeline's, copy the folder again"
+            f"in_channels {network.config.get('in_channels', 'unset')}: the autoencoder is another pipeline's, copy "
+            "the folder again"
         )
+
+
+def _tokens(folder: Path, family: str, values: dict) -> int:
+    """Of an embedded prompt; those of T5 are as many as the pipelines take (FLUX.1 [schnell]: as its authors do)."""
+    if family == "flux":
+        return 512 if values.get("guidance_embeds") else 256
+    return clip_tokens(folder) + (256 if family == "stable_diffusion_3" else 0)
 
 
 def clip_tokens(folder: Path) -> int:

@@ -1,7 +1,7 @@
 """The networks of text-to-image pipelines as ours.
 
-Latent diffusion (arXiv 2112.10752), SDXL (arXiv 2307.01952), Stable Diffusion 3 (arXiv 2403.03206). diffusers computes
-them; here our input, c_noise and a prompt become the arguments of its forward, one adapter a family.
+Latent diffusion (arXiv 2112.10752), SDXL (arXiv 2307.01952), Stable Diffusion 3 (arXiv 2403.03206), FLUX.1. diffusers
+computes them; here our input, c_noise and a prompt become the arguments of its forward, one adapter a family.
 """
 
 import copy
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdmd_fast.errors import InputError
@@ -27,11 +28,13 @@ class TextCondition(NamedTuple):
         pooled: [N, P] of the whole prompt; None for a family without.
         time_ids: [N, 6], float32: original height and width, crop from the top and the left, target height and width,
             pixels; None for a family without.
+        guidance: [N], float32: how far it is to be guided; None for a network that is not told.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    guidance: Tensor | None = None
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
@@ -54,10 +57,26 @@ def _stable_diffusion_3(transformer: nn.Module, x: Tensor, timestep: Tensor, con
     return transformer(x, **told, return_dict=False)[0].contiguous(memory_format=torch.channels_last)
 
 
+def _flux(transformer: nn.Module, x: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
+    # One input is a square of 2×2 latents; where it is, it is told as (0, row, column), and (0, 0, 0) of a text's.
+    packed = F.pixel_unshuffle(x, 2)
+    places = torch.zeros(*packed.shape[2:], 3, device=x.device)
+    for axis, count in enumerate(packed.shape[2:]):
+        places[..., axis + 1] = torch.arange(count, device=x.device).view(-1, *[1] * (1 - axis))
+    embeds, pooled = condition.embeds.to(x.dtype), condition.pooled.to(x.dtype)
+    told = {"encoder_hidden_states": embeds, "pooled_projections": pooled, "guidance": condition.guidance}
+    told |= {"img_ids": places.flatten(0, 1), "txt_ids": places.new_zeros(embeds.shape[1], 3)}
+    tokens = packed.flatten(2).transpose(1, 2)
+    output = transformer(tokens, timestep=timestep / 1000, **told, return_dict=False)[0]
+    unpacked = F.pixel_shuffle(output.transpose(1, 2).unflatten(2, packed.shape[2:]), 2)
+    return unpacked.contiguous(memory_format=torch.channels_last)
+
+
 ADAPTERS: dict[str, Callable[[nn.Module, Tensor, Tensor, TextCondition], Tensor]] = {
     "stable_diffusion": _stable_diffusion,
     "stable_diffusion_xl": _stable_diffusion_xl,
     "stable_diffusion_3": _stable_diffusion_3,
+    "flux": _flux,
 }
 """(library's network, input [N, C, h, w], timestep [N], condition) -> raw prediction [N, C, h, w], channels_last, by
 family."""
@@ -79,6 +98,7 @@ class Prompt(ExactTables):
         self.register_buffer("embeds", torch.zeros(1, options.tokens, options.width))
         self.register_buffer("pooled", torch.zeros(1, pooled) if pooled else None)
         self.register_buffer("time_ids", torch.zeros(1, TIME_IDS) if options.tells_size else None)
+        self.register_buffer("guidance", torch.zeros(1) if options.embeds_guidance else None)
 
     def forward(self, count: int) -> TextCondition:
         """The condition of ``count`` samples alike."""

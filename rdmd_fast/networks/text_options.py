@@ -17,10 +17,17 @@ TIME_IDS = 6  # original height and width, crop from the top and the left, targe
 
 
 class Transformer(NamedTuple):
-    """A transformer of diffusers: its class, and sizes in its config.json with the library's defaults."""
+    """A transformer of diffusers.
+
+    Attributes:
+        class_name: the library's.
+        sizes: in its config.json, with the library's defaults.
+        packing: squares of so many latents a side are one input.
+    """
 
     class_name: str
     sizes: dict[str, int]
+    packing: int = 1
 
 
 TRANSFORMERS = {
@@ -30,6 +37,14 @@ TRANSFORMERS = {
             "in_channels": 16, "patch_size": 2, "num_layers": 18, "joint_attention_dim": 4096,
             "pooled_projection_dim": 2048, "pos_embed_max_size": 96,
         },
+    ),
+    "flux": Transformer(
+        "FluxTransformer2DModel",
+        {
+            "in_channels": 64, "patch_size": 1, "num_layers": 19, "num_single_layers": 38,
+            "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+        },
+        packing=2,
     ),
 }  # fmt: skip
 
@@ -61,6 +76,8 @@ class TextOptions(Options):
         width: of a token's embedding.
         pooled_width: of a prompt's pooled embedding; 0 for a family without.
         tells_size: whether it is told the size of pictures.
+        embeds_guidance: whether it is told how far to be guided, as one number.
+        usual_guidance: of a teacher.
         layers: of its blocks, at least.
         divisor: of a latent's sides.
         longest: side of a latent that it takes; None for any.
@@ -78,6 +95,8 @@ class TextOptions(Options):
         description="adapters, which alone are trained; unset: none, all weights are",
     )
     tells_size: ClassVar[bool] = False
+    embeds_guidance: ClassVar[bool] = False
+    usual_guidance: ClassVar[float] = 1.5  # near DMD2's 1.75
     longest: ClassVar[int | None] = None
 
     @classmethod
@@ -164,7 +183,7 @@ class TextTransformerOptions(TextOptions):
 
     part: ClassVar[str] = "transformer"
     kind: Literal["text_transformer"] = "text_transformer"
-    family: Literal["stable_diffusion_3"] = Field(description="pipeline that it is of")
+    family: Literal["stable_diffusion_3", "flux"] = Field(description="pipeline that it is of")
     transformer: dict[str, Any] = Field(description="its config.json, without the keys that begin with an underscore")
 
     @model_validator(mode="after")
@@ -175,6 +194,11 @@ class TextTransformerOptions(TextOptions):
         channels, made = self._value("in_channels"), self.transformer.get("out_channels")
         if made not in (None, channels):
             raise ValueError(f"transformer.out_channels is {made!r}, in_channels {channels!r}: they must be alike")
+        if self._packing > 1 and (channels % self._packing**2 or self._value("patch_size") != 1):
+            raise ValueError(
+                f"transformer.in_channels: {channels} in patches of {self._value('patch_size')} are not those of "
+                f"{self._packing}×{self._packing} latents"
+            )
         if not isinstance(self.schedule, FlowSchedule):
             raise ValueError("schedule: a transformer of this family is trained on the straight path alone")
         return self
@@ -189,7 +213,7 @@ class TextTransformerOptions(TextOptions):
 
     @property
     def channels(self) -> int:
-        return self._value("in_channels")
+        return self._value("in_channels") // self._packing**2
 
     @property
     def width(self) -> int:
@@ -200,16 +224,31 @@ class TextTransformerOptions(TextOptions):
         return self._value("pooled_projection_dim")
 
     @property
+    def embeds_guidance(self) -> bool:
+        return bool(self.transformer.get("guidance_embeds"))
+
+    @property
+    def usual_guidance(self) -> float:
+        return 1.0 if self.family == "flux" else TextOptions.usual_guidance
+
+    @property
     def layers(self) -> int:
-        return self._value("num_layers")
+        sizes = TRANSFORMERS[self.family].sizes
+        return sum(self._value(key) for key in ("num_layers", "num_single_layers") if key in sizes)
 
     @property
     def divisor(self) -> int:
-        return self._value("patch_size")
+        return self._value("patch_size") * self._packing
 
     @property
     def longest(self) -> int | None:
+        if "pos_embed_max_size" not in TRANSFORMERS[self.family].sizes:
+            return None
         return self._value("pos_embed_max_size") * self._value("patch_size")
+
+    @property
+    def _packing(self) -> int:
+        return TRANSFORMERS[self.family].packing
 
     def _value(self, key: str) -> Any:
         return self.transformer.get(key, TRANSFORMERS[self.family].sizes[key])

@@ -4,21 +4,24 @@ import json
 import logging
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from text_pipelines import TOKENS, sd3_pipeline
+from text_pipelines import TOKENS, diffusers, flux_pipeline, sd3_pipeline
 
 from rdmd_fast import cli, load_denoiser
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.prompts import embed_prompts
 from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config
+from rdmd_fast.networks.adapters import add_adapters
+from rdmd_fast.networks.text_options import LoRAOptions
 
 logging.getLogger("diffusers").setLevel("ERROR")
 PROMPT, NEGATIVE = "a lion", "blurry"
-MAKERS = {"sd3": sd3_pipeline}
-T5_TOKENS = 256
+MAKERS = {"sd3": sd3_pipeline, "flux": flux_pipeline, "flux schnell": partial(flux_pipeline, guidance_embeds=False)}
+T5_TOKENS = {"sd3": 256, "flux": 512, "flux schnell": 256}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -40,14 +43,21 @@ def folders(tmp_path_factory):
     return of
 
 
-def velocity(made, x, timestep, texts, negative) -> torch.Tensor:
-    """As the pipelines call their networks: of the prompt, or of the negative one."""
-    embeds, without, pooled, pooled_without = made.encode_prompt(
-        texts, None, None, device="cpu", negative_prompt=NEGATIVE
-    )
-    if negative:
-        embeds, pooled = without, pooled_without
-    return made.transformer(x, encoder_hidden_states=embeds, pooled_projections=pooled, timestep=timestep).sample
+def velocity(made, x, timestep, text: str) -> torch.Tensor:
+    """As the pipelines call their networks."""
+    if isinstance(made, diffusers.StableDiffusion3Pipeline):
+        embeds, _, pooled, _ = made.encode_prompt(text, None, None, device="cpu")
+        told = dict(encoder_hidden_states=embeds, pooled_projections=pooled, timestep=timestep)
+        return made.transformer(x, **told).sample
+    most = 512 if made.transformer.config.guidance_embeds else 256
+    embeds, pooled, txt_ids = made.encode_prompt(text, device="cpu", max_sequence_length=most)
+    rows, columns = x.shape[2] // 2, x.shape[3] // 2
+    told = dict(encoder_hidden_states=embeds, pooled_projections=pooled, timestep=timestep / 1000, txt_ids=txt_ids)
+    told |= dict(img_ids=made._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32))
+    guidance = torch.full([1], 3.5) if made.transformer.config.guidance_embeds else None
+    packed = made._pack_latents(x, 1, 16, *x.shape[2:])
+    output = made.transformer(packed, guidance=guidance, **told).sample
+    return made._unpack_latents(output, *(side * made.vae_scale_factor for side in x.shape[2:]), made.vae_scale_factor)
 
 
 @torch.no_grad()
@@ -56,7 +66,7 @@ def library_denoised(made, x, level: float, guidance: float) -> tuple[float, tor
     dynamic = {"mu": 0.8} if made.scheduler.config.use_dynamic_shifting else {}
     made.scheduler.set_timesteps(sigmas=[level], **dynamic)
     (timestep,) = made.scheduler.timesteps
-    outputs = [velocity(made, x, timestep.expand(1), PROMPT, negative) for negative in (False, True)]
+    outputs = [velocity(made, x, timestep.expand(1), text) for text in (PROMPT, NEGATIVE)]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3
     output = outputs[1] + guidance * (outputs[0] - outputs[1])
     t = made.scheduler.sigmas[0].item()
@@ -110,7 +120,7 @@ def test_without_t5_its_tokens_are_zero(tmp_path, folders):
     sd3_pipeline(t5=False).save_pretrained(tmp_path / "p")
     assert not (tmp_path / "p/text_encoder_3").exists()
     tokens = read_teacher_config(tmp_path / "p").network.tokens
-    assert tokens == TOKENS + T5_TOKENS
+    assert tokens == TOKENS + T5_TOKENS["sd3"]
     embedded = embed_prompts(tmp_path / "p", {"prompt.": PROMPT}, NEGATIVE, tokens, print)
     whole = embed_prompts(folders("sd3"), {"prompt.": PROMPT}, NEGATIVE, tokens, print)
     for name in ("prompt.embeds", "negative.embeds"):
@@ -119,13 +129,49 @@ def test_without_t5_its_tokens_are_zero(tmp_path, folders):
     assert torch.equal(embedded["prompt.pooled"], whole["prompt.pooled"])
 
 
+def test_a_guidance_embedding_is_told(folders):
+    network = load_denoiser(folders("flux"), PROMPT, guidance_embedding=1.0).model
+    assert network.prompt.guidance.tolist() == [1.0]
+    x, usual = torch.ones(1, 16, 8, 8), load_denoiser(folders("flux"), PROMPT).model
+    assert usual.prompt.guidance.tolist() == [3.5]
+    assert (network(x, torch.zeros(1)) - usual(x, torch.zeros(1))).abs().max() > 1e-3
+    with pytest.raises(InputError, match="is not told its guidance, leave out guidance_embedding"):
+        load_denoiser(folders("flux schnell"), PROMPT, guidance_embedding=1.0)
+
+
+ATTENTION = {
+    "sd3": ("0.attn.to_q", "0.attn.add_v_proj", "0.attn.to_add_out", "0.attn2.to_out.0", "1.attn.add_q_proj"),
+    "flux": ("0.attn.to_q", "0.attn.add_v_proj", "0.attn.to_add_out", "0.attn.to_out.0"),
+}
+FEED_FORWARD = ("0.ff.net.0.proj", "0.ff.net.2", "0.ff_context.net.0.proj", "0.ff_context.net.2")
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_adapters_are_where_they_are_asked_for(kind):
+    found = {}
+    for targets in ("attention", "attention_feed_forward", "all"):
+        network = MAKERS[kind]().transformer
+        linear = {
+            name for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+        }
+        add_adapters(network, LoRAOptions(rank=1, targets=targets))
+        found[targets] = {name for name, layer in network.named_modules() if hasattr(layer, "lora_A")}
+    assert found["all"] == linear
+    assert {f"transformer_blocks.{name}" for name in ATTENTION[kind]} <= found["attention"]
+    assert all(".attn" in name for name in found["attention"])
+    more = found["attention_feed_forward"] - found["attention"]
+    single = {f"single_transformer_blocks.{n}.proj_{name}" for n in (0, 1) for name in ("mlp", "out")}
+    last = {"transformer_blocks.1.ff.net.0.proj", "transformer_blocks.1.ff.net.2"}
+    assert more == {f"transformer_blocks.{name}" for name in FEED_FORWARD} | (single if kind == "flux" else last)
+
+
 def test_a_long_prompt_is_cut_and_said_so(folders, kind):
     said = []
     tokens = read_teacher_config(folders(kind)).network.tokens
     embed_prompts(folders(kind), {"prompt.": "abc " * 20}, NEGATIVE, tokens, said.append)
     assert len(said) == 1 and "of 62 tokens, the text encoder takes 16: the rest is cut" in said[0]
     embed_prompts(folders(kind), {"prompt.": "abc " * 200}, NEGATIVE, tokens, said.append)
-    assert f"the text encoder takes {T5_TOKENS}: the rest" in said[2]
+    assert f"the text encoder takes {T5_TOKENS[kind]}: the rest" in said[2]
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -163,10 +209,22 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+FLUX_BAD = {
+    "flux null T5": (edit(INDEX, text_encoder_2=[None, None]), "text_encoder_2: missing"),
+    "flux fill": (
+        edit(TRANSFORMER, in_channels=384, out_channels=64),
+        "transformer.out_channels is 64, in_channels 384",
+    ),
+    "flux channels": (edit(TRANSFORMER, in_channels=66), "66 in patches of 1 are not those of 2×2 latents"),
+    "flux patches": (edit(TRANSFORMER, patch_size=2), "64 in patches of 2 are not those of 2×2 latents"),
+    "flux vae": (edit(VAE, latent_channels=4), "latent_channels is 4, transformer/config.json has in_channels 64"),
+}
+
+
+@pytest.mark.parametrize("case", BAD | FLUX_BAD)
 def test_bad_folders_are_one_line_and_exit_2(tmp_path, folders, capsys, case):
-    folder = Path(shutil.copytree(folders("sd3"), tmp_path / "p"))
-    damage, expected = BAD[case]
+    folder = Path(shutil.copytree(folders("sd3" if case in BAD else "flux"), tmp_path / "p"))
+    damage, expected = (BAD | FLUX_BAD)[case]
     damage(folder)
     assert cli.main(["sample", "--model", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -179,4 +237,4 @@ def test_a_t5_tokenizer_of_sentencepiece_alone_names_what_reads_it(tmp_path, fol
     (folder / "tokenizer_3/spiece.model").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(InputError, match=r"sentencepiece is not installed: run `pip install rdmd_fast\[text\]`"):
-        embed_prompts(folder, {"prompt.": PROMPT}, None, TOKENS + T5_TOKENS, print)
+        embed_prompts(folder, {"prompt.": PROMPT}, None, TOKENS + T5_TOKENS["sd3"], print)
