@@ -76,7 +76,9 @@ def text_cases() -> dict[str, Case]:
             shape = (options.channels, side // 8, side // 8)
             for suffix, lora in (("", config.lora), ("_full", None)):
                 name = f"{model} {side}²{f', adapters of rank {lora.rank}' if lora else ''}"
-                found[f"{model}_{side}{suffix}"] = Case(name, options, shape, micro_batch, lora, config.guidance)
+                found[f"{model}_{side}{suffix}"] = Case(
+                    name, options, shape, micro_batch, lora, config.guidance_of(options)
+                )
     return found
 
 

@@ -73,7 +73,19 @@ class Config(Options):
         ge=0,
         le=100,
         description="s of the teacher's F_negative + s (F_prompt - F_negative), w = s - 1 in other texts: 1 is off, "
-        "more moves the target distribution, which is outside the theorem; unset: 1.5 (near DMD2's 1.75)",
+        "more moves the target distribution, which is outside the theorem; unset: 1.5 (near DMD2's 1.75), for FLUX.1 1",
+    )
+    guidance_embedding: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="what a network is told that is told its guidance (FLUX.1 [dev]); unset: 3.5, its pipeline's",
+    )
+    student_guidance_embedding: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="what generator and fake score are told instead, as 1 for none (ours); unset: what the teacher is",
     )
     fake_prompt: str | None = Field(
         None,
@@ -120,16 +132,16 @@ class Config(Options):
             raise ValueError(problem)
         return self
 
-    @property
-    def guidance(self) -> float:
-        """s of ``teacher_guidance``."""
-        return 1.5 if self.teacher_guidance is None else self.teacher_guidance
+    def guidance_of(self, network: Options) -> float:
+        """s of ``teacher_guidance`` for a teacher's network; 1 for one that takes no prompt."""
+        usual = getattr(network, "usual_guidance", 1.0)
+        return usual if self.teacher_guidance is None else self.teacher_guidance
 
 
 def _stage_problems(config: Config):
-    prompted = ("teacher_negative_prompt", "teacher_guidance", "fake_prompt")
+    prompted = ("teacher_negative_prompt", "teacher_guidance", "student_guidance_embedding", "fake_prompt")
     if config.teacher_prompt is None:
-        for key in (*prompted, "lora"):
+        for key in (*prompted, "guidance_embedding", "lora"):
             if getattr(config, key) is not None:
                 yield f"{key}: belongs to a teacher_prompt, name one or remove the key"
     elif config.teacher in (None, "analytic"):

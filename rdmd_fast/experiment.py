@@ -32,6 +32,7 @@ from rdmd_fast.networks.analytic import GaussianMixtureDenoiser, gaussian_denois
 from rdmd_fast.networks.analytic_score import AnalyticScore
 from rdmd_fast.networks.class_labels import target_class_row, training_labels
 from rdmd_fast.networks.flops import distillation_flops, forward_flops, training_passes
+from rdmd_fast.networks.text_options import TextOptions
 from rdmd_fast.processes.world import World, on_main
 from rdmd_fast.prompted_networks import PromptedPipeline, distilled_networks, trained_teacher
 from rdmd_fast.randomness import Philox
@@ -305,7 +306,7 @@ def _engine(network: torch.nn.Module, optimizer: OptimizerOptions, config: Confi
 
 def _is_prompted(config: Config, start: ExportConfig) -> bool:
     """Whether the teacher is a text-to-image pipeline; InputError for keys that belong to one where it is not."""
-    if start.network.kind == "text_unet":
+    if isinstance(start.network, TextOptions):
         return True
     for key in ("teacher_prompt", "lora"):
         if getattr(config, key) is not None:
@@ -337,7 +338,7 @@ def _flops_per_sample(config: Config, experiment: Experiment) -> float:
     else:
         copied = config.generator.kind == "teacher"
         network = experiment.export.network if copied else read_teacher_config(config.teacher).network
-        teacher = forward_flops(guided(network, config.guidance), shape)
+        teacher = forward_flops(guided(network, config.guidance_of(network)), shape)
         score = forward_flops(network, shape, conditioned)
     updates = config.rdmd.fake_updates if config.rdmd.fake_score == "learned" else 0
     return distillation_flops(main, teacher, score, updates, config.lora is not None)

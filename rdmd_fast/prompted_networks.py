@@ -17,12 +17,12 @@ from rdmd_fast.model_files.export_format import ExportConfig, network_sha256
 from rdmd_fast.model_files.hub import local_folder
 from rdmd_fast.model_files.prompts import FILE as PROMPTS
 from rdmd_fast.model_files.prompts import store_prompts, stored_prompts
-from rdmd_fast.model_files.text_pipeline import FAKE, INDEX, PROMPT, with_prompts
+from rdmd_fast.model_files.text_pipeline import FAKE, GUIDANCE_EMBEDDING, INDEX, PROMPT, with_prompts
 from rdmd_fast.model_files.weights import check_weights, expected_weights, load_weights
 from rdmd_fast.networks import build_network
 from rdmd_fast.networks.adapters import adapter_of
 from rdmd_fast.networks.diffusers_unet import nearest_level
-from rdmd_fast.networks.text_unet import TextUNet
+from rdmd_fast.networks.text_network import TextNetwork
 from rdmd_fast.processes.world import World, on_main
 from rdmd_fast.rdmd import Networks
 from rdmd_fast.transport_weight import bounds_of
@@ -62,6 +62,9 @@ class PromptedPipeline:
             raise InputError(
                 f"teacher {config.teacher}: write the folder of its pipeline into `pipeline` of config.json"
             )
+        for key in ("guidance_embedding", "student_guidance_embedding"):
+            if getattr(config, key) is not None and not start.network.embeds_guidance:
+                raise InputError(f"{key}: the network of {config.teacher} is not told its guidance, remove the key")
         self.config, self.shape = config, shape
         self.exported = partial(exported, lora=config.lora, beneath=adapter_of(weights))
         self.folder = Path(start.pipeline)
@@ -76,21 +79,21 @@ class PromptedPipeline:
         on_main(world, lambda: store_prompts(path, self.folder, texts, config.teacher_negative_prompt, tokens, say))
         self.prompts = stored_prompts(path)
 
-    def network(self, guidance: float = 1.0, role: str = PROMPT) -> TextUNet:
-        """A whole copy, told the prompt of ``role``."""
+    def network(self, guidance: float = 1.0, role: str = PROMPT, student: bool = False) -> TextNetwork:
+        """A whole copy, told the prompt of ``role``; that of a ``student`` is told its own guidance embedding."""
         conditioned = bounds_of(self.config.rdmd.transport_weight) is not None and self.config.stage == "rdmd"
-        told, weights = self._told(guidance, role)
+        told, weights = self._told(guidance, role, student)
         check_weights(expected_weights(told, len(weights), self.config.teacher), weights, self.config.teacher)
         network = build_network(told.network, self.shape, dropout=False, conditioned=conditioned)
         load_weights(network, weights, self.config.teacher)
         return network
 
-    def adapted(self, base: TextUNet, role: str = PROMPT) -> TextUNet:
+    def adapted(self, base: TextNetwork, role: str = PROMPT) -> TextNetwork:
         """An adapter over the parameters of ``base``, or without lora a whole copy; told the prompt of ``role``."""
         if self.config.lora is None:
-            return self.network(role=role)
-        told, weights = self._told(1.0, role)
-        network = TextUNet(told.network.model_copy(update={"lora": self.config.lora}), base)
+            return self.network(role=role, student=True)
+        told, weights = self._told(1.0, role, True)
+        network = TextNetwork(told.network.model_copy(update={"lora": self.config.lora}), base)
         network.load_state_dict({name: weights[name] for name in network.prompt_names()}, strict=False)
         return network
 
@@ -101,8 +104,10 @@ class PromptedPipeline:
             pipeline=str(self.folder.absolute()), base_sha256=self.base_sha256, **options,
         )  # fmt: skip
 
-    def _told(self, guidance: float, role: str) -> tuple[ExportConfig, dict[str, Tensor]]:
-        return with_prompts(self.start, self.weights, self.prompts, self.shape, self.folder, guidance, role)
+    def _told(self, guidance: float, role: str, student: bool) -> tuple[ExportConfig, dict[str, Tensor]]:
+        embeddings = (self.config.student_guidance_embedding if student else None, self.config.guidance_embedding)
+        embedding = next((each for each in embeddings if each is not None), GUIDANCE_EMBEDDING)
+        return with_prompts(self.start, self.weights, self.prompts, self.shape, self.folder, guidance, role, embedding)
 
 
 def distilled_networks(pipeline: PromptedPipeline) -> tuple[Networks, ExportConfig]:
@@ -110,7 +115,7 @@ def distilled_networks(pipeline: PromptedPipeline) -> tuple[Networks, ExportConf
     config = pipeline.config
     if config.generator.kind != "teacher":
         raise InputError("generator.kind: a text-to-image pipeline's generator is its copy, use teacher")
-    teacher = pipeline.network(config.guidance)
+    teacher = pipeline.network(config.guidance_of(pipeline.start.network))
     generator = pipeline.adapted(teacher)
     fake = pipeline.adapted(teacher, FAKE if config.fake_prompt else PROMPT)
     sigma = nearest_level(pipeline.start.network.schedule, config.rdmd.generator_sigma)

@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from text_pipelines import pipeline_and_latents
+from text_pipelines import flux_pipeline, pipeline_and_latents, sd3_pipeline
 
 from benchmarks.step_sides import Ours
 from rdmd_fast import cli, load_denoiser, load_generator
@@ -34,10 +34,13 @@ def folder(tmp_path_factory) -> Path:
     return pipeline_and_latents(tmp_path_factory.mktemp("lora"), xl=False)
 
 
-@pytest.fixture(scope="module", params=["sd", "sdxl"])
+@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux"])
 def either(request, folder, tmp_path_factory) -> Path:
-    """Of both families."""
-    return folder if request.param == "sd" else pipeline_and_latents(tmp_path_factory.mktemp("lora_xl"), xl=True)
+    """Of each family."""
+    if request.param in ("sd", "flux"):
+        return folder if request.param == "sd" else request.getfixturevalue("flux")
+    made = sd3_pipeline() if request.param == "sd3" else None
+    return pipeline_and_latents(tmp_path_factory.mktemp(request.param), xl=True, made=made)
 
 
 def values(folder: Path, run: Path, **sections) -> dict:
@@ -61,6 +64,11 @@ def sources(folder: Path) -> torch.Tensor:
     return torch.stack([torch.tensor(shards.read(index)) for index in range(len(shards))])
 
 
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory) -> Path:
+    return pipeline_and_latents(tmp_path_factory.mktemp("flux"), made=flux_pipeline())
+
+
 @torch.no_grad()
 def test_one_base_is_in_memory_and_never_moves(either, tmp_path):
     ours = Ours(validate_config(values(either, tmp_path / "run"), "here"))
@@ -73,12 +81,12 @@ def test_one_base_is_in_memory_and_never_moves(either, tmp_path):
     before = frozen(x, c_noise)
     assert torch.equal(before, load_denoiser(either / "pipeline", PROMPT, NEGATIVE, 2.0).model(x, c_noise))
     assert torch.equal(networks["fake_score"](x, c_noise), teacher.model(x, c_noise))
-    base = {name: value.clone() for name, value in frozen.unet.state_dict().items()}
+    base = {name: value.clone() for name, value in frozen.library_network.state_dict().items()}
     with torch.enable_grad():
         for _ in range(3):
             ours.iteration()
     assert torch.equal(frozen(x, c_noise), before)
-    assert all(torch.equal(value, base[name]) for name, value in frozen.unet.state_dict().items())
+    assert all(torch.equal(value, base[name]) for name, value in frozen.library_network.state_dict().items())
 
     adapters = 0
     held = {parameter.data_ptr() for parameter in frozen.parameters()}
@@ -90,7 +98,7 @@ def test_one_base_is_in_memory_and_never_moves(either, tmp_path):
         assert {id(p) for group in engine.optimizer.param_groups for p in group["params"]} == {id(p) for p in trained}
         adapters += sum(p.numel() for p in trained)
     unique = {p.data_ptr(): p.numel() for network in networks.values() for p in network.parameters()}
-    assert sum(unique.values()) == sum(value.numel() for value in base.values()) + adapters
+    assert sum(unique.values()) == sum(p.numel() for p in frozen.parameters()) + adapters
     ours.experiment.close()
 
 
@@ -111,11 +119,13 @@ def test_the_export_is_an_adapter_that_the_library_loads(either, tmp_path):
     diffusers = require("diffusers", "text")
     pipeline = diffusers.DiffusionPipeline.from_pretrained(either / "pipeline", local_files_only=True)
     pipeline.load_lora_weights(export, weight_name=files[1])
-    generator.model.unet = pipeline.unet
+    part = generator.model.part
+    generator.model.add_module(part, getattr(pipeline, part))
     torch.testing.assert_close(generator(x).detach(), y, rtol=1e-4, atol=1e-4)
 
     card = (export / "README.md").read_text()
-    assert f"a low-rank adapter over the U-Net of the pipeline `{either / 'pipeline'}`" in card
+    name = "U-Net" if part == "unet" else part
+    assert f"a low-rank adapter over the {name} of the pipeline `{either / 'pipeline'}`" in card
     assert f"| prompt | `{PROMPT}` |" in card and "| adapter | `rank 3, alpha 6.0, targets all` |" in card
 
     pictures = tmp_path / "pictures"
@@ -192,6 +202,18 @@ def test_the_fake_score_can_have_a_prompt_of_its_own(folder, tmp_path):
     ours.experiment.close()
 
 
+@torch.no_grad()
+def test_generator_and_fake_score_can_have_a_guidance_embedding_of_their_own(flux, tmp_path):
+    told = dict(guidance_embedding=2.5, student_guidance_embedding=1.0, teacher_guidance=None, fake_prompt="a cat")
+    ours = Ours(validate_config(values(flux, tmp_path / "run", **told), "here"))
+    networks, x, c_noise = ours.networks(), sources(flux), torch.zeros(8)
+    assert networks["teacher"].guidance == 1  # its embedding is the guidance
+    for role, prompt, embedding in (("teacher", PROMPT, 2.5), ("generator", PROMPT, 1.0), ("fake_score", "a cat", 1.0)):
+        expected = load_denoiser(flux / "pipeline", prompt, guidance_embedding=embedding).model
+        assert torch.equal(networks[role](x, c_noise), expected(x, c_noise))
+    ours.experiment.close()
+
+
 def test_dry_run_counts_one_base_and_two_adapters(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "run", "--dry-run") == 0
     said = capsys.readouterr().out
@@ -211,7 +233,10 @@ def test_dry_run_counts_one_base_and_two_adapters(folder, tmp_path, capsys):
 
 
 def prompt_parts(folder: Path) -> list[str]:
-    return ["embeds", "pooled", "time_ids"] if (folder / "pipeline/text_encoder_2").is_dir() else ["embeds"]
+    names = json.loads((folder / "pipeline/model_index.json").read_text())
+    more = {"StableDiffusionXLPipeline": ["pooled", "time_ids"], "StableDiffusion3Pipeline": ["pooled"]}
+    more["FluxPipeline"] = ["pooled", "guidance"]
+    return ["embeds", *more.get(names["_class_name"], [])]
 
 
 BAD = {
@@ -221,6 +246,7 @@ BAD = {
     ),
     "rank 0": ({"lora": {"rank": 0}}, "lora.rank: "),
     "unknown targets": ({"lora": {"targets": "everything"}}, "lora.targets: "),
+    "no guidance embedding": ({"student_guidance_embedding": 1.0}, "is not told its guidance, remove the key"),
     "another teacher": ({"teacher": "other", "teacher_prompt": PROMPT}, "is no text-to-image pipeline"),
     "guidance of a teacher stage": (
         {"stage": "teacher", "data": {"target": "shards"}, "teacher_negative_prompt": None, "rdmd": {}},

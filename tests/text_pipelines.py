@@ -62,14 +62,82 @@ def pipeline(xl: bool, **scheduler):
     return diffusers.StableDiffusionPipeline(text_encoder=text_encoder(24), **parts, **off)
 
 
+def t5_tokenizer() -> transformers.T5Tokenizer:
+    """Of single letters."""
+    pieces = ("<pad>", "</s>", "<unk>", "\u2581", *string.ascii_lowercase)
+    return transformers.T5Tokenizer(vocab=[(piece, -float(number)) for number, piece in enumerate(pieces)], extra_ids=0)
+
+
+def t5_encoder(width: int):
+    config = transformers.T5Config(
+        vocab_size=30, d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return transformers.T5EncoderModel(config).eval()
+
+
+def flow_parts(**scheduler) -> dict:
+    """What pipelines of the straight path have alike: an autoencoder of 16 channels, and a scheduler."""
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=4,
+        up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609,
+        use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    return {"vae": vae, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler))}
+
+
+def sd3_pipeline(t5: bool = True, **scheduler):
+    """Stable Diffusion 3 with latents of 16×8×8 of pictures of 16×16."""
+    torch.manual_seed(3)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, num_layers=2, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
+        caption_projection_dim=32, pooled_projection_dim=32, pos_embed_max_size=6, dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )  # fmt: skip
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=_of_visible_size(transformer),
+        text_encoder=text_encoder(24, True), tokenizer=tokenizer(),
+        text_encoder_2=text_encoder(16, True), tokenizer_2=tokenizer(),
+        text_encoder_3=t5_encoder(64) if t5 else None, tokenizer_3=t5_tokenizer() if t5 else None,
+        **flow_parts(**scheduler),
+    )  # fmt: skip
+
+
+def flux_pipeline(guidance_embeds: bool = True, **scheduler):
+    """FLUX.1 with latents of 16×8×8 of pictures of 16×16."""
+    torch.manual_seed(4)
+    transformer = diffusers.FluxTransformer2DModel(
+        num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=64,
+        pooled_projection_dim=24, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    shift = {"use_dynamic_shifting": guidance_embeds} | scheduler
+    return diffusers.FluxPipeline(
+        transformer=_of_visible_size(transformer), text_encoder=text_encoder(24), tokenizer=tokenizer(),
+        text_encoder_2=t5_encoder(64), tokenizer_2=t5_tokenizer(), **flow_parts(**shift),
+    )  # fmt: skip
+
+
+def _of_visible_size(network: torch.nn.Module) -> torch.nn.Module:
+    """Biases are no longer zero, so that each matters."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+    return network
+
+
 def saved(folder: Path, xl: bool, scheduler: dict | None = None, **options) -> Path:
     pipeline(xl, **(scheduler or {})).save_pretrained(folder, **options)
     return folder
 
 
-def pipeline_and_latents(folder: Path, xl: bool = False) -> Path:
-    """A pipeline, and eight pictures of 16×16 packed by its autoencoder to latents of 4×8×8, in ``folder``."""
-    saved(folder / "pipeline", xl)
+def pipeline_and_latents(folder: Path, xl: bool = False, made=None) -> Path:
+    """A pipeline, and eight pictures of 16×16 packed by its autoencoder to latents of C×8×8, in ``folder``.
+
+    Args:
+        made: the pipeline; None for one of ``pipeline(xl)``.
+    """
+    (made or pipeline(xl)).save_pretrained(folder / "pipeline")
     write_pictures(folder / "pictures", *(f"{number}.png" for number in range(8)))
     encoder = ("--encoder", folder / "pipeline", "--resolution", 16, "--device", "cpu")
     assert pack(folder / "pictures", "--out", folder / "shards", *encoder) == 0

@@ -19,6 +19,7 @@ from rdmd_fast.checkpoints.manifest import (
 )
 from rdmd_fast.errors import EXIT_DONE, InputError, write_error
 from rdmd_fast.model_files.export_format import ExportConfig, check_replaceable, write_export
+from rdmd_fast.networks.text_options import TextOptions
 from rdmd_fast.paths import path_to_read, path_to_write
 
 EPILOG = """examples:
@@ -263,7 +264,7 @@ def _frozen_teacher(checkpoint: Path, source: str) -> tuple[ExportConfig, dict[s
     if source == "analytic":
         raise InputError(f"{checkpoint}: its teacher is a closed form, there is no network to export")
     config, weights = read_teacher(source)
-    if config.network.kind == "text_unet":
+    if isinstance(config.network, TextOptions):
         raise InputError(f"{checkpoint}: its teacher is the pipeline {source}, which is whole as it is: use that")
     return config, weights
 
@@ -275,7 +276,7 @@ def _fake_score_config(config: dict, generator: ExportConfig) -> ExportConfig:
     values = generator.model_dump(mode="json") | {"role": "teacher", "reading": None, "generator_sigma": None}
     if config["teacher"] == "analytic":
         return ExportConfig.model_validate(values | {"network": config["network"]})
-    if generator.network.kind == "text_unet":  # of the size of the data, not of the pipeline's own
+    if isinstance(generator.network, TextOptions):  # of the size of the data, not of the pipeline's own
         return ExportConfig.model_validate(values)
     teacher = read_teacher_config(config["teacher"])
     own = {name: getattr(generator, name) for name in ("step", "target_class", "transport_weights")}

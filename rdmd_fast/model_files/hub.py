@@ -7,7 +7,8 @@ from rdmd_fast.errors import InputError
 from rdmd_fast.extras import require
 
 NAME = re.compile(r"hf:(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-PARTS = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+TEXT_PARTS = tuple(f"{part}{suffix}" for part in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3"))
+PARTS = ("unet", "transformer", "vae", "scheduler", *TEXT_PARTS)
 PATTERNS = ["model_index.json", *(f"{part}/*" for part in PARTS)]
 NOT_READ = ["*.bin", "*.msgpack", "*.onnx*", "*.h5", "*.xml", "*non_ema*"]
 
@@ -44,7 +45,7 @@ def _fetch(hub, repository: str, revision: str | None) -> str:
             return hub.snapshot_download(repository, revision=revision, local_files_only=True)
         except hub.errors.LocalEntryNotFoundError:
             raise error from None
-    plain = any(name.startswith("unet/") and _is_plain(name) for name in names)
+    plain = any(name.startswith(("unet/", "transformer/")) and _is_plain(name) for name in names)
     ignored = [*NOT_READ, "*.fp16.*"] if plain else NOT_READ
     return hub.snapshot_download(repository, revision=revision, allow_patterns=PATTERNS, ignore_patterns=ignored)
 

@@ -103,6 +103,7 @@ def _facts(config: ExportConfig, run: Run | None, license: str | None, graph: st
         "target_class": data.get("target_class"),
         "prompt": values.get("teacher_prompt"),
         "guidance": values.get("teacher_guidance") if distilled else None,
+        "guidance_embedding": _generators_embedding(values) if distilled else values.get("guidance_embedding"),
         "lora": _adapter(values.get("lora")),
         "teacher": teacher,
         "transport_weight": weight,
@@ -120,6 +121,12 @@ def _facts(config: ExportConfig, run: Run | None, license: str | None, graph: st
         "torch_version": torch.__version__,
         "python_version": platform.python_version(),
     }
+
+
+def _generators_embedding(values: Mapping) -> float | None:
+    """Where the config states one."""
+    own = values.get("student_guidance_embedding")
+    return values.get("guidance_embedding") if own is None else own
 
 
 def _adapter(lora: Mapping | None) -> str | None:

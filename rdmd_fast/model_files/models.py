@@ -9,6 +9,7 @@ from rdmd_fast.diffusion import Reading, denoise
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.export_format import ExportConfig, read_export
 from rdmd_fast.model_files.weights import rebuild
+from rdmd_fast.networks.text_options import TextOptions
 from rdmd_fast.transport_weight import with_condition
 
 
@@ -102,14 +103,19 @@ def load_generator(folder: str | Path) -> Generator:
 
 
 def load_denoiser(
-    source: str | Path, prompt: str | None = None, negative_prompt: str | None = None, guidance: float = 1.0
+    source: str | Path,
+    prompt: str | None = None,
+    negative_prompt: str | None = None,
+    guidance: float = 1.0,
+    guidance_embedding: float | None = None,
 ) -> Denoiser:
     """A teacher as a denoiser, on the CPU, in evaluation mode.
 
     Args:
         source: a RUN/export folder of the teacher stage, an NVIDIA EDM pickle, or a diffusers folder.
-        prompt, negative_prompt, guidance: of a text-to-image pipeline, as ``TextUNetOptions`` describes them; without
+        prompt, negative_prompt, guidance: of a text-to-image pipeline, as ``TextOptions`` describes them; without
             them it is told an empty prompt.
+        guidance_embedding: what one is told that is told its guidance; None for 3.5.
 
     Raises:
         InputError: there is none, or a prompt is given for a network that takes none.
@@ -120,17 +126,28 @@ def load_denoiser(
 
     source = local_folder(source)
     config, weights = read_teacher(source)
-    if config.network.kind == "text_unet" and (source / INDEX).is_file():
-        config, weights = _told(config, weights, source, prompt, negative_prompt, guidance)
-    elif (prompt, negative_prompt, guidance) != (None, None, 1.0):
+    if isinstance(config.network, TextOptions) and (source / INDEX).is_file():
+        config, weights = _told(config, weights, source, prompt, negative_prompt, guidance, guidance_embedding)
+    elif (prompt, negative_prompt, guidance, guidance_embedding) != (None, None, 1.0, None):
         raise InputError(f"{source}: is no text-to-image pipeline, leave out prompt, negative_prompt and guidance")
     return Denoiser(rebuild(config, weights, str(source)), config).eval()
 
 
-def _told(config, weights, folder, prompt: str | None, negative_prompt: str | None, guidance: float):
+def _told(config, weights, folder, prompt: str | None, negative_prompt: str | None, guidance: float, embedding):
     """A pipeline's configuration and weights with its prompts."""
     from rdmd_fast.model_files.prompts import embed_prompts
-    from rdmd_fast.model_files.text_pipeline import PROMPT, with_prompts
+    from rdmd_fast.model_files.text_pipeline import GUIDANCE_EMBEDDING, PROMPT, with_prompts
 
+    if embedding is not None and not config.network.embeds_guidance:
+        raise InputError(f"{folder}: its network is not told its guidance, leave out guidance_embedding")
     prompts = embed_prompts(folder, {PROMPT: prompt or ""}, negative_prompt, config.network.tokens, print)
-    return with_prompts(config, weights, prompts, tuple(config.sample_shape), folder, guidance)
+    return with_prompts(
+        config,
+        weights,
+        prompts,
+        tuple(config.sample_shape),
+        folder,
+        guidance,
+        PROMPT,
+        GUIDANCE_EMBEDDING if embedding is None else embedding,
+    )

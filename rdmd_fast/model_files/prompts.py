@@ -3,6 +3,8 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,11 +15,28 @@ from rdmd_fast.extras import check_installed, quiet, require
 from rdmd_fast.files import make_folder, sha256_of, write_atomically
 from rdmd_fast.model_files.diffusers_files import read_json
 from rdmd_fast.model_files.export_format import read_tensors
-from rdmd_fast.model_files.text_pipeline import INDEX, NEGATIVE
+from rdmd_fast.model_files.text_pipeline import FAMILIES, INDEX, NEGATIVE, OPTIONS, clip_tokens
 
 FILE = "prompts.safetensors"  # in a run folder
-ENCODERS = {"CLIPTextModel", "CLIPTextModelWithProjection"}
-TOKENIZERS = {"CLIPTokenizer", "CLIPTokenizerFast"}
+
+
+class Encoder(NamedTuple):
+    """A tokenizer and a text encoder of a pipeline, by classes of transformers."""
+
+    tokenizers: frozenset[str]
+    encoders: frozenset[str]
+
+
+CLIP = Encoder(
+    frozenset(("CLIPTokenizer", "CLIPTokenizerFast")), frozenset(("CLIPTextModel", "CLIPTextModelWithProjection"))
+)
+T5 = Encoder(frozenset(("T5Tokenizer", "T5TokenizerFast")), frozenset(("T5EncoderModel",)))
+JOINT_WIDTH = 4096  # the library's default
+# In the order of tokenizer, tokenizer_2, …
+ENCODERS = {
+    "stable_diffusion": (CLIP,), "stable_diffusion_xl": (CLIP, CLIP), "stable_diffusion_3": (CLIP, CLIP, T5),
+    "flux": (CLIP, T5),
+}  # fmt: skip
 
 
 def store_prompts(
@@ -58,7 +77,8 @@ def embed_prompts(
         folder: of the pipeline.
         prompts: by role, as ``text_pipeline.PROMPT``.
         negative_prompt: None for what the pipeline takes without one: an empty text, or for SDXL zeros.
-        tokens: length of an embedded prompt; a longer one is cut.
+        tokens: length of an embedded prompt; a longer one is cut. Of Stable Diffusion 3 CLIP's tokens come first, then
+            those of T5, which are zeros where the pipeline was saved without it.
         say: is told of a prompt that is cut.
 
     Returns:
@@ -69,18 +89,14 @@ def embed_prompts(
             a class that is not known.
     """
     folder = Path(folder)
-    values = read_json(folder / INDEX)
     diffusers, transformers = require("diffusers", "text"), require("transformers", "text")
     with quiet(diffusers, transformers):
-        pipeline = _encoding_pipeline(diffusers, transformers, folder, values, tokens)
+        pipeline = _EncodingPipeline(diffusers, transformers, folder, tokens)
         texts = list(prompts.values())
         for text in filter(None, (*texts, negative_prompt)):
-            _tell_if_cut(pipeline.tokenizer, text, tokens, say)
+            pipeline.tell_if_cut(text, say)
         try:
-            embedded = pipeline.encode_prompt(
-                prompt=texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True,
-                negative_prompt=None if negative_prompt is None else [negative_prompt] * len(texts),
-            )  # fmt: skip
+            embedded = pipeline.embed(texts, None if negative_prompt is None else [negative_prompt] * len(texts))
         except (RuntimeError, ValueError, IndexError) as error:  # of an encoder that does not fit its tokenizer
             reason = " ".join(str(error).split())[:120]
             raise InputError(f"{folder}: its text encoder embeds no prompt ({reason}), copy the folder again") from None
@@ -91,30 +107,61 @@ def embed_prompts(
     return tensors
 
 
-def _encoding_pipeline(diffusers, transformers, folder: Path, values: dict, tokens: int):
+class _EncodingPipeline:
     """The library's pipeline with tokenizers and text encoders alone."""
-    is_xl = values["_class_name"] == "StableDiffusionXLPipeline"
-    parts = {}
-    for suffix in ("", "_2") if is_xl else ("",):
-        for name, classes in ((f"tokenizer{suffix}", TOKENIZERS), (f"text_encoder{suffix}", ENCODERS)):
-            parts[name] = _load(transformers, folder, values, name, classes)
-        parts[f"tokenizer{suffix}"].model_max_length = tokens
-    parts |= dict.fromkeys(("vae", "unet", "scheduler"))
-    if is_xl:
-        zeros = bool(values.get("force_zeros_for_empty_prompt", True))
-        parts |= {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
-    else:
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return getattr(diffusers, values["_class_name"])(**parts)
+
+    def __init__(self, diffusers, transformers, folder: Path, tokens: int):
+        values = read_json(folder / INDEX)
+        self.family = FAMILIES[values["_class_name"]]
+        encoders = ENCODERS[self.family]
+        clip = clip_tokens(folder) if T5 in encoders else tokens
+        self.lengths = {CLIP: clip, T5: tokens if self.family == "flux" else tokens - clip}
+        parts, self.tokenizers = {}, {}
+        for encoder, suffix in zip(encoders, ("", "_2", "_3"), strict=False):
+            names = f"tokenizer{suffix}", f"text_encoder{suffix}"
+            if names[1] == "text_encoder_3" and values.get(names[1]) == [None, None]:
+                parts |= dict.fromkeys(names)
+                continue
+            for name, classes in zip(names, encoder, strict=True):
+                parts[name] = _load(transformers, folder, values, name, classes)
+            parts[names[0]].model_max_length = self.lengths[encoder]
+            self.tokenizers.setdefault(encoder, parts[names[0]])
+        network = OPTIONS[self.family].part
+        parts |= dict.fromkeys(("vae", network, "scheduler"))
+        if self.family == "stable_diffusion_xl":
+            zeros = bool(values.get("force_zeros_for_empty_prompt", True))
+            parts |= {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+        elif self.family == "stable_diffusion":
+            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        self.library_pipeline = getattr(diffusers, values["_class_name"])(**parts)
+        if self.family == "stable_diffusion_3":  # which asks its transformer for the width of T5's zeros
+            width = read_json(folder / network / "config.json").get("joint_attention_dim", JOINT_WIDTH)
+            stand_in = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
+            object.__setattr__(self.library_pipeline, network, stand_in)
+
+    def tell_if_cut(self, text: str, say: Callable[[str], object]) -> None:
+        for encoder, tokenizer in self.tokenizers.items():
+            count, most = len(tokenizer(text, truncation=False, verbose=False).input_ids), self.lengths[encoder]
+            if count > most:
+                cut = f"is of {count} tokens, the text encoder takes {most}: the rest is cut"
+                say(f"warning: prompt {text[:40]!r} {cut}")
+
+    def embed(self, texts: list[str], negative: list[str] | None) -> tuple[torch.Tensor, ...]:
+        """Embeddings of the prompts and the negative ones, and where there are any both pooled."""
+        options = {"device": "cpu", "num_images_per_prompt": 1}
+        if self.family == "flux":
+            options |= {"max_sequence_length": self.lengths[T5]}
+            wanted, unwanted = (
+                self.library_pipeline.encode_prompt(each, **options) for each in (texts, negative or [""] * len(texts))
+            )
+            return wanted[0], unwanted[0], wanted[1], unwanted[1]
+        if self.family == "stable_diffusion_3":
+            options |= {"prompt_2": None, "prompt_3": None, "max_sequence_length": self.lengths[T5]}
+        options |= {"negative_prompt": negative, "do_classifier_free_guidance": True}
+        return self.library_pipeline.encode_prompt(prompt=texts, **options)
 
 
-def _tell_if_cut(tokenizer, text: str, tokens: int, say: Callable[[str], object]) -> None:
-    count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
-    if count > tokens:
-        say(f"warning: prompt {text[:40]!r} is of {count} tokens, the text encoder takes {tokens}: the rest is cut")
-
-
-def _load(transformers, folder: Path, values: dict, name: str, classes: set[str]):
+def _load(transformers, folder: Path, values: dict, name: str, classes: frozenset[str]):
     """A tokenizer or text encoder of the pipeline."""
     entry, path = values.get(name), folder / name
     if not path.is_dir() or not isinstance(entry, list) or len(entry) != 2 or None in entry:
@@ -127,7 +174,7 @@ def _load(transformers, folder: Path, values: dict, name: str, classes: set[str]
         for package in ("sentencepiece", "google.protobuf"):
             check_installed(package, "text")
     options = {"local_files_only": True, "trust_remote_code": False}
-    if classes is ENCODERS:
+    if name.startswith("text_encoder"):
         options |= {"use_safetensors": True, "dtype": torch.float32} | _variant(path)
     try:
         return getattr(transformers, entry[1]).from_pretrained(str(path), **options)

@@ -7,6 +7,7 @@ from rdmd_fast.model_files.adapted import whole
 from rdmd_fast.model_files.export_format import ExportConfig
 from rdmd_fast.networks import build_network
 from rdmd_fast.networks.condition_embedding import conditioning_weights
+from rdmd_fast.networks.text_options import TextOptions
 
 
 def load_weights(network: torch.nn.Module, weights: dict[str, torch.Tensor], origin: str) -> None:
@@ -53,7 +54,7 @@ def expected_weights(config: ExportConfig, count: int, origin: str) -> dict[str,
     )
     if options.kind == "diffusers_unet":
         layers = len(options.unet.block_out_channels) * options.unet.layers_per_block
-    elif options.kind == "text_unet":
+    elif isinstance(options, TextOptions):
         layers = options.layers
     if layers > count:
         raise InputError(f"{origin}: has {count} weights, too few for the layers that its configuration names")

@@ -8,7 +8,7 @@ import torch
 from rdmd_fast.errors import InputError
 from rdmd_fast.networks.diffusers_options import DiffusersUNetOptions
 from rdmd_fast.networks.options import DhariwalUNetOptions, SongUNetOptions
-from rdmd_fast.networks.text_options import TextUNetOptions
+from rdmd_fast.networks.text_options import TextOptions
 from rdmd_fast.options import Options
 
 
@@ -47,8 +47,8 @@ def build_network(
         return AffineMap(sample_shape[0], scale=options.scale, angle=options.angle)
     if options.kind == "diffusers_unet":
         return _build_unet2d(options, sample_shape, dropout, conditioned)
-    if options.kind == "text_unet":
-        return _build_text_unet(options, sample_shape, dropout, conditioned)
+    if isinstance(options, TextOptions):
+        return _build_text_network(options, sample_shape, dropout, conditioned)
     if points:
         raise InputError(f"network kind {options.kind!r} is for images, the data has shape {sample_shape}: use mlp")
     return _build_unet(options, sample_shape, dropout, conditioned)
@@ -91,20 +91,23 @@ def _build_unet2d(
     return UNet2D(options, dropout, conditioned)
 
 
-def _build_text_unet(
-    options: TextUNetOptions, sample_shape: tuple[int, ...], dropout: bool, conditioned: bool
+def _build_text_network(
+    options: TextOptions, sample_shape: tuple[int, ...], dropout: bool, conditioned: bool
 ) -> torch.nn.Module:
-    from rdmd_fast.networks.text_unet import TextUNet
+    from rdmd_fast.networks.text_network import TextNetwork
 
     channels, *sides = sample_shape
-    if len(sides) != 2 or channels != options.channels or any(side % options.halvings for side in sides):
+    if len(sides) != 2 or channels != options.channels or any(side % options.divisor for side in sides):
         raise InputError(
             f"the pipeline's network takes latents of {options.channels} channels and sides that divide by "
-            f"{options.halvings}, the data has shape {tuple(sample_shape)}: pack it by `rdmd pack --encoder "
+            f"{options.divisor}, the data has shape {tuple(sample_shape)}: pack it by `rdmd pack --encoder "
             "PIPELINE` at another --resolution"
+        )
+    if options.longest and max(sides) > options.longest:
+        raise InputError(
+            f"the pipeline's network takes latents of sides up to {options.longest}, the data has shape "
+            f"{tuple(sample_shape)}: pack it at a lower --resolution"
         )
     if conditioned:
         raise InputError("rdmd.transport_weight: a text-to-image network is of one λ only, give a number")
-    if not dropout:
-        options = options.model_copy(update={"unet": {**options.unet, "dropout": 0.0}})
-    return TextUNet(options)
+    return TextNetwork(options if dropout else options.without_dropout())

@@ -3,6 +3,7 @@
 A file's pair of X.lora_A.weight [r, …] and X.lora_B.weight [o, r, …] adds B A to the weight of X: the scale is in B.
 """
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -14,9 +15,10 @@ from rdmd_fast.networks.text_options import LoRAOptions
 
 NAME = "default"  # PEFT's, of a network's only adapter
 A, B = ".lora_A.weight", ".lora_B.weight"
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-_ENDINGS = {"attention": _ATTENTION, "attention_feed_forward": (*_ATTENTION, *_FEED_FORWARD), "all": ("",)}
+_ATTENTION = r"to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out"
+# Layers of FLUX.1's single blocks are beside each other, and the last joins attention and feed-forward.
+_FEED_FORWARD = r"ff(_context)?\.net\.(0\.proj|2)|single_transformer_blocks\.\d+\.proj_(mlp|out)"
+_LAYERS = {"attention": _ATTENTION, "attention_feed_forward": f"{_ATTENTION}|{_FEED_FORWARD}", "all": ".*"}
 
 
 def add_adapters(network: nn.Module, lora: LoRAOptions) -> None:
@@ -28,11 +30,11 @@ def add_adapters(network: nn.Module, lora: LoRAOptions) -> None:
         InputError: peft is not installed, or there is no such layer.
     """
     peft = require("peft", "text")
-    endings = tuple(f".{ending}" if ending else "" for ending in _ENDINGS[lora.targets])
+    wanted = re.compile(rf"(.*\.)?({_LAYERS[lora.targets]})")
     layers = [
         name
         for name, layer in network.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d) and f".{name}".endswith(endings)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and wanted.fullmatch(name)
     ]
     if not layers:
         raise InputError(f"lora.targets: {lora.targets} finds no layer in this {type(network).__name__}, use all")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rdmd_fast.networks.diffusers_options import DiffusersUNetOptions
-from rdmd_fast.networks.text_options import TextUNetOptions
+from rdmd_fast.networks.text_options import TextTransformerOptions, TextUNetOptions
 from rdmd_fast.options import Options
 
 # Beyond what anybody trains, within what can be built on the meta device at once.
@@ -106,7 +106,13 @@ NetworkOptions = Annotated[MLPOptions | SongUNetOptions | DhariwalUNetOptions, F
 
 
 ExportedNetworkOptions = Annotated[
-    MLPOptions | AffineOptions | SongUNetOptions | DhariwalUNetOptions | DiffusersUNetOptions | TextUNetOptions,
+    MLPOptions
+    | AffineOptions
+    | SongUNetOptions
+    | DhariwalUNetOptions
+    | DiffusersUNetOptions
+    | TextUNetOptions
+    | TextTransformerOptions,
     Field(discriminator="kind"),
 ]
 

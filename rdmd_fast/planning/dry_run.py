@@ -8,6 +8,7 @@ from rdmd_fast.config import Config, dump_config
 from rdmd_fast.engine.batch_layout import BatchLayout
 from rdmd_fast.engine.options import zero_stage
 from rdmd_fast.errors import EXIT_DONE, InputError
+from rdmd_fast.networks.text_options import TextOptions
 from rdmd_fast.planning.activations import Activations, activations
 from rdmd_fast.planning.communication import iteration_payload
 from rdmd_fast.planning.disk import disk_use
@@ -67,7 +68,7 @@ def _check_fits(
         return
     ways = ["train.activation_checkpointing=true"] * (not config.train.activation_checkpointing)
     ways += ["a lower train.micro_batch_size"] * (layout.micro_batch > 1)
-    if any(network.options.kind == "text_unet" for network in networks.trained.values()) and not config.lora:
+    if any(isinstance(network.options, TextOptions) for network in networks.trained.values()) and not config.lora:
         ways.insert(0, "lora")
     ways += ["more GPUs at a higher ZeRO stage, or offloading (docs/clusters.md)"]
     raise InputError(f"memory: {needed:.1f} GiB are needed and a GPU has {gpu_memory:.1f}: use {', '.join(ways)}")

@@ -111,7 +111,7 @@ def planned_networks(config: Config) -> PlannedNetworks:
         trained["fake_score"] = score
     teacher = None
     if config.teacher != "analytic":
-        teacher = PlannedNetwork.of(guided(options, config.guidance), shape, False)
+        teacher = PlannedNetwork.of(guided(options, config.guidance_of(options)), shape, False)
     return PlannedNetworks(trained, teacher, "generator")
 
 

@@ -147,7 +147,7 @@ def pickled(part: str, stem: str):
 
 UNET, VAE, INDEX = "unet/config.json", "vae/config.json", "model_index.json"
 BAD = {
-    "flux": (edit(INDEX, _class_name="FluxPipeline"), "_class_name is 'FluxPipeline', supported: StableDiffusionPip"),
+    "other pipeline": (edit(INDEX, _class_name="SanaPipeline"), "_class_name is 'SanaPipeline', supported: StableDiff"),
     "custom class": (edit(INDEX, _class_name=["pipeline", "Own"]), "_class_name is ['pipeline', 'Own']"),
     "other network": (edit(UNET, _class_name="UNet3DConditionModel"), "_class_name is 'UNet3DConditionModel'"),
     "pickled network": (pickled("unet", "diffusion_pytorch_model"), "a pickle, which is not loaded"),
