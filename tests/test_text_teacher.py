@@ -79,10 +79,10 @@ def test_the_generator_begins_as_the_unguided_teacher_and_the_teacher_stays(eith
     ours.experiment.close()
 
 
-def test_a_run_goes_on_bit_for_bit_and_its_export_is_whole(either, tmp_path):
-    assert train(either, tmp_path / "whole") == 0
-    assert train(either, tmp_path / "halves", "train.steps=2") == 0
-    assert train(either, tmp_path / "halves") == 0
+def test_a_run_goes_on_bit_for_bit_and_its_export_is_whole(folder, tmp_path):
+    assert train(folder, tmp_path / "whole") == 0
+    assert train(folder, tmp_path / "halves", "train.steps=2") == 0
+    assert train(folder, tmp_path / "halves") == 0
     whole, halves = (tmp_path / run / "export" for run in ("whole", "halves"))
     weights, again = (load_file(run / "generator.safetensors") for run in (whole, halves))
     assert weights.keys() == again.keys() and all(torch.equal(weights[name], again[name]) for name in weights)
@@ -93,7 +93,7 @@ def test_a_run_goes_on_bit_for_bit_and_its_export_is_whole(either, tmp_path):
     stored = load_file(tmp_path / "whole/prompts.safetensors")
     assert all(torch.equal(weights[name], stored[name]) for name in stored if name.startswith("prompt."))
     assert not [name for name in weights if name.startswith("negative.")]
-    x = sources(either)
+    x = sources(folder)
     y = load_generator(whole)(x)
     assert y.shape == x.shape and torch.isfinite(y).all()
     config, fake = read_network(next((tmp_path / "whole/checkpoints").glob("step_*4")), "fake_score", "raw")
