@@ -287,7 +287,9 @@ def test_a_recording_leaves_names_and_no_nodes_of_autograd():
 def test_engines_hold_no_nodes_of_autograd(tmp_path, stage, dtype):
     """They would be of the default stream, which a recording cannot wait for."""
     overrides = ["train.cuda_graphs=true", "network.model_channels=32", "network.channel_mult=[1]"]
-    ours = Ours(build_config(Namespace(kind="teacher", dtype=dtype, stage=stage, overrides=overrides), tmp_path))
+    ours = Ours(
+        build_config(Namespace(config=None, kind="teacher", dtype=dtype, stage=stage, overrides=overrides), tmp_path)
+    )
     assert not holds_nodes(ours.state.engines["teacher"].module)
     ours.experiment.close()
 
@@ -325,7 +327,12 @@ def test_a_run_that_goes_on_ends_as_one_never_stopped_and_as_written(tmp_path):
                 "telemetry.sample_every=0", "network.model_channels=32", "network.channel_mult=[1]",
                 "network.attn_resolutions=[]", "teacher_stage.dropout=0.3", "telemetry.sample_count=1",
             ]  # fmt: skip
-            train(build_config(Namespace(kind="teacher", dtype="fp32", stage=0, overrides=overrides), folder), "auto")
+            train(
+                build_config(
+                    Namespace(config=None, kind="teacher", dtype="fp32", stage=0, overrides=overrides), folder
+                ),
+                "auto",
+            )
         metrics = map(json.loads, (folder / "run/metrics.jsonl").read_text().splitlines())
         return [(line["loss"], line["grad_norm/teacher"]) for line in metrics if "loss" in line]
 
