@@ -78,6 +78,7 @@ def long(launch_ranks, tmp_path_factory) -> Path:
     return runs(launch_ranks, tmp_path_factory.mktemp("text_ranks_long"), LONG, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters,stage", SHORT)
 def test_two_ranks_equal_one_and_a_stop_leaves_no_trace(short, adapters, stage):
     check(short, adapters, stage, 4)
