@@ -142,32 +142,11 @@ def _stream_reports(config: Config, streams: dict[str, SampleStream], world: Wor
 
 def _build_teacher_stage(config: Config, world: World, context: StageContext) -> Experiment:
     target = open_domain(config.data, "target", context.philox, world.device)
-    made_of, exported = {}, as_it_is
-    if config.teacher is None:
-        network_options = _with_dropout(config.network, config.teacher_stage.dropout)
-        network, diffusion = build_network(network_options, target.shape), config.diffusion or DiffusionOptions()
-    else:
-        start, weights = read_teacher(config.teacher)
-        made_of["teacher"] = [network_sha256(start, weights)]
-        network_options, diffusion = _with_dropout(start.network, config.teacher_stage.dropout), start.diffusion
-        if prompted := _is_prompted(config, start):
-            pipeline = PromptedPipeline(config, start, weights, target.shape, world, context.telemetry.say)
-            (network, export), exported = trained_teacher(pipeline), pipeline.exported
-        else:
-            _check_teacher(config.teacher, start, target.shape, "data.target")
-            check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
-            network = build_network(network_options, target.shape)
-            load_weights(network, weights, config.teacher)
-    classes, target_class = getattr(network_options, "label_dim", 0), config.data.target_class
-    labels = training_labels(classes, target_class, target.own_labels, target.labels, world.device)
-    if config.teacher is None or not prompted:
-        export = ExportConfig(
-            role="teacher", network=network_options, sample_shape=list(target.shape), diffusion=diffusion,
-            target_class=config.data.target_class,
-        )  # fmt: skip
+    network, export, sha256, exported = _teacher_network(config, target.shape, context, world)
+    labels = training_labels(export.classes, config.data.target_class, target.own_labels, target.labels, world.device)
     options = config.teacher_stage
     engine = _engine(network, options.optimizer, config, context)
-    stage = TeacherStage(options, diffusion, engine, target, labels, context)
+    stage = TeacherStage(options, export.diffusion, engine, target, labels, context)
     ema = ShardedEMA(engine, options.ema, context.layout.global_batch)
     return Experiment(
         stage,
@@ -175,9 +154,37 @@ def _build_teacher_stage(config: Config, world: World, context: StageContext) ->
         {"teacher": options.optimizer},
         export,
         teacher_picture(config, world, export, context.philox, target),
-        made_of=made_of,
+        made_of={"teacher": [sha256]} if sha256 else {},
         exported=exported,
     )
+
+
+def _teacher_network(
+    config: Config, shape: tuple[int, ...], context: StageContext, world: World
+) -> tuple[torch.nn.Module, ExportConfig, str | None, Exported]:
+    """What is trained, how it is exported, and the SHA-256 of what it starts from, None for nothing."""
+    dropout, sha256 = config.teacher_stage.dropout, None
+    if config.teacher is None:
+        options, diffusion = _with_dropout(config.network, dropout), config.diffusion or DiffusionOptions()
+        network = build_network(options, shape)
+    else:
+        start, weights = read_teacher(config.teacher)
+        options, diffusion = _with_dropout(start.network, dropout), start.diffusion
+        sha256 = network_sha256(start, weights)
+        if _is_prompted(config, start):
+            pipeline = PromptedPipeline(config, start, weights, sha256, shape, world, context.telemetry.say)
+            return *trained_teacher(pipeline), sha256, pipeline.exported
+        _check_teacher(config.teacher, start, shape, "data.target")
+        check_weights(expected_weights(start, len(weights), config.teacher), weights, config.teacher)
+        network = build_network(options, shape)
+        load_weights(network, weights, config.teacher)
+    if config.data.target_class is not None:
+        target_class_row(getattr(options, "label_dim", 0), config.data.target_class, world.device)  # names the key
+    export = ExportConfig(
+        role="teacher", network=options, sample_shape=list(shape), diffusion=diffusion,
+        target_class=config.data.target_class,
+    )  # fmt: skip
+    return network, export, sha256, as_it_is
 
 
 def _with_dropout(network_options, dropout: float | None):
@@ -263,7 +270,7 @@ def _distilled_networks(
     start, weights = read_teacher(config.teacher)
     sha256 = network_sha256(start, weights)
     if _is_prompted(config, start):
-        pipeline = PromptedPipeline(config, start, weights, source.shape, world, context.telemetry.say)
+        pipeline = PromptedPipeline(config, start, weights, sha256, source.shape, world, context.telemetry.say)
         return *distilled_networks(pipeline), sha256, pipeline.exported
     _check_teacher(config.teacher, start, source.shape, "data.source")
     network_options = start.network if config.generator.kind == "teacher" else config.generator

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from rdmd_fast.config import Config
 from rdmd_fast.errors import InputError
 from rdmd_fast.model_files.adapted import exported, whole
-from rdmd_fast.model_files.export_format import ExportConfig, network_sha256
-from rdmd_fast.model_files.hub import local_folder
+from rdmd_fast.model_files.export_format import ExportConfig
 from rdmd_fast.model_files.prompts import FILE as PROMPTS
 from rdmd_fast.model_files.prompts import store_prompts, stored_prompts
-from rdmd_fast.model_files.text_pipeline import FAKE, GUIDANCE_EMBEDDING, INDEX, PROMPT, with_prompts
+from rdmd_fast.model_files.text_pipeline import FAKE, GUIDANCE_EMBEDDING, PROMPT, with_prompts
 from rdmd_fast.model_files.weights import check_weights, expected_weights, load_weights
 from rdmd_fast.networks import build_network
 from rdmd_fast.networks.adapters import adapter_of
@@ -37,7 +36,7 @@ class PromptedPipeline:
         exported: weights of an export from the state dict of a network in training.
 
     Args:
-        start, weights: of ``read_teacher``.
+        start, weights, sha256: of ``read_teacher``, and their ``network_sha256``.
         shape: (C, h, w) of the data.
         say: is told of a prompt that is cut.
 
@@ -50,6 +49,7 @@ class PromptedPipeline:
         config: Config,
         start: ExportConfig,
         weights: dict[str, Tensor],
+        sha256: str,
         shape: tuple[int, ...],
         world: World,
         say: Callable[[str], object],
@@ -70,8 +70,8 @@ class PromptedPipeline:
         self.folder = Path(start.pipeline)
         self.base_sha256 = None
         if config.lora:
-            self.base_sha256 = start.base_sha256 or network_sha256(start, weights)
-            if start.base_sha256 is None and not (local_folder(config.teacher) / INDEX).is_file():
+            self.base_sha256 = start.base_sha256 or sha256
+            if start.base_sha256 is None and f"{PROMPT}embeds" in weights:
                 raise InputError(f"lora: teacher {config.teacher} is an export of whole weights, name a pipeline")
         self.start, self.weights = whole(start, weights, config.teacher)
         texts = {PROMPT: config.teacher_prompt, **({FAKE: config.fake_prompt} if config.fake_prompt else {})}

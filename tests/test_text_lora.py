@@ -6,16 +6,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from text_pipelines import flux_pipeline, pipeline_and_latents, sd3_pipeline
+from text_pipelines import (
+    NEGATIVE,
+    PROMPT,
+    flux_pipeline,
+    pipeline_and_latents,
+    run_values,
+    sd3_pipeline,
+    sources,
+    train_run,
+)
 
 from benchmarks.step_sides import Ours
 from rdmd_fast import cli, load_denoiser, load_generator
 from rdmd_fast.commands.export import read_network
 from rdmd_fast.config import validate_config
-from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.diffusion import Reading
 from rdmd_fast.errors import InputError
 from rdmd_fast.extras import require
@@ -23,9 +30,7 @@ from rdmd_fast.model_files.autoencoder import Autoencoder
 from rdmd_fast.networks.adapters import add_adapters, merged
 from rdmd_fast.networks.text_options import LoRAOptions
 from rdmd_fast.pixels import to_uint8
-from rdmd_fast.trainer import main
 
-PROMPT, NEGATIVE = "a lion", "blurry"
 ALL = {"rank": 3, "alpha": 6.0, "targets": "all"}
 
 
@@ -44,24 +49,12 @@ def either(request, folder, tmp_path_factory) -> Path:
 
 
 def values(folder: Path, run: Path, **sections) -> dict:
-    telemetry = {"tensorboard": False, "log_every": 1, "sample_every": 0}
-    train = {"steps": 4, "global_batch_size": 2, "micro_batch_size": 2}
-    found = {"stage": "rdmd", "run_dir": str(run), "data": {"source": str(folder / "shards")}, "train": train}
-    found |= {"teacher": str(folder / "pipeline"), "teacher_prompt": PROMPT, "teacher_negative_prompt": NEGATIVE}
     rates = {name: {"lr": 1e-2} for name in ("generator_optimizer", "fake_optimizer")}
-    found |= {"telemetry": telemetry, "teacher_guidance": 2.0, "checkpoint": {"every": 2}, "rdmd": rates, "lora": ALL}
-    return found | sections
+    return run_values(folder, run, **{"rdmd": rates, "lora": ALL, **sections})
 
 
 def train(folder: Path, run: Path, *words: str, **sections) -> int:
-    path = run.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values(folder, run, **sections)))
-    return main(["--config", str(path), *words])
-
-
-def sources(folder: Path) -> torch.Tensor:
-    shards = ShardSet(folder / "shards")
-    return torch.stack([torch.tensor(shards.read(index)) for index in range(len(shards))])
+    return train_run(values(folder, run, **sections), *words)
 
 
 @pytest.fixture(scope="module")

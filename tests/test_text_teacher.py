@@ -5,20 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from material import pack
 from safetensors.torch import load_file
-from text_pipelines import pipeline_and_latents
+from text_pipelines import NEGATIVE, PROMPT, pipeline_and_latents, run_values, sources, train_run
 
 from benchmarks.step_sides import Ours
 from rdmd_fast import load_denoiser, load_generator
 from rdmd_fast.commands.export import read_network
 from rdmd_fast.config import validate_config
-from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.diffusion import Reading, denoise
-from rdmd_fast.trainer import main
-
-PROMPT, NEGATIVE = "a lion", "blurry"
 
 
 @pytest.fixture(scope="module")
@@ -32,28 +27,13 @@ def either(request, folder, tmp_path_factory) -> Path:
     return folder if request.param == "sd" else pipeline_and_latents(tmp_path_factory.mktemp("text_xl"), xl=True)
 
 
-def values(folder: Path, run: Path, **sections) -> dict:
-    telemetry = {"tensorboard": False, "log_every": 1, "sample_every": 0}
-    train = {"steps": 4, "global_batch_size": 2, "micro_batch_size": 2}
-    found = {"stage": "rdmd", "run_dir": str(run), "data": {"source": str(folder / "shards")}, "train": train}
-    found |= {"teacher": str(folder / "pipeline"), "teacher_prompt": PROMPT, "teacher_negative_prompt": NEGATIVE}
-    return found | {"telemetry": telemetry, "teacher_guidance": 2.0, "checkpoint": {"every": 2}} | sections
-
-
 def train(folder: Path, run: Path, *words: str, **sections) -> int:
-    path = run.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(values(folder, run, **sections)))
-    return main(["--config", str(path), *words])
-
-
-def sources(folder: Path) -> torch.Tensor:
-    shards = ShardSet(folder / "shards")
-    return torch.stack([torch.tensor(shards.read(index)) for index in range(len(shards))])
+    return train_run(run_values(folder, run, **sections), *words)
 
 
 @torch.no_grad()
 def test_the_generator_begins_as_the_unguided_teacher_and_the_teacher_stays(either, tmp_path):
-    ours = Ours(validate_config(values(either, tmp_path / "run"), "here"))
+    ours = Ours(validate_config(run_values(either, tmp_path / "run"), "here"))
     networks, export, x = ours.networks(), ours.experiment.export, sources(either)
     teacher = load_denoiser(either / "pipeline", PROMPT, NEGATIVE)
     reading = Reading.of("teacher", export.diffusion, export.generator_sigma)

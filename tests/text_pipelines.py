@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from material import pack, write_pictures
 
+from rdmd_fast.data.shards.shard_set import ShardSet
 from rdmd_fast.extras import require
+from rdmd_fast.trainer import main
 
 for package in ("diffusers", "transformers", "peft"):
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed", allow_module_level=True)
 diffusers, transformers = require("diffusers", "text"), require("transformers", "text")
 TOKENS = 16
+PROMPT, NEGATIVE = "a lion", "blurry"
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
 
 
@@ -142,3 +146,25 @@ def pipeline_and_latents(folder: Path, xl: bool = False, made=None) -> Path:
     encoder = ("--encoder", folder / "pipeline", "--resolution", 16, "--device", "cpu")
     assert pack(folder / "pictures", "--out", folder / "shards", *encoder) == 0
     return folder
+
+
+def run_values(folder: Path, run: Path, **sections) -> dict:
+    """A configuration of four iterations on what ``pipeline_and_latents`` left in ``folder``, guided."""
+    telemetry = {"tensorboard": False, "log_every": 1, "sample_every": 0}
+    train = {"steps": 4, "global_batch_size": 2, "micro_batch_size": 2}
+    found = {"stage": "rdmd", "run_dir": str(run), "data": {"source": str(folder / "shards")}, "train": train}
+    found |= {"teacher": str(folder / "pipeline"), "teacher_prompt": PROMPT, "teacher_negative_prompt": NEGATIVE}
+    return found | {"telemetry": telemetry, "teacher_guidance": 2.0, "checkpoint": {"every": 2}} | sections
+
+
+def train_run(values: dict, *words: str) -> int:
+    """Train by a configuration; returns the exit status."""
+    path = Path(values["run_dir"]).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    return main(["--config", str(path), *words])
+
+
+def sources(folder: Path) -> torch.Tensor:
+    """The latents [8, 4, 8, 8] that ``pipeline_and_latents`` has packed."""
+    shards = ShardSet(folder / "shards")
+    return torch.stack([torch.tensor(shards.read(index)) for index in range(len(shards))])

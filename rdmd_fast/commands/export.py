@@ -251,11 +251,14 @@ def _exported(config: dict, state: dict[str, torch.Tensor]) -> dict[str, torch.T
     if not config.get("lora"):
         return state
     from rdmd_fast.model_files.adapted import exported
-    from rdmd_fast.model_files.teachers import read_teacher
+    from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config
     from rdmd_fast.networks.adapters import adapter_of
     from rdmd_fast.networks.text_options import LoRAOptions
 
-    return exported(state, LoRAOptions(**config["lora"]), adapter_of(read_teacher(config["teacher"])[1]))
+    beneath = {}
+    if read_teacher_config(config["teacher"]).base_sha256:  # else a pipeline, of gigabytes without an adapter
+        beneath = adapter_of(read_teacher(config["teacher"])[1])
+    return exported(state, LoRAOptions(**config["lora"]), beneath)
 
 
 def _frozen_teacher(checkpoint: Path, source: str) -> tuple[ExportConfig, dict[str, torch.Tensor]]:

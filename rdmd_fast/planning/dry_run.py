@@ -61,9 +61,7 @@ def _check_fits(
         if not torch.cuda.is_available():
             return
         gpu_memory = torch.cuda.get_device_properties(0).total_memory / GIB
-    settings = ZeroSettings.of(config.deepspeed)
-    states = model_states(networks, settings, layout.world_size, config.train.dtype, layout.accumulation)
-    needed = total(states, used) / GIB
+    needed = _predicted(config, networks, layout, used) / GIB
     if needed <= gpu_memory:
         return
     ways = ["train.activation_checkpointing=true"] * (not config.train.activation_checkpointing)
@@ -139,9 +137,13 @@ def activations_of(config: Config, networks: PlannedNetworks, layout: BatchLayou
 def predicted_bytes(config: Config, networks: PlannedNetworks, world: World) -> int:
     """The total of the configured stage on the ranks there are."""
     layout = BatchLayout.of(config.train, world)
+    return _predicted(config, networks, layout, activations_of(config, networks, layout))
+
+
+def _predicted(config: Config, networks: PlannedNetworks, layout: BatchLayout, used: Activations) -> int:
     settings = ZeroSettings.of(config.deepspeed)
-    states = model_states(networks, settings, world.size, config.train.dtype, layout.accumulation)
-    return total(states, activations_of(config, networks, layout))
+    states = model_states(networks, settings, layout.world_size, config.train.dtype, layout.accumulation)
+    return total(states, used)
 
 
 def disk_lines(config: Config, networks: PlannedNetworks) -> list[str]:

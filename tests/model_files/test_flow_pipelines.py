@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from text_pipelines import TOKENS, diffusers, flux_pipeline, sd3_pipeline
+from text_pipelines import NEGATIVE, PROMPT, TOKENS, diffusers, flux_pipeline, sd3_pipeline
 
 from rdmd_fast import cli, load_denoiser
 from rdmd_fast.errors import InputError
@@ -19,7 +19,7 @@ from rdmd_fast.networks.adapters import add_adapters
 from rdmd_fast.networks.text_options import LoRAOptions
 
 logging.getLogger("diffusers").setLevel("ERROR")
-PROMPT, NEGATIVE = "a lion", "blurry"
+
 MAKERS = {"sd3": sd3_pipeline, "flux": flux_pipeline, "flux schnell": partial(flux_pipeline, guidance_embeds=False)}
 T5_TOKENS = {"sd3": 256, "flux": 512, "flux schnell": 256}
 

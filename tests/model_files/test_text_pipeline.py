@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from text_pipelines import TOKENS, pipeline, saved
+from text_pipelines import NEGATIVE, PROMPT, TOKENS, pipeline, saved
 
 from rdmd_fast import cli, load_denoiser
 from rdmd_fast.errors import InputError
@@ -20,7 +20,7 @@ from rdmd_fast.model_files.teachers import read_teacher, read_teacher_config
 from rdmd_fast.networks.diffusers_unet import nearest_level
 
 logging.getLogger("diffusers").setLevel("ERROR")
-PROMPT, NEGATIVE = "a lion", "blurry"
+
 SCHEDULERS = {
     "epsilon": {},
     "v": {"prediction_type": "v_prediction"},
