@@ -24,10 +24,13 @@ from rdmd_fast import cli, load_denoiser, load_generator
 from rdmd_fast.commands.export import read_network
 from rdmd_fast.config import validate_config
 from rdmd_fast.diffusion import Reading
+from rdmd_fast.engine.fp32_masters import gather_parameters
 from rdmd_fast.errors import InputError
 from rdmd_fast.extras import require
 from rdmd_fast.model_files.autoencoder import Autoencoder
+from rdmd_fast.model_files.weights import rebuild
 from rdmd_fast.networks.adapters import add_adapters, merged
+from rdmd_fast.networks.flops import distillation_flops
 from rdmd_fast.networks.text_options import LoRAOptions
 from rdmd_fast.pixels import to_uint8
 
@@ -78,6 +81,10 @@ def test_one_base_is_in_memory_and_never_moves(either, tmp_path):
     with torch.enable_grad():
         for _ in range(3):
             ours.iteration()
+    state = gather_parameters(ours.experiment.state.engines["generator"])
+    exported = rebuild(export, ours.experiment.exported(state), "here")
+    torch.testing.assert_close(exported(x, c_noise), networks["generator"](x, c_noise), rtol=1e-4, atol=1e-4)
+    assert (exported(x, c_noise) - teacher.model(x, c_noise)).abs().max() > 1e-2
     assert torch.equal(frozen(x, c_noise), before)
     assert all(torch.equal(value, base[name]) for name, value in frozen.library_network.state_dict().items())
 
@@ -222,6 +229,13 @@ def test_dry_run_counts_one_base_and_two_adapters(folder, tmp_path, capsys):
         "memory: 0.0 GiB are needed and a GPU has 0.0: use lora, train.activation_checkpointing=true, a lower" in line
     )
     assert f"generator    {adapter / 1e6:10.3f} M" in said and f"teacher      {base / 1e6:10.3f} M" in said
+
+
+def test_adapters_spare_the_gradients_of_frozen_weights():
+    """Forward passes of G 2, teacher 3, fake score 5: backward passes count as two, as one with adapters."""
+    whole = 3 * 2 + 3 + 5 + 2 * 3 * 5 + 2
+    assert distillation_flops(2, 3, 5, 2) == whole
+    assert distillation_flops(2, 3, 5, 2, adapters=True) == whole - 2 - 2 * 5
 
 
 def prompt_parts(folder: Path) -> list[str]:

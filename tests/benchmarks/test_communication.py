@@ -1,5 +1,6 @@
 """Bytes that two ranks send, counted, against the formula; closed forms of the formula itself."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_formula_is_the_textbook_one():
     assert sent(stage=2, use_multi_rank_bucket_allreduce=False) == {"generator": 3 * 64, "fake_score": 3 * 3 * 128}
     # G: forward thrice, backward, reduce; fake: one forward without gradient, three of each; teacher: one forward.
     assert sent(stage=3) == {"generator": 2 * 5 * 64, "fake_score": 2 * (1 + 3 * 3) * 128, "teacher": 2 * 128}
+
+
+def test_a_frozen_base_is_gathered_and_never_reduced():
+    """G and fake score: 64 of an adapter over the teacher's 128; fp32, 4 ranks, k = 3."""
+    score = replace(of_size(64), base=(128,))
+    networks = PlannedNetworks({"generator": score, "fake_score": score}, of_size(128), "generator")
+
+    def sent(stage):
+        settings = ZeroSettings.of({"zero_optimization": {"stage": stage}})
+        payload = iteration_payload(networks, settings, 4, "fp32", 1, 3, False)
+        return {role: load.sent(4) / (4 * 3 / 4) for role, load in payload.items()}
+
+    assert sent(0) == {"generator": 2 * 64, "fake_score": 3 * 2 * 64}
+    whole = 64 + 128
+    assert sent(3) == {"generator": 4 * whole + 64, "fake_score": (1 + 3 * 2) * whole + 3 * 64, "teacher": 128}
 
 
 def test_one_rank_sends_nothing():
